@@ -1,0 +1,85 @@
+"""jobkit: content jobs for Python web apps. The public names, and nothing else; no module of the package imports this one."""
+
+from jobkit import errors, migrations, signals, tables
+from jobkit.assets import AssetStore
+from jobkit.context import RenderContext
+from jobkit.errors import (
+    AssetCorrupt,
+    AssetEmpty,
+    AssetError,
+    AssetKeyRefused,
+    AssetNotFound,
+    AssetTooLarge,
+    ConfigurationError,
+    InvalidTransition,
+    JobCancelled,
+    JobkitError,
+    JobNotFound,
+    JobTimeout,
+    LeaseLost,
+    RenderInterrupted,
+    SchemaOutOfDate,
+    UnknownJobType,
+)
+from jobkit.jobs import JobStore
+from jobkit.limits import MAX_GENERATED_ASSET_BYTES
+from jobkit.relay import Relay
+from jobkit.renderers import Renderers
+from jobkit.runner import Runner
+from jobkit.sqlite import configure_sqlite
+from jobkit.tables import metadata
+from jobkit.types import (
+    CONTENT_JOB_EVENTS,
+    CONTENT_JOB_STATUSES,
+    Asset,
+    Job,
+    JobEvent,
+    JobStatus,
+    Rendered,
+    StoredObject,
+)
+
+ContentJobStatus = JobStatus
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CONTENT_JOB_EVENTS",
+    "CONTENT_JOB_STATUSES",
+    "MAX_GENERATED_ASSET_BYTES",
+    "Asset",
+    "AssetCorrupt",
+    "AssetEmpty",
+    "AssetError",
+    "AssetKeyRefused",
+    "AssetNotFound",
+    "AssetStore",
+    "AssetTooLarge",
+    "ConfigurationError",
+    "ContentJobStatus",
+    "InvalidTransition",
+    "Job",
+    "JobCancelled",
+    "JobEvent",
+    "JobNotFound",
+    "JobStatus",
+    "JobStore",
+    "JobTimeout",
+    "JobkitError",
+    "LeaseLost",
+    "Relay",
+    "RenderContext",
+    "RenderInterrupted",
+    "Rendered",
+    "Renderers",
+    "Runner",
+    "SchemaOutOfDate",
+    "StoredObject",
+    "UnknownJobType",
+    "configure_sqlite",
+    "errors",
+    "metadata",
+    "migrations",
+    "signals",
+    "tables",
+]

@@ -1,0 +1,160 @@
+"""What a dialect must offer, and the text of a statement with the schema of the connection it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit.columns import JsonObject, UtcDateTime
+
+Document = list[dict[str, Any]]
+
+
+class Position(NamedTuple):
+    """A place in the event log: everything at or below it has been read. ``xid`` is 0 on SQLite."""
+
+    xid: int
+    id: int
+
+    def __str__(self) -> str:
+        return f"{self.xid}-{self.id}"
+
+
+class Start(NamedTuple):
+    """Where a reader began: its first position, and the snapshot whose events it leaves out (empty on SQLite)."""
+
+    position: Position
+    snapshot: str
+
+
+class Claimed(NamedTuple):
+    """A claimed job with the number of its ``running`` event."""
+
+    job_id: UUID
+    company_id: str
+    job_type: str
+    input: dict[str, Any]
+    source_task_id: str | None
+    fence: int
+    attempt: int
+    seq: int
+    event_id: int
+
+
+class Told(NamedTuple):
+    """An event that a statement appended."""
+
+    job_id: UUID
+    event_id: int
+    seq: int
+
+
+class EventRow(NamedTuple):
+    """A row of the event log."""
+
+    id: int
+    xid: int
+    seq: int
+    company_id: str
+    type: str
+    job_id: UUID
+    created_at: datetime
+    payload: dict[str, Any]
+
+
+class Statements(Protocol):
+    """The statements that differ. Each takes a connection in the caller's transaction and commits nothing."""
+
+    #: Whether a claim that finds nothing still takes the database's write lock, so that a poll should look first.
+    claim_locks: bool
+
+    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
+        """Insert a queued job with its first event; return the event's id."""
+
+    def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
+        """Append one event to the log; return its id."""
+
+    def claim(self, connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime) -> list[Claimed]:
+        """Take up to ``limit`` queued jobs, fence + 1, for ``lease`` seconds of the database's clock, each with its event."""
+
+    def has_queued(self, connection: sa.Connection) -> bool:
+        """Whether a claim is worth its write lock. A hint."""
+
+    def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
+        """Record each key; nothing sweeps it for ``grace`` seconds of the database's clock."""
+
+    def finish(self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime) -> tuple[list[Told], int]:
+        """End the jobs whose fence still holds, with their files. The events of those, and how many intents went."""
+
+    def release(self, connection: sa.Connection, jobs: Document, *, now: datetime) -> list[Told]:
+        """Put the jobs whose fence still holds back into the queue, the attempt not charged."""
+
+    def start(self, connection: sa.Connection) -> Start:
+        """The end of the event log as of now."""
+
+    def scan(self, connection: sa.Connection, after: Position, start: Start, limit: int) -> tuple[list[EventRow], Position]:
+        """The next events that no later commit can precede, in order, and the position after them."""
+
+    def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
+        """Events of each job before a ``seq`` that lie beyond ``after``; with ``queued`` also the one just before, if it is ``queued``."""
+
+
+class Sql:
+    """A statement with ``{s}`` where the schema goes, and the types of its parameters and columns.
+
+    Calling it with a connection gives the clause for that connection's ``schema_translate_map``, which SQLAlchemy itself
+    does not apply to written-out SQL.
+    """
+
+    def __init__(self, template: str, *columns: sa.ColumnClause[Any], **types: Any) -> None:
+        self._template, self._columns, self._types = template, columns, types
+        self._render = lru_cache(maxsize=16)(self._text)
+
+    def __call__(self, connection: sa.Connection) -> Any:
+        schemas = connection.get_execution_options().get("schema_translate_map")
+        return self._render(schemas.get(None) if schemas else None)
+
+    def _text(self, schema: str | None) -> Any:
+        prefix = "" if schema is None else '"' + schema.replace('"', '""') + '".'
+        clause = sa.text(self._template.replace("{s}", prefix))
+        clause = clause.bindparams(*(sa.bindparam(name, type_=kind) for name, kind in self._types.items()))
+        return clause.columns(*self._columns) if self._columns else clause
+
+
+# The columns that statements of both databases return, and the parameters that both insert a job with.
+CLAIMED = (
+    sa.column("id", sa.Uuid()),
+    sa.column("company_id", sa.Text()),
+    sa.column("job_type", sa.Text()),
+    sa.column("input", JsonObject()),
+    sa.column("source_task_id", sa.Text()),
+    sa.column("fence", sa.BigInteger()),
+    sa.column("attempt", sa.Integer()),
+    sa.column("event_seq", sa.Integer()),
+    sa.column("event_id", sa.BigInteger()),
+)
+TOLD = (sa.column("job_id", sa.Uuid()), sa.column("id", sa.BigInteger()), sa.column("seq", sa.Integer()))
+EVENT = (
+    sa.column("id", sa.BigInteger()),
+    sa.column("xid", sa.BigInteger()),
+    sa.column("seq", sa.Integer()),
+    sa.column("company_id", sa.Text()),
+    sa.column("type", sa.Text()),
+    sa.column("job_id", sa.Uuid()),
+    sa.column("created_at", UtcDateTime()),
+    sa.column("payload", JsonObject()),
+)
+JOB_PARAMETERS: dict[str, Any] = {
+    "id": sa.Uuid(),
+    "company_id": sa.Text(),
+    "job_type": sa.Text(),
+    "input": sa.Text(),
+    "source_task_id": sa.Text(),
+    "payload": sa.Text(),
+    "now": UtcDateTime(),
+}

@@ -1,0 +1,285 @@
+"""AssetStore: bytes in a storage, rows in the caller's transaction."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit.claims import Intent, record_intents
+from jobkit.clock import Clock, utcnow
+from jobkit.drafts import Draft, Limit
+from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError
+from jobkit.ids import new_id, parse_id
+from jobkit.jobs import connection_of, page_size
+from jobkit.keys import check_key
+from jobkit.limits import LIMIT_SOURCE, MAX_GENERATED_ASSET_BYTES
+from jobkit.spool import CHUNK, Spool
+from jobkit.sqlite import require_configured, writing_in_this_thread
+from jobkit.storage import limited, open_storage
+from jobkit.tables import asset_intents, assets
+from jobkit.text import company, storable
+from jobkit.types import Asset, Body, StoredObject
+
+if TYPE_CHECKING:
+    from jobkit.jobs import Host
+
+logger = logging.getLogger("jobkit")
+_c = assets.c
+
+
+class AssetStore:
+    """Files in the storage that ``url`` names (any fsspec URL, or a folder), and their rows in SQL.
+
+    ``engine`` is where intents are recorded, each in a commit of its own, before an object can exist; a ``Runner`` gives its
+    own to a store that has none. ``provider`` names the storage in each row: ``local_disk`` for a folder, else the URL's
+    protocol. ``max_bytes`` replaces ``MAX_GENERATED_ASSET_BYTES``. One store may be shared by all threads.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        engine: sa.Engine | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        provider: str | None = None,
+        max_bytes: int | None = None,
+        clock: Clock = utcnow,
+    ) -> None:
+        self._storage = open_storage(url, storage_options)
+        if provider is not None:
+            self._storage.provider = storable(provider, "provider", limit=255)
+        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
+            raise ValueError(f"max_bytes must be a count of bytes above zero, not {max_bytes!r}")
+        self._limit = (
+            Limit(MAX_GENERATED_ASSET_BYTES, LIMIT_SOURCE) if max_bytes is None else Limit(max_bytes, "AssetStore(max_bytes=)")
+        )
+        self._clock = clock
+        self._warned = False
+        self.engine: sa.Engine | None = engine
+        if engine is not None:
+            require_configured(engine)
+
+    def __repr__(self) -> str:
+        return f"AssetStore({self._storage!r}, provider={self.provider!r})"
+
+    @property
+    def provider(self) -> str:
+        """The name of this storage in ``assets.provider``."""
+        return self._storage.provider
+
+    def spool_folder(self) -> Path:
+        """A private local folder for files that are being made. For runners."""
+        return self._storage.spool_folder()
+
+    def put_file(
+        self, company_id: object, *, namespace: str = "generated", original_filename: str | None, content_type: str, body: Body
+    ) -> StoredObject:
+        """Store ``body`` under a new key; durable and whole when this returns, nothing stored when it raises.
+
+        Streams: memory stays flat at any size. ``AssetTooLarge``, ``AssetEmpty``; ``TypeError`` for a body that is not bytes;
+        ``ValueError`` naming the field. The object stays only if ``create`` then gives it a row within a day. On SQLite, call
+        it before the transaction of this thread has written (``ConfigurationError``).
+        """
+        with self.writer(
+            company_id, namespace=namespace, original_filename=original_filename, content_type=content_type
+        ) as out:
+            out.fill(body)
+        assert out.stored is not None
+        return out.stored
+
+    @contextlib.contextmanager
+    def writer(
+        self, company_id: object, *, namespace: str = "generated", original_filename: str | None, content_type: str
+    ) -> Iterator[Spool]:
+        """A seekable binary file to write into; stored when the ``with`` ends, then ``.stored`` says as what.
+
+        Nothing is stored when the block raises, or when the file is empty or too large.
+        """
+        self._refuse_deadlock()
+        draft = self.draft(company(company_id), namespace=namespace, filename=original_filename, content_type=content_type)
+        try:
+            yield draft.spool
+            stored = draft.seal(recorded=self.engine is not None)
+            self._record(draft)
+            draft.publish()
+            draft.spool.stored = stored
+        finally:
+            draft.discard()
+
+    def draft(self, company_id: str, *, namespace: str, filename: str | None, content_type: str) -> Draft:
+        """A file of this storage to be made; its key is decided, nothing is recorded or stored. For runners."""
+        return Draft(
+            self._storage,
+            company_id,
+            namespace=namespace,
+            filename=filename,
+            content_type=content_type,
+            limit=self._limit,
+            at=self._clock(),
+        )
+
+    def create(
+        self,
+        session: Host,
+        company_id: object,
+        stored: StoredObject,
+        *,
+        source_task_id: str | None,
+        created_by_agent_id: object = None,
+        created_by_user_id: object = None,
+        job_id: UUID | str | None = None,
+        position: int = 0,
+    ) -> Asset:
+        """Give a stored object its row, in the caller's transaction: only then does the object stay.
+
+        ``AssetKeyRefused`` for another company's key; ``AssetNotFound`` when the sweep was faster, or it has a row already.
+        """
+        owner = company(company_id)
+        check_key(owner, stored.object_key)
+        if source_task_id is not None:
+            storable(source_task_id, "source_task_id", blank=True)
+        parent = parse_id(job_id)
+        if job_id is not None and parent is None:
+            raise ValueError(f"job_id is not a UUID: {job_id!r:.80}")
+        connection = connection_of(session)
+        require_configured(connection)
+        if stored.recorded:
+            self._forget_intent(connection, stored)
+        now = self._clock()
+        asset = Asset(
+            id=new_id(),
+            company_id=owner,
+            provider=stored.provider,
+            object_key=stored.object_key,
+            content_type=stored.content_type,
+            byte_size=stored.byte_size,
+            sha256=stored.sha256,
+            original_filename=stored.original_filename,
+            created_by_agent_id=None if created_by_agent_id is None else str(created_by_agent_id),
+            created_by_user_id=None if created_by_user_id is None else str(created_by_user_id),
+            source_task_id=source_task_id,
+            created_at=now,
+            updated_at=now,
+            job_id=parent,
+            position=position,
+        )
+        connection.execute(assets.insert(), {column.name: getattr(asset, column.name) for column in assets.columns})
+        return asset
+
+    def get_by_id(self, session: Host, asset_id: UUID | str, *, company_id: object = None) -> Asset | None:
+        """The asset, or None: unknown, malformed, or another company's when ``company_id`` is given."""
+        parsed = parse_id(asset_id)
+        if parsed is None:
+            return None
+        query = _scoped(sa.select(assets).where(_c.id == parsed), company_id)
+        row = connection_of(session).execute(query).one_or_none()
+        return None if row is None else Asset(*row)
+
+    def list_by_job(self, session: Host, job_id: UUID | str, *, company_id: object = None) -> list[Asset]:
+        """The files of a job, in the order its renderer gave them; the first is the job's result."""
+        parsed = parse_id(job_id)
+        if parsed is None:
+            return []
+        query = _scoped(sa.select(assets).where(_c.job_id == parsed), company_id).order_by(_c.position, _c.id)
+        return [Asset(*row) for row in connection_of(session).execute(query)]
+
+    def list_by_company(
+        self, session: Host, company_id: object, *, limit: int | None = None, before: Asset | UUID | str | None = None
+    ) -> list[Asset]:
+        """A company's assets, newest first, ties broken by id. ``before``: the last one of the page before this one."""
+        query = sa.select(assets).where(_c.company_id == str(company_id))
+        if before is not None:
+            last = before if isinstance(before, Asset) else self.get_by_id(session, before, company_id=company_id)
+            if last is None:
+                raise AssetNotFound(f"no asset {before}")
+            place = sa.tuple_(sa.literal(last.created_at, _c.created_at.type), sa.literal(last.id, _c.id.type))
+            query = query.where(sa.tuple_(_c.created_at, _c.id) < place)
+        query = query.order_by(_c.created_at.desc(), _c.id.desc()).limit(page_size(limit))
+        return [Asset(*row) for row in connection_of(session).execute(query)]
+
+    def open(self, asset: Asset, *, start: int | None = None, end: int | None = None) -> BinaryIO:
+        """The bytes ``[start, end)`` as a binary file to read and close, streamed; a range beyond the asset is cut to it.
+
+        ``AssetCorrupt`` when the object is missing; ``AssetKeyRefused`` for a key that is not the company's.
+        """
+        first = 0 if start is None else start
+        last = asset.byte_size if end is None else end
+        if first < 0 or last < 0:
+            raise ValueError(f"start and end must not be negative, got {start!r} and {end!r}")
+        first, last = min(first, asset.byte_size), min(last, asset.byte_size)
+        return limited(self._open(asset), first, max(first, last))
+
+    def verify(self, asset: Asset) -> None:
+        """Read the whole object; return when its size and sha256 are the row's, ``AssetCorrupt`` otherwise."""
+        digest, size = hashlib.sha256(), 0
+        with self._open(asset) as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                size += len(chunk)
+        if size != asset.byte_size:
+            raise AssetCorrupt(f"asset {asset.id} has {size} bytes in storage, its row says {asset.byte_size}")
+        if digest.hexdigest() != asset.sha256:
+            raise AssetCorrupt(f"asset {asset.id} has another sha256 in storage than in its row")
+
+    def delete(self, session: Host, asset: Asset) -> None:
+        """Delete the row and record its key as a tombstone, in the caller's transaction; the object goes at a later sweep.
+
+        A rollback keeps both. ``AssetNotFound`` when the row is gone already.
+        """
+        connection = connection_of(session)
+        require_configured(connection)
+        gone = connection.execute(assets.delete().where(_c.id == asset.id, _c.company_id == asset.company_id)).rowcount
+        if not gone:
+            raise AssetNotFound(f"no asset {asset.id}")
+        tombstone = {
+            "id": new_id(),
+            "company_id": asset.company_id,
+            "provider": asset.provider,
+            "object_key": asset.object_key,
+            "state": "tombstone",
+            "not_before": self._clock(),
+        }
+        connection.execute(asset_intents.insert(), tombstone)
+
+    def _open(self, asset: Asset) -> BinaryIO:
+        if asset.provider != self.provider:
+            raise AssetError(f"asset {asset.id} is in storage {asset.provider!r}, this store is {self.provider!r}")
+        check_key(asset.company_id, asset.object_key)
+        try:
+            return self._storage.open(asset.object_key)
+        except FileNotFoundError:
+            raise AssetCorrupt(f"asset {asset.id} has no object in storage {asset.provider!r}") from None
+
+    def _record(self, draft: Draft) -> None:
+        if self.engine is None:
+            if not self._warned:
+                logger.warning("%r has no engine: objects of a process that dies are found by nobody", self)
+            self._warned = True
+            return
+        with self.engine.begin() as connection:
+            record_intents(connection, [Intent(draft.company_id, self.provider, draft.key)])
+
+    def _forget_intent(self, connection: sa.Connection, stored: StoredObject) -> None:
+        i = asset_intents.c
+        which = (i.provider == stored.provider, i.object_key == stored.object_key, i.state == "pending")
+        if connection.execute(asset_intents.delete().where(*which)).rowcount != 1:
+            raise AssetNotFound(f"{stored.object_key!r} was swept already, or has a row: store the file again")
+
+    def _refuse_deadlock(self) -> None:
+        if self.engine is not None and writing_in_this_thread(self.engine):
+            raise ConfigurationError(
+                "this thread's SQLite transaction has written, and recording the file's key would wait for it for ever: "
+                "call put_file before the first write of the transaction"
+            )
+
+
+def _scoped(query: sa.Select[Any], company_id: object) -> sa.Select[Any]:
+    return query if company_id is None else query.where(_c.company_id == str(company_id))

@@ -1,0 +1,33 @@
+"""Time: aware UTC datetimes in and out, durations as seconds or ``timedelta``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+Clock = Callable[[], datetime]
+
+
+def utcnow() -> datetime:
+    """The wall clock, aware, in UTC. What every ``clock=`` argument defaults to."""
+    return datetime.now(UTC)
+
+
+def aware(value: datetime, field: str) -> datetime:
+    """``value`` in UTC; ``ValueError`` naming ``field`` when it has no time zone."""
+    if not isinstance(value, datetime):
+        raise TypeError(f"{field} must be a datetime, not {type(value).__name__}")
+    if value.utcoffset() is None:
+        raise ValueError(f"{field} must have a time zone, {value!r} has none")
+    return value.astimezone(UTC)
+
+
+def seconds(value: timedelta | float, field: str, *, positive: bool = True) -> float:
+    """``value`` as finite seconds; ``ValueError`` naming ``field`` when it is not a duration, or not above zero."""
+    number = value.total_seconds() if isinstance(value, timedelta) else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"{field} must be seconds or a timedelta, not {type(value).__name__}")
+    if not math.isfinite(number) or number < 0 or (positive and number == 0):
+        raise ValueError(f"{field} must be {'above' if positive else 'at least'} zero and finite, not {value!r}")
+    return float(number)

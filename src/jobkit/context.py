@@ -1,0 +1,116 @@
+"""What a renderer is given: its context, and the options it was registered with."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+from uuid import UUID
+
+from jobkit.drafts import Draft
+from jobkit.errors import RenderInterrupted
+from jobkit.spool import Spool
+from jobkit.types import Rendered
+
+Output = Rendered | Iterable[Rendered] | None
+Renderer = Callable[["RenderContext"], Output | Awaitable[Output] | AsyncIterator[Rendered]]
+
+
+class RenderContext:
+    """What a renderer is told and given for one attempt at one job. Valid until the renderer has returned its last output.
+
+    ``input`` is the job's input, or what the renderer's ``input=`` model made of it; ``services`` is what the ``Renderers``
+    were given. Used by the thread that renders.
+    """
+
+    def __init__(
+        self,
+        *,
+        job_id: UUID,
+        company_id: str,
+        job_type: str,
+        input: Any,
+        attempt: int,
+        services: Any,
+        open_asset: Callable[[UUID | str], BinaryIO],
+        new_draft: Callable[[str, str], Draft],
+        workspace: Callable[[], Path],
+    ) -> None:
+        self.job_id = job_id
+        self.company_id = company_id
+        self.job_type = job_type
+        self.input = input
+        self.attempt = attempt
+        self.services = services
+        self.drafts: list[Draft] = []
+        self.interruption: RenderInterrupted | None = None
+        self._open_asset = open_asset
+        self._new_draft = new_draft
+        self._workspace = workspace
+        self._workdir: Path | None = None
+
+    @property
+    def workdir(self) -> Path:
+        """An empty private folder for this attempt, made on first use, removed when the outputs have been read."""
+        if self._workdir is None:
+            self._workdir = Path(tempfile.mkdtemp(prefix="work-", dir=self._workspace()))
+        return self._workdir
+
+    def check(self) -> None:
+        """Return when the work is still wanted; else raise ``LeaseLost``, ``JobCancelled`` or ``JobTimeout``. Cheap: call it often."""
+        if self.interruption is not None:
+            raise self.interruption
+
+    def open_asset(self, asset_id: UUID | str) -> BinaryIO:
+        """Another asset of the same company, as a binary file to read and close. ``AssetNotFound`` for everything else."""
+        return self._open_asset(asset_id)
+
+    @contextmanager
+    def writer(self, filename: str, content_type: str) -> Iterator[Spool]:
+        """An output as a seekable binary file to write into; one of the job's files when the ``with`` ends.
+
+        Outputs keep the order in which they were begun. When the block raises, this output is dropped.
+        """
+        draft = self.add(filename, content_type)
+        try:
+            yield draft.spool
+        except BaseException:
+            if not draft.spool.refused:  # one that went over the limit stays, to fail the job even when this is swallowed
+                self.drafts.remove(draft)
+                draft.discard()
+            raise
+
+    def add(self, filename: str, content_type: str) -> Draft:
+        """Begin an output."""
+        draft = self._new_draft(filename, content_type)
+        self.drafts.append(draft)
+        return draft
+
+    def clean(self) -> None:
+        """Remove the working folder."""
+        if self._workdir is not None:
+            shutil.rmtree(self._workdir, ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Registration:
+    """A renderer with the options it was registered with."""
+
+    renderer: Renderer
+    input: Any = None
+
+    def parse(self, value: dict[str, Any]) -> Any:
+        """``value`` as the renderer's input model has it. Whatever the model raises fails the job."""
+        model = self.input
+        if model is None:
+            return value
+        if hasattr(model, "model_validate"):  # pydantic
+            return model.model_validate(value)
+        if hasattr(model, "__struct_fields__"):  # msgspec, imported by whoever made the struct
+            return sys.modules["msgspec"].convert(value, model)
+        return model(**value) if dataclasses.is_dataclass(model) else model(value)

@@ -1,0 +1,88 @@
+"""A draft: a file being made, with the key it will be published under."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from jobkit.ids import new_id
+from jobkit.keys import object_key
+from jobkit.spool import Spool
+from jobkit.text import storable
+from jobkit.types import StoredObject
+
+if TYPE_CHECKING:
+    from jobkit.storage import Storage
+
+# RFC 9110 section 8.3.1: type "/" subtype, then parameters, which are only kept free of control characters.
+_CONTENT_TYPE = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+/[a-z0-9!#$%&'*+.^_`|~-]+(?:\s*;[\x20-\x7e]*)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How many bytes a file may have, and who said so."""
+
+    max_bytes: int | float
+    source: str
+
+
+class Draft:
+    """One file on its way into a storage. Nothing of it is in the storage before ``publish``."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        company_id: str,
+        *,
+        namespace: str,
+        filename: str | None,
+        content_type: str,
+        limit: Limit,
+        at: datetime,
+    ) -> None:
+        if filename is not None:
+            storable(filename, "original_filename", blank=True, limit=1_024)
+        self.company_id = company_id
+        self.filename = filename
+        self.content_type = _checked_type(content_type)
+        storable(namespace, "namespace", limit=255)
+        unique = new_id()
+        self.key = object_key(company_id, namespace, filename, unique=unique, at=at)
+        self._storage = storage
+        self.spool = Spool(
+            storage.spool_folder(), unique.hex, filename=filename, limit=limit.max_bytes, limit_source=limit.source
+        )
+
+    def seal(self, *, recorded: bool) -> StoredObject:
+        """What will be stored; the spool file is whole and closed. ``AssetEmpty`` or ``AssetTooLarge`` otherwise."""
+        sha256 = self.spool.seal()
+        self.spool.close()
+        return StoredObject(
+            provider=self._storage.provider,
+            object_key=self.key,
+            content_type=self.content_type,
+            byte_size=self.spool.size,
+            sha256=sha256,
+            original_filename=self.filename,
+            recorded=recorded,
+        )
+
+    def publish(self) -> None:
+        """Store the sealed file under its key, durably; the spool file is gone afterwards, whatever happened."""
+        try:
+            self._storage.publish(self.spool.path, self.key, self.content_type)
+        finally:
+            self.spool.discard()
+
+    def discard(self) -> None:
+        """Remove the spool file. Nothing was published, or it stays to the sweep."""
+        self.spool.discard()
+
+
+def _checked_type(content_type: str) -> str:
+    cleaned = storable(content_type, "content_type", limit=255).strip().lower()
+    if not _CONTENT_TYPE.fullmatch(cleaned):
+        raise ValueError(f"content_type {cleaned!r:.80} is not a media type such as 'application/pdf'")
+    return cleaned

@@ -1,0 +1,106 @@
+"""Every error jobkit raises.
+
+::
+
+    JobkitError
+    ├── ConfigurationError
+    │   └── SchemaOutOfDate
+    ├── JobNotFound (LookupError)
+    ├── AssetNotFound (LookupError)
+    ├── UnknownJobType (LookupError)
+    ├── InvalidTransition
+    └── AssetError
+        ├── AssetTooLarge
+        ├── AssetEmpty
+        ├── AssetCorrupt
+        └── AssetKeyRefused
+    RenderInterrupted (BaseException)
+    ├── JobCancelled
+    ├── JobTimeout
+    └── LeaseLost
+
+Bad arguments are Python's own ``ValueError`` and ``TypeError``, and name the field.
+"""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+
+class JobkitError(Exception):
+    """Base of everything jobkit raises on purpose, except what is raised into renderers."""
+
+
+class ConfigurationError(JobkitError):
+    """The engine, the storage or the renderers were set up in a way that would lose a guarantee."""
+
+
+class SchemaOutOfDate(ConfigurationError):
+    """The tables in the database are not the ones this version of jobkit works with."""
+
+
+class JobNotFound(JobkitError, LookupError):
+    """No job has this id, or it belongs to another company."""
+
+    def __init__(self, job_id: object) -> None:
+        super().__init__(f"no job {job_id}")
+
+
+class AssetNotFound(JobkitError, LookupError):
+    """No asset has this id or key, or it belongs to another company, or the sweep was faster."""
+
+
+class UnknownJobType(JobkitError, LookupError):
+    """No renderer is registered for this job type."""
+
+    def __init__(self, job_type: str) -> None:
+        super().__init__(f"no renderer for job type {job_type!r}")
+
+
+class InvalidTransition(JobkitError):
+    """The job is not in the status that the change expects."""
+
+    def __init__(self, job_id: UUID, status: str, wanted: str) -> None:
+        super().__init__(f"job {job_id} is {status!r}: {wanted}")
+
+
+class AssetError(JobkitError):
+    """Base of what can go wrong with an asset's bytes."""
+
+
+class AssetTooLarge(AssetError):
+    """A body went over the limit; nothing of it was kept."""
+
+    def __init__(self, filename: str | None, limit: int | float, source: str) -> None:
+        super().__init__(f"{filename or 'file'!r} is larger than the limit of {limit} bytes ({source})")
+
+
+class AssetEmpty(AssetError):
+    """A body had no bytes; nothing was stored."""
+
+    def __init__(self, filename: str | None) -> None:
+        super().__init__(f"{filename or 'file'!r} is empty")
+
+
+class AssetCorrupt(AssetError):
+    """The stored object is missing, or its size or sha256 is not what the row says."""
+
+
+class AssetKeyRefused(AssetError):
+    """The object key belongs to another company or leaves the storage root."""
+
+
+class RenderInterrupted(BaseException):
+    """Raised into a renderer that should stop; ``except Exception`` does not swallow it."""
+
+
+class JobCancelled(RenderInterrupted):
+    """The job was asked to stop."""
+
+
+class JobTimeout(RenderInterrupted):
+    """The job ran longer than its renderer allows."""
+
+
+class LeaseLost(RenderInterrupted):
+    """The claim is no longer this runner's: whatever the renderer still does changes nothing."""

@@ -1,0 +1,214 @@
+"""The feed: reads committed events of one database and sends them as signals in this process, one thread per database.
+
+Two ways lead in. The scan follows a cursor that skips nothing, and therefore waits for the oldest open writing transaction.
+What this process committed itself is offered directly and does not wait; the scan then skips it.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Container, Iterable, Sequence, Set
+from contextlib import suppress
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit import signals
+from jobkit._dialects import statements_for
+from jobkit._dialects.base import EventRow, Position, Start
+from jobkit.outbox import event_of
+from jobkit.text import describe
+
+logger = logging.getLogger("jobkit")
+
+# How often the log is scanned, in seconds: for a while after an event, and else.
+ACTIVE_POLL = 0.025
+ACTIVE_FOR = 2.0
+IDLE_POLL = 0.5
+BATCH = 500
+# Jobs whose last delivered seq is remembered; of others it is read from the log.
+REMEMBERED_JOBS = 10_000
+MAX_PAUSE = 5.0
+
+
+class Feed:
+    """Signals of one database in this process. ``start`` and ``close`` once; ``offer`` and ``flush`` from any thread."""
+
+    def __init__(self, engine: sa.Engine, before: Container[int] = ()) -> None:
+        """``before``: ids of events that this process delivered while it had no feed."""
+        self._engine, self._before = engine, before
+        self._statements = statements_for(engine)
+        self._connection: sa.Connection | None = None
+        self._wake = threading.Condition()
+        self._offered: list[tuple[EventRow, bool]] = []
+        self._accepted = self._delivered = 0
+        self._closing = False
+        self._thread: threading.Thread | None = None
+        self._next_scan = self._active_until = 0.0
+        self._failures = 0
+        # Delivered beyond the cursor, so that the scan skips them; and each job's last delivered seq, as far as remembered.
+        self._ahead: set[int] = set()
+        self._last: OrderedDict[UUID, int] = OrderedDict()
+
+    def start(self) -> None:
+        """Begin now: what is committed after this returns becomes signals. Raises what the database raises."""
+        self._begin(self._connect())
+        self._thread = threading.Thread(target=self._run, name="jobkit-relay", daemon=True)
+        self._thread.start()
+
+    def close(self, timeout: float) -> None:
+        """Deliver what was offered, then end; wait at most ``timeout`` seconds for that."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    def offer(self, rows: Sequence[EventRow], *, queued: bool = False) -> None:
+        """Deliver events that this process just committed. ``queued``: also a ``queued`` event right before one, if still due."""
+        with self._wake:
+            self._offered += [(row, queued) for row in rows]
+            self._accepted += len(rows)
+            self._wake.notify_all()
+
+    def flush(self, timeout: float) -> bool:
+        """Wait until everything offered so far was delivered; False at the timeout. Returns at once on the feed's own thread."""
+        if threading.current_thread() is self._thread:
+            return False
+        with self._wake:
+            accepted = self._accepted
+            return self._wake.wait_for(lambda: self._delivered >= accepted or not self._alive(), timeout)
+
+    @property
+    def cursor(self) -> Position:
+        """The position below which everything was delivered."""
+        return self._cursor
+
+    def _alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            offered, closing = self._wait()
+            try:
+                self._deliver_offered(offered)
+                if closing:
+                    break
+                if time.monotonic() >= self._next_scan:
+                    self._scan()
+                self._failures = 0
+            except Exception as error:
+                self._trouble(error)
+            finally:
+                with self._wake:
+                    self._delivered += len(offered)
+                    self._wake.notify_all()
+        self._disconnect()
+
+    def _wait(self) -> tuple[list[tuple[EventRow, bool]], bool]:
+        with self._wake:
+            timeout = max(0.0, self._next_scan - time.monotonic())
+            self._wake.wait_for(lambda: self._offered or self._closing, timeout)
+            offered, self._offered = self._offered, []
+            return offered, self._closing
+
+    def _trouble(self, error: Exception) -> None:
+        self._failures = min(self._failures + 1, 8)
+        if self._failures == 1:
+            logger.error("the event log could not be read; signals are late: %s", describe(error))
+        self._disconnect()
+        self._next_scan = time.monotonic() + min(MAX_PAUSE, 0.05 * 2**self._failures) * random.uniform(0.5, 1)
+
+    # --- events of this process
+
+    def _deliver_offered(self, offered: list[tuple[EventRow, bool]]) -> None:
+        if not offered or not signals.any_receivers():
+            return
+        self._active_until = time.monotonic() + ACTIVE_FOR
+        fresh = [row for row, _ in offered if row.id not in self._ahead]
+        queued = {row.job_id for row, wanted in offered if wanted}
+        try:
+            earlier = self._earlier(fresh, queued)
+        except Exception as error:  # the events themselves are at hand: better a gap in order than silence
+            self._trouble(error)
+            earlier = []
+        self._deliver([*earlier, *fresh])
+        self._ahead.update(row.id for row in [*earlier, *fresh])
+
+    def _earlier(self, rows: Sequence[EventRow], queued: Set[UUID] = frozenset()) -> list[EventRow]:
+        """The events of the same jobs that come before ``rows`` or between them, and were not delivered yet."""
+        known = {(row.job_id, row.seq) for row in rows} | self._last.items()
+        gaps = {row.job_id: row.seq for row in _by_seq(rows) if row.seq > 1 and (row.job_id, row.seq - 1) not in known}
+        if not gaps:
+            return []
+        jobs = [{"job": job.hex, "seq": seq, "queued": job in queued} for job, seq in gaps.items()]
+        found = self._statements.earlier(self._connect(), self._cursor, self._started, jobs)
+        return [row for row in found if self._is_due(row) and (row.job_id, row.seq) not in known]
+
+    def _is_due(self, row: EventRow) -> bool:
+        return row.id not in self._ahead and row.id not in self._before and row.seq > self._last.get(row.job_id, 0)
+
+    # --- events of all processes
+
+    def _scan(self) -> None:
+        connection = self._connect()
+        if not signals.any_receivers():
+            self._begin(connection)  # nobody listens: what was committed until now is not owed to anyone
+        else:
+            self._read(connection)
+        active = time.monotonic() < self._active_until
+        self._next_scan = time.monotonic() + (ACTIVE_POLL if active else IDLE_POLL)
+
+    def _read(self, connection: sa.Connection) -> None:
+        while not self._closing:
+            rows, position = self._statements.scan(connection, self._cursor, self._started, BATCH)
+            fresh = [row for row in rows if row.id not in self._ahead]
+            if fresh:
+                self._active_until = time.monotonic() + ACTIVE_FOR
+                earlier = self._earlier(fresh)
+                self._deliver([*earlier, *fresh])
+                self._ahead.update(row.id for row in earlier)
+            self._cursor = position
+            self._ahead.difference_update(row.id for row in rows)
+            if len(rows) < BATCH:
+                break
+
+    def _begin(self, connection: sa.Connection) -> None:
+        self._started: Start = self._statements.start(connection)
+        self._cursor: Position = self._started.position
+        self._ahead.clear()
+        self._last.clear()
+
+    def _deliver(self, rows: Sequence[EventRow]) -> None:
+        """Send in the order given, except that the events of one job follow their ``seq``."""
+        by_job: defaultdict[UUID, deque[EventRow]] = defaultdict(deque)
+        for row in _by_seq(rows):
+            by_job[row.job_id].append(row)
+        ordered = [by_job[row.job_id].popleft() for row in rows]
+        for row in ordered:
+            self._last[row.job_id] = row.seq
+            self._last.move_to_end(row.job_id)
+        while len(self._last) > REMEMBERED_JOBS:
+            self._last.popitem(last=False)
+        signals.deliver(event_of(row, self._cursor) for row in ordered)
+
+    def _connect(self) -> sa.Connection:
+        # AUTOCOMMIT: no snapshot stays open between two looks, which would hold back vacuum and other feeds.
+        if self._connection is None or self._connection.closed or self._connection.invalidated:
+            self._disconnect()
+            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.close()
+
+
+def _by_seq(rows: Iterable[EventRow]) -> list[EventRow]:
+    return sorted(rows, key=lambda row: row.seq)

@@ -1,0 +1,272 @@
+"""JobStore: rows of ``content_jobs`` in the caller's own transaction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit import outbox
+from jobkit._dialects import statements_for
+from jobkit.clock import Clock, aware, utcnow
+from jobkit.errors import InvalidTransition, JobNotFound
+from jobkit.ids import new_id, parse_id
+from jobkit.payload import MAX_INPUT_BYTES, canonical
+from jobkit.sqlite import require_configured
+from jobkit.tables import content_jobs
+from jobkit.text import company, sanitise, storable
+from jobkit.types import Job, JobStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session
+
+    Host = Session | scoped_session[Session] | sa.Connection
+
+_PATCHABLE = frozenset({"status", "result_asset_id", "error_message", "source_task_id", "started_at", "finished_at"})
+_c = content_jobs.c
+
+
+class JobStore:
+    """Create, read and change jobs inside the transaction of ``session``: a Session, scoped_session or Connection.
+
+    Never commits, never opens a transaction or connection of its own. As thread-safe as the session is: use one store per
+    session. ``notify`` sends one payload-free ``pg_notify('jobkit', '')`` with a transaction that creates jobs, a hint for
+    idle runners on PostgreSQL.
+    """
+
+    def __init__(
+        self, session: Host, *, max_input_bytes: int = MAX_INPUT_BYTES, notify: bool = True, clock: Clock = utcnow
+    ) -> None:
+        self._session = session
+        self._max_input_bytes = max_input_bytes
+        self._notify = notify
+        self._clock = clock
+
+    def create(
+        self,
+        company_id: object,
+        *,
+        job_type: str,
+        input: dict[str, Any] | None = None,
+        source_task_id: str | None = None,
+    ) -> Job:
+        """Insert a queued job and its ``content_job.queued`` event; both go with the transaction, savepoints included.
+
+        ``input`` is copied. ``ValueError`` naming the field, with nothing written, for: a blank or missing company, a blank
+        job type, an input that is not a JSON object both databases can store (see ``jobkit.payload``), text with NUL or lone
+        surrogates. ``ConfigurationError`` for an SQLite engine without ``configure_sqlite``.
+        """
+        return self.insert(company_id, job_type=job_type, input=input, source_task_id=source_task_id)[0]
+
+    def insert(
+        self, company_id: object, *, job_type: str, input: dict[str, Any] | None, source_task_id: str | None
+    ) -> tuple[Job, int]:
+        """``create``, with the id of the event it appended."""
+        owner = company(company_id)
+        storable(job_type, "job_type", limit=255)
+        if source_task_id is not None:
+            storable(source_task_id, "source_task_id", blank=True)
+        text, copy = canonical({} if input is None else input, max_bytes=self._max_input_bytes)
+        connection = self._writable()
+        job_id, now = new_id(), self._clock()
+        values = {
+            "id": job_id,
+            "company_id": owner,
+            "job_type": job_type,
+            "input": text,
+            "source_task_id": source_task_id,
+            "payload": json.dumps({"jobId": str(job_id)}),
+            "now": now,
+        }
+        event_id = statements_for(connection).insert_job(connection, values, notify=self._notify)
+        return _queued(job_id, owner, job_type, copy, source_task_id, now), event_id
+
+    def get_by_id(self, job_id: UUID | str, *, company_id: object = None) -> Job | None:
+        """The job, or None: unknown, malformed, or another company's when ``company_id`` is given."""
+        parsed = parse_id(job_id)
+        if parsed is None:
+            return None
+        query = sa.select(content_jobs).where(_c.id == parsed)
+        if company_id is not None:
+            query = query.where(_c.company_id == str(company_id))
+        row = self._connection().execute(query).one_or_none()
+        return None if row is None else job_of(row)
+
+    def list_by_company(
+        self,
+        company_id: object,
+        *,
+        status: JobStatus | str | None = None,
+        job_type: str | None = None,
+        limit: int | None = None,
+        before: Job | UUID | str | None = None,
+    ) -> list[Job]:
+        """A company's jobs, newest first, ties broken by id; all of them unless ``limit`` says how many.
+
+        ``before`` is the last job of the page before this one. ``JobNotFound`` when it is none of the company's.
+        """
+        query = sa.select(content_jobs).where(_c.company_id == str(company_id))
+        if status is not None:
+            query = query.where(_c.status == JobStatus(status).value)
+        if job_type is not None:
+            query = query.where(_c.job_type == job_type)
+        if before is not None:
+            last = before if isinstance(before, Job) else self.get_by_id(before, company_id=company_id)
+            if last is None:
+                raise JobNotFound(before)
+            query = query.where(sa.tuple_(_c.created_at, _c.id) < sa.tuple_(*_position(last)))
+        query = query.order_by(_c.created_at.desc(), _c.id.desc()).limit(page_size(limit))
+        return [job_of(row) for row in self._connection().execute(query)]
+
+    def transition(self, job_id: UUID | str, *, expect: JobStatus | str | Iterable[JobStatus | str] | None = None, **patch: Any) -> Job:
+        """Change a job by hand; return it as it then is. A change of status appends that status' event.
+
+        ``patch`` takes ``status``, ``result_asset_id``, ``error_message``, ``source_task_id``, ``started_at`` and
+        ``finished_at``, nothing else (``TypeError``); ``updated_at`` is set. Entering ``running`` is a claim by hand: fence + 1,
+        no lease, never rescued. Leaving ``running`` ends a runner's claim, whose late writes then change nothing.
+        ``JobNotFound``; ``InvalidTransition`` when the status is not among ``expect``, or when a terminal status would be left
+        and ``expect`` does not name it.
+        """
+        values = _checked(patch)
+        expected = _statuses(expect)
+        parsed = parse_id(job_id)
+        connection = self._writable()
+        # Compare and set: the row may change between the read and the write, and the write then counts no row.
+        while True:
+            row = parsed and connection.execute(sa.select(content_jobs).where(_c.id == parsed)).one_or_none()
+            if not row:
+                raise JobNotFound(job_id)
+            job = job_of(row)
+            changed = self._move(connection, job, values, expected)
+            if changed is not None:
+                return changed
+
+    def _move(
+        self, connection: sa.Connection, job: Job, values: dict[str, Any], expected: frozenset[JobStatus] | None
+    ) -> Job | None:
+        status: JobStatus = values.get("status", job.status)
+        if expected is not None and job.status not in expected:
+            raise InvalidTransition(job.id, job.status, f"expected {', '.join(sorted(expected)) or 'nothing'}")
+        if status != job.status and job.status.terminal and expected is None:
+            raise InvalidTransition(job.id, job.status, f"name it in expect= to make it {status.value!r}")
+        now = self._clock()
+        update = content_jobs.update().where(_c.id == job.id, _c.status == job.status.value, _c.fence == job.fence)
+        update = update.values({**values, "status": status.value, "updated_at": now})
+        if status != job.status:
+            update = update.values(event_seq=_c.event_seq + 1, lease_until=None, worker_id=None)
+            if status is JobStatus.RUNNING:
+                update = update.values(fence=_c.fence + 1)
+        row = connection.execute(update.returning(content_jobs)).one_or_none()
+        if row is None:
+            return None
+        changed = job_of(row)
+        if status != job.status:
+            payload = _payload(changed)
+            outbox.append(connection, job.company_id, job.id, changed.event_seq, f"content_job.{status.value}", payload, now)
+        return changed
+
+    def _connection(self) -> sa.Connection:
+        return connection_of(self._session)
+
+    def _writable(self) -> sa.Connection:
+        connection = self._connection()
+        require_configured(connection)
+        return connection
+
+
+def connection_of(session: Host) -> sa.Connection:
+    """The connection of the host's transaction. ``TypeError`` for anything but a Session, scoped_session or Connection."""
+    if isinstance(session, sa.Connection):
+        return session
+    if hasattr(session, "sync_session") or hasattr(session, "sync_connection"):
+        raise TypeError("an asynchronous session: await session.run_sync(lambda s: JobStore(s).create(...))")
+    if isinstance(session, sa.Engine) or not hasattr(session, "get_bind"):
+        raise TypeError(f"expected a Session, scoped_session or Connection, not {type(session).__name__}")
+    return session.connection(bind_arguments={"clause": content_jobs})
+
+
+def job_of(row: sa.Row[Any]) -> Job:
+    """A row of ``content_jobs``, all columns in the table's order, as a Job."""
+    values = list(row)
+    values[3] = JobStatus(values[3])
+    return Job(*values)
+
+
+def page_size(limit: int | None) -> int | None:
+    """``limit`` when it is None or a count; ``ValueError`` otherwise."""
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+        raise ValueError(f"limit must be a count, not {limit!r}")
+    return limit
+
+
+def _queued(job_id: UUID, owner: str, job_type: str, input: dict[str, Any], source_task_id: str | None, now: datetime) -> Job:
+    return Job(
+        id=job_id,
+        company_id=owner,
+        job_type=job_type,
+        status=JobStatus.QUEUED,
+        input=input,
+        result_asset_id=None,
+        error_message=None,
+        source_task_id=source_task_id,
+        started_at=None,
+        finished_at=None,
+        created_at=now,
+        updated_at=now,
+        fence=0,
+        attempt=0,
+        rescues=0,
+        lease_until=None,
+        worker_id=None,
+        run_at=None,
+        priority=0,
+        idempotency_key=None,
+        cancel_requested_at=None,
+        progress=None,
+        progress_message=None,
+        event_seq=1,
+        trace=None,
+    )
+
+
+def _position(job: Job) -> list[Any]:
+    return [sa.literal(job.created_at, _c.created_at.type), sa.literal(job.id, _c.id.type)]
+
+
+def _payload(job: Job) -> dict[str, Any]:
+    payload: dict[str, Any] = {"jobId": str(job.id)}
+    if job.status is JobStatus.DONE:
+        payload["assetId"] = None if job.result_asset_id is None else str(job.result_asset_id)
+    if job.status is JobStatus.FAILED:
+        payload["errorMessage"] = job.error_message
+    return payload
+
+
+def _statuses(expect: JobStatus | str | Iterable[JobStatus | str] | None) -> frozenset[JobStatus] | None:
+    if expect is None:
+        return None
+    return frozenset(JobStatus(status) for status in ([expect] if isinstance(expect, str) else expect))
+
+
+def _checked(patch: dict[str, Any]) -> dict[str, Any]:
+    if unknown := sorted(patch.keys() - _PATCHABLE):
+        raise TypeError(f"transition cannot change {', '.join(unknown)}; it takes {', '.join(sorted(_PATCHABLE))}")
+    values = dict(patch)
+    if "status" in values:
+        values["status"] = JobStatus(values["status"])
+    for name in ("started_at", "finished_at"):
+        if values.get(name) is not None:
+            values[name] = aware(values[name], name)
+    if values.get("error_message") is not None:
+        values["error_message"] = sanitise(str(values["error_message"]))
+    if values.get("source_task_id") is not None:
+        storable(values["source_task_id"], "source_task_id", blank=True)
+    if values.get("result_asset_id") is not None:
+        values["result_asset_id"] = parse_id(values["result_asset_id"])
+        if values["result_asset_id"] is None:
+            raise ValueError(f"result_asset_id is not a UUID: {patch['result_asset_id']!r:.80}")
+    return values

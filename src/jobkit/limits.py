@@ -1,0 +1,59 @@
+"""How large a generated file may be: 500 MiB unless the environment says otherwise."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+from collections.abc import Mapping
+
+DEFAULT_MAX_BYTES = 500 * 1024 * 1024
+VARIABLES = ("JOBKIT_GENERATED_ASSET_MAX_BYTES", "PAPERCLIP_GENERATED_ASSET_MAX_BYTES")
+
+# What ECMAScript's Number() trims, StringNumericLiteral ::: StrWhiteSpaceChar. str.strip() differs: it keeps U+FEFF and
+# drops U+001C to U+001F and U+0085.
+_SPACE = "\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
+_TRIM = re.compile(f"^[{_SPACE}]+|[{_SPACE}]+$")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?Infinity", re.ASCII)
+_RADIX = re.compile(r"0(?:[xX][0-9a-fA-F]+|[oO][0-7]+|[bB][01]+)", re.ASCII)
+
+logger = logging.getLogger("jobkit")
+
+
+def parse_limit(text: str) -> int | float | None:
+    """``Number(text)`` as ECMAScript has it, where that is a usable limit; None where it is 0, empty or blank.
+
+    ``ValueError`` where the expression would be a trap: text, NaN, a negative number, forms that only Python reads.
+    ``math.inf`` stands for no limit; a fraction is cut to whole bytes.
+    """
+    trimmed = _TRIM.sub("", text)
+    if not trimmed:
+        return None
+    if _RADIX.fullmatch(trimmed):
+        return int(trimmed, 0) or None
+    if not _DECIMAL.fullmatch(trimmed):
+        raise ValueError("it is not a number")
+    number = float(trimmed)
+    if number < 0:
+        raise ValueError("it is negative")
+    if math.isinf(number):
+        return math.inf
+    return max(1, int(number)) if number else None
+
+
+def configured_limit(environment: Mapping[str, str]) -> tuple[int | float, str]:
+    """The limit in bytes and where it came from. A value that cannot be used gives the default and one warning in the log."""
+    for name in VARIABLES:
+        if name not in environment:
+            continue
+        try:
+            limit = parse_limit(environment[name])
+        except ValueError as error:
+            logger.warning("%s=%.40r is ignored: %s; the limit is %d bytes", name, environment[name], error, DEFAULT_MAX_BYTES)
+            limit = None
+        return (DEFAULT_MAX_BYTES, "the default") if limit is None else (limit, name)
+    return DEFAULT_MAX_BYTES, "the default"
+
+
+MAX_GENERATED_ASSET_BYTES, LIMIT_SOURCE = configured_limit(os.environ)

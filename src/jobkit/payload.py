@@ -1,0 +1,55 @@
+"""A job's input: a JSON object that both databases store and give back alike."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+MAX_DEPTH = 100
+MAX_INPUT_BYTES = 1 << 20
+_TOO_DEEP = f"input is nested deeper than {MAX_DEPTH} levels"
+
+
+def canonical(value: object, *, max_bytes: int = MAX_INPUT_BYTES) -> tuple[str, dict[str, Any]]:
+    """``value`` as compact JSON text, and a copy of it read back from that text: tuples become arrays, number keys text.
+
+    ``ValueError`` beginning with ``input`` for: not an object, NaN or Infinity, NUL, a lone surrogate, more than 100 levels,
+    an integer too long for Python to read, two keys that become the same, a value JSON does not know, more than ``max_bytes``.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"input must be a JSON object (a dict), not {type(value).__name__}")
+    try:
+        text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        size = len(text.encode())
+        if size > max_bytes:
+            raise ValueError(f"it is {size} bytes of JSON, the limit is {max_bytes}")
+        copy: dict[str, Any] = json.loads(text)
+        changed = copy != value
+    except RecursionError:
+        raise ValueError(f"{_TOO_DEEP}, or contains itself") from None
+    except UnicodeEncodeError:
+        raise ValueError("input contains a lone surrogate") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"input cannot be stored: {error}") from None
+    # Only what these cheap signs point at is walked; each may point without cause, none stays silent with one.
+    if changed or "\\u0000" in text or text.count("{") + text.count("[") > MAX_DEPTH:
+        _inspect(value, 1)
+    return text, copy
+
+
+def _inspect(value: object, depth: int) -> None:
+    if isinstance(value, str):
+        if "\0" in value:
+            raise ValueError("input contains a NUL character")
+        return
+    if not isinstance(value, dict | list | tuple):
+        return
+    if depth > MAX_DEPTH:
+        raise ValueError(_TOO_DEEP)
+    if isinstance(value, dict):
+        if len({key if isinstance(key, str) else json.dumps(key) for key in value}) != len(value):
+            raise ValueError("input has two keys that are the same in JSON")
+        for key in value:
+            _inspect(key, depth)
+    for item in value.values() if isinstance(value, dict) else value:
+        _inspect(item, depth + 1)

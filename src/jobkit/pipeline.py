@@ -1,0 +1,370 @@
+"""The pipeline: one loop that does every database step of the jobs in flight, as few commits as possible.
+
+Each turn is one transaction: it ends the jobs whose files are stored, records the keys of those that were just rendered, and
+claims jobs for the free slots. Rendering and storing happen on other threads, between the turns; no transaction is open then.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, BinaryIO, Protocol
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit import claims
+from jobkit._dialects import statements_for
+from jobkit._dialects.base import EventRow
+from jobkit.assets import AssetStore
+from jobkit.attempt import Attempt
+from jobkit.claims import Claim, Completion, Intent
+from jobkit.clock import Clock
+from jobkit.errors import AssetNotFound, LeaseLost
+from jobkit.pools import LoopThread, Task
+from jobkit.renderers import Renderers
+from jobkit.text import describe
+
+logger = logging.getLogger("jobkit")
+
+# After a job was seen, the next is looked for this often for this long, both in seconds; then at the poll interval.
+ACTIVE_POLL = 0.05
+ACTIVE_FOR = 2.0
+# Jobs that were rendered and wait for storage or commit may number this many more than the slots, so that their commits
+# can be shared without their spool files filling the disk.
+BACKLOG = 16
+# The longest pause after the database failed, in seconds.
+MAX_PAUSE = 5.0
+
+
+class Pool(Protocol):
+    def submit(self, task: Task) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one transaction does."""
+
+    ends: list[Completion] = field(default_factory=list)
+    rendered: list[Attempt] = field(default_factory=list)
+    limit: int = 0
+    asked: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.ends or self.rendered or self.limit)
+
+
+class Pipeline:
+    """Claims, renders, stores and finishes jobs until it is told to stop. ``run`` belongs to one thread; the rest to any."""
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        assets: AssetStore,
+        renderers: Renderers,
+        *,
+        slots: Pool,
+        publishers: Pool,
+        concurrency: int,
+        lease: float,
+        poll_interval: float,
+        worker_id: str,
+        clock: Clock,
+        on_commit: Callable[[Sequence[EventRow]], None],
+    ) -> None:
+        self._engine, self._assets, self._renderers = engine, assets, renderers
+        self._slots, self._publishers = slots, publishers
+        self._concurrency, self._lease, self._poll_interval = concurrency, lease, poll_interval
+        self._worker_id, self._clock, self._on_commit = worker_id, clock, on_commit
+        self._statements = statements_for(engine)
+        self._loop = LoopThread()
+        self._reading = threading.Lock()
+        self._connection: sa.Connection | None = None
+        self._inbox: SimpleQueue[Attempt | Completion | None] = SimpleQueue()
+        self._turn = Turn()
+        self._attempts: dict[UUID, Attempt] = {}
+        self._rendering: set[UUID] = set()
+        self._hungry, self._next_poll, self._active_until = True, 0.0, 0.0
+        self._stopping = self._abandoned = False
+        self._failures = 0
+        self._asking = threading.Condition()
+        self._asked = self._answered = 0
+        self.ended = 0
+
+    def wake(self) -> int:
+        """Look for jobs now rather than at the next poll; return a number for ``wait_idle``. No I/O, from any thread."""
+        with self._asking:
+            self._asked += 1
+            asked = self._asked
+        self._inbox.put(None)
+        return asked
+
+    def wait_idle(self, asked: int, timeout: float | None) -> bool:
+        """Wait until a look for jobs that began after that ``wake`` found none and none is in flight; False at the timeout."""
+        with self._asking:
+            return self._asking.wait_for(lambda: self._answered >= asked, timeout)
+
+    def stop(self) -> None:
+        """Claim nothing more; ``run`` returns when the jobs in flight have ended."""
+        self._stopping = True
+        self._inbox.put(None)
+
+    def abandon(self) -> None:
+        """Put the jobs in flight back into the queue; ``run`` returns at once. What their renderers still do changes nothing."""
+        self._stopping = self._abandoned = True
+        self._inbox.put(None)
+
+    def run(self, *, until_idle: bool = False) -> None:
+        """Work until stopped, or until there is nothing to do. Survives whatever the database does."""
+        try:
+            while not self._finished(until_idle):
+                self._collect(self._patience())
+                turn, self._turn = self._plan(), Turn()
+                if turn:
+                    self._take(turn)
+            if self._abandoned:
+                self._release_all()
+        finally:
+            self._disconnect()
+            self._slots.close()
+            self._publishers.close()
+            self._loop.close()
+
+    def _finished(self, until_idle: bool) -> bool:
+        if self._abandoned:
+            return True
+        return not self._attempts and (self._stopping or (until_idle and self._answered >= self._asked > 0))
+
+    # --- what to do next
+
+    def _patience(self) -> float:
+        if self._failures:
+            return min(MAX_PAUSE, 0.05 * 2**self._failures) * random.uniform(0.5, 1)
+        if self._turn or (self._hungry and self._free() > 0):
+            return 0
+        return max(0.0, self._next_poll - time.monotonic()) if not self._stopping else MAX_PAUSE
+
+    def _collect(self, timeout: float) -> None:
+        """Sort what the other threads sent; wait up to ``timeout`` for the first of it."""
+        deadline = time.monotonic() + timeout
+        while True:
+            remaining = deadline - time.monotonic()
+            try:
+                message = self._inbox.get(timeout=remaining) if remaining > 0 else self._inbox.get_nowait()
+            except Empty:
+                break
+            self._sort(message)
+            if not self._failures:  # while the database fails, messages gather and the pause lasts
+                deadline = 0.0
+            elif self._abandoned:
+                break
+        if time.monotonic() >= self._next_poll:
+            self._hungry = True
+
+    def _sort(self, message: Attempt | Completion | None) -> None:
+        if message is None:
+            self._hungry = True
+        elif isinstance(message, Completion):
+            self._turn.ends.append(message)
+        else:
+            self._rendering.discard(message.claim.job_id)
+            if message.error is None:
+                self._turn.rendered.append(message)
+            else:
+                self._turn.ends.append(Completion(message.claim, error=message.error))
+
+    def _free(self) -> int:
+        if self._stopping:
+            return 0
+        return min(self._concurrency - len(self._rendering), self._concurrency + BACKLOG - len(self._attempts))
+
+    def _plan(self) -> Turn:
+        turn = self._turn
+        turn.limit = max(0, self._free()) if self._hungry else 0
+        turn.asked = self._asked
+        return turn
+
+    # --- one transaction
+
+    def _take(self, turn: Turn) -> None:
+        try:
+            events, taken = self._commit(turn)
+        except Exception as error:
+            if _refusal(error):
+                self._one_by_one(turn, error)
+            else:
+                self._pause(turn, error)
+            return
+        if self._failures:
+            logger.warning("the database answers again")
+        self._failures = 0
+        self._after(turn, events, taken)
+
+    def _commit(self, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
+        connection = self._connect()
+        if turn.limit and self._statements.claim_locks and not (turn.ends or turn.rendered) and not self._queued(connection):
+            return [], []
+        now = self._clock()
+        events: list[EventRow] = []
+        taken: list[Claim] = []
+        with connection.begin():
+            if turn.ends:
+                events += claims.finish(connection, turn.ends, now=now)
+            if turn.rendered:
+                claims.record_intents(connection, [intent for attempt in turn.rendered for intent in self._intents(attempt)])
+            if turn.limit:
+                taken, running = claims.claim(
+                    connection, limit=turn.limit, worker_id=self._worker_id, lease=self._lease, now=now
+                )
+                events += running
+        return events, taken
+
+    def _queued(self, connection: sa.Connection) -> bool:
+        with connection.begin():
+            return self._statements.has_queued(connection)
+
+    def _intents(self, attempt: Attempt) -> list[Intent]:
+        return [Intent(attempt.claim.company_id, file.provider, file.object_key) for file in attempt.stored]
+
+    def _after(self, turn: Turn, events: list[EventRow], taken: list[Claim]) -> None:
+        """What follows a commit: signals, then the work that the commit allows."""
+        if events:
+            self._on_commit(events)
+        ended = {event.job_id for event in events if event.type != "content_job.running"}
+        for completion in turn.ends:
+            self._attempts.pop(completion.claim.job_id, None)
+            self.ended += completion.claim.job_id in ended
+            if completion.claim.job_id not in ended:
+                logger.warning("job %s was taken from this runner; its result is dropped", completion.claim.job_id)
+        for attempt in turn.rendered:
+            self._publishers.submit(lambda attempt=attempt: self._publish(attempt))  # type: ignore[misc]
+        for claim in taken:
+            self._begin(claim)
+        if turn.limit:
+            self._polled(turn, found=len(taken))
+
+    def _polled(self, turn: Turn, *, found: int) -> None:
+        now = time.monotonic()
+        self._hungry = found == turn.limit
+        if found:
+            self._active_until = now + ACTIVE_FOR
+        elif not self._attempts:
+            with self._asking:
+                self._answered = turn.asked
+                self._asking.notify_all()
+        active = now < self._active_until
+        self._next_poll = now + (min(ACTIVE_POLL, self._poll_interval) if active else self._poll_interval)
+
+    # --- when the database refuses or fails
+
+    def _one_by_one(self, turn: Turn, error: Exception) -> None:
+        """Do each part by itself, so that what the database refuses fails alone."""
+        parts = [Turn(ends=[end]) for end in turn.ends] + [Turn(rendered=[attempt]) for attempt in turn.rendered]
+        if len(parts) + bool(turn.limit) > 1:
+            for part in parts:
+                self._take(part)
+            if turn.limit:
+                self._take(Turn(limit=turn.limit))
+        elif turn.limit:
+            self._pause(turn, error)
+        else:
+            self._refused(parts[0], error)
+
+    def _refused(self, part: Turn, error: Exception) -> None:
+        claim = part.ends[0].claim if part.ends else part.rendered[0].claim
+        logger.error("job %s could not be finished: %s", claim.job_id, describe(error), exc_info=error)
+        if part.rendered:
+            part.rendered[0].discard()
+        elif part.ends[0].error is not None:
+            self._attempts.pop(claim.job_id, None)  # not even its failure can be written: its lease will run out
+            return
+        message = describe(getattr(error, "orig", None) or error)
+        self._take(Turn(ends=[Completion(claim, error=f"the result could not be recorded: {message}")]))
+
+    def _pause(self, turn: Turn, error: Exception) -> None:
+        """Keep the work, log once, and come back after a while."""
+        self._failures = min(self._failures + 1, 8)
+        if self._failures == 1:
+            logger.error("the database failed; jobs in flight are kept and tried again: %s", describe(error))
+        self._disconnect()
+        self._turn.ends[:0] = turn.ends
+        self._turn.rendered[:0] = turn.rendered
+        self._hungry = self._hungry or bool(turn.limit)
+
+    def _connect(self) -> sa.Connection:
+        if self._connection is None or self._connection.closed:
+            self._connection = self._engine.connect()
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.close()
+
+    # --- other threads
+
+    def _begin(self, claim: Claim) -> None:
+        attempt = Attempt(
+            claim,
+            self._renderers.find,
+            self._assets,
+            services=self._renderers.services,
+            open_asset=lambda asset_id: self._open_asset(claim.company_id, asset_id),
+            run_coroutine=self._loop.run,
+        )
+        self._attempts[claim.job_id] = attempt
+        self._rendering.add(claim.job_id)
+        self._slots.submit(lambda: self._render(attempt))
+
+    def _render(self, attempt: Attempt) -> None:
+        attempt.run()
+        if self._abandoned:
+            attempt.discard()
+        self._inbox.put(attempt)
+
+    def _publish(self, attempt: Attempt) -> None:
+        try:
+            attempt.publish()
+        except Exception as error:
+            logger.warning("job %s: its files could not be stored", attempt.claim.job_id, exc_info=error)
+            self._inbox.put(Completion(attempt.claim, error=describe(error)))
+        else:
+            self._inbox.put(Completion(attempt.claim, files=attempt.stored))
+
+    def _open_asset(self, company_id: str, asset_id: UUID | str) -> BinaryIO:
+        # One at a time: renderers of any number use one connection.
+        with self._reading, self._engine.connect() as connection:
+            asset = self._assets.get_by_id(connection, asset_id, company_id=company_id)
+        if asset is None:
+            raise AssetNotFound(f"no asset {asset_id}")
+        return self._assets.open(asset)
+
+    def _release_all(self) -> None:
+        """Give back what is still in flight, as far as the database lets us."""
+        for attempt in self._attempts.values():
+            attempt.interrupt(LeaseLost(f"the runner stopped before job {attempt.claim.job_id} ended"))
+        held = [attempt.claim for attempt in self._attempts.values()]
+        if not held:
+            return
+        try:
+            connection = self._connect()
+            with connection.begin():
+                events = claims.release(connection, held, now=self._clock())
+            self._on_commit(events)
+            logger.warning("stopped with %d jobs unfinished; they are queued again", len(events))
+        except Exception as error:
+            logger.error("stopped with %d jobs unfinished, and could not release them: %s", len(held), describe(error))
+
+
+def _refusal(error: Exception) -> bool:
+    """Whether the database refused these values, rather than failed: the same values would be refused again."""
+    refusals = (sa.exc.IntegrityError, sa.exc.DataError, sa.exc.ProgrammingError, AssetNotFound)
+    return isinstance(error, refusals) or type(error) is sa.exc.StatementError

@@ -1,0 +1,92 @@
+"""Threads that never keep the interpreter from ending, and an event loop in one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Coroutine
+from queue import SimpleQueue
+from typing import Any
+
+Task = Callable[[], None]
+
+logger = logging.getLogger("jobkit")
+
+
+class DaemonPool:
+    """Up to ``size`` daemon threads that run tasks in the order of submission.
+
+    Not ``concurrent.futures``: that joins its threads when the interpreter ends, and a renderer that hangs would hold it.
+    """
+
+    def __init__(self, size: int, name: str) -> None:
+        self._size, self._name = size, name
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._idle = threading.Semaphore(0)
+
+    def submit(self, task: Task) -> None:
+        """Run ``task`` on a thread. Called from one thread only; a task that raises is logged."""
+        if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
+            thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._tasks.put(task)
+
+    def close(self) -> None:
+        """Let every thread end once the tasks before this call are through. Waits for none."""
+        for _ in self._threads:
+            self._tasks.put(None)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            except BaseException:
+                logger.exception("a task of %s failed", self._name)
+            self._idle.release()
+
+
+class InlinePool:
+    """Runs each task at once, in the thread that submits it: for databases that one thread only can use."""
+
+    def submit(self, task: Task) -> None:
+        task()
+
+    def close(self) -> None:
+        pass
+
+
+class LoopThread:
+    """One asyncio event loop on a daemon thread of its own, started by the first coroutine."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """What ``coroutine`` returns or raises. Blocks the calling thread, not the loop."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_serve, args=(self._loop,), name="jobkit-loop", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    def close(self) -> None:
+        """Stop the loop; coroutines that still run are abandoned."""
+        with self._lock:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop = None
+
+
+def _serve(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()

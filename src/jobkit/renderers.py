@@ -1,0 +1,62 @@
+"""Renderers: functions that turn a job's input into files, kept by job type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from jobkit.attempt import render_alone
+from jobkit.context import Registration, RenderContext, Renderer
+from jobkit.errors import UnknownJobType
+from jobkit.text import storable
+from jobkit.types import Rendered
+
+__all__ = ["RenderContext", "Renderer", "Renderers"]
+
+R = TypeVar("R", bound=Callable[..., Any])
+
+
+class Renderers:
+    """Renderers by job type. Register all of them before the runner starts.
+
+    ``default`` renders job types that nobody registered; without one such a job fails with a message that names its type.
+    ``services`` is handed to every renderer as ``ctx.services``.
+    """
+
+    def __init__(self, *, default: Renderer | None = None, services: Any = None) -> None:
+        self.services = services
+        self._default = None if default is None else Registration(default)
+        self._by_type: dict[str, Registration] = {}
+
+    def register(self, job_type: str, *, input: Any = None) -> Callable[[R], R]:
+        """A decorator that makes a function, plain or ``async``, the renderer of ``job_type``; the function stays as it is.
+
+        ``input``: a pydantic model, msgspec struct, dataclass or callable that turns the job's input into ``ctx.input``.
+        ``ValueError`` when the type is blank or taken.
+        """
+        storable(job_type, "job_type", limit=255)
+
+        def keep(renderer: R) -> R:
+            if not callable(renderer):
+                raise TypeError(f"a renderer must be callable, {type(renderer).__name__} is not")
+            if job_type in self._by_type:
+                raise ValueError(f"job_type {job_type!r} has a renderer already")
+            self._by_type[job_type] = Registration(renderer, input)
+            return renderer
+
+        return keep
+
+    def find(self, job_type: str) -> Registration:
+        """The registration for ``job_type``, or the default's; ``UnknownJobType``."""
+        found = self._by_type.get(job_type, self._default)
+        if found is None:
+            raise UnknownJobType(job_type)
+        return found
+
+    def render(self, job_type: str, input: dict[str, Any] | None = None) -> list[Rendered]:
+        """Render in this thread, without a database: the files, each with its body as ``bytes``. For tests and scripts.
+
+        Raises what the renderer raises, and what would fail the job. ``ctx.open_asset`` finds nothing.
+        """
+        self.find(job_type)
+        return render_alone(self.find, self.services, job_type, input)

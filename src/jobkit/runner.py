@@ -1,0 +1,238 @@
+"""Runner: takes queued jobs, renders them on its threads, stores their files and tells of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import sqlalchemy as sa
+
+from jobkit import relay, signals
+from jobkit._dialects import statements_for
+from jobkit._dialects.base import EventRow, Position, Start
+from jobkit.assets import AssetStore
+from jobkit.clock import Clock, seconds, utcnow
+from jobkit.errors import ConfigurationError
+from jobkit.feed import Feed
+from jobkit.ids import new_id
+from jobkit.jobs import JobStore
+from jobkit.pipeline import Pipeline
+from jobkit.pools import DaemonPool, InlinePool
+from jobkit.renderers import Renderers
+from jobkit.schema import require_schema
+from jobkit.sqlite import is_memory, writing_in_this_thread
+from jobkit.types import Job
+
+logger = logging.getLogger("jobkit")
+
+PUBLISHERS = 4
+# How long a caller waits for receivers of an event it caused, and a stopping runner for its last statement, in seconds.
+DELIVERY_WAIT = 10.0
+RELEASE_WAIT = 2.0
+
+
+class Runner:
+    """Renders the queued jobs of ``engine``'s database, up to ``concurrency`` at a time.
+
+    ``lease``: for how long a claim is its runner's, in seconds or as timedelta. ``poll_interval``: how often an idle runner
+    looks for jobs of other processes. At most four connections of ``engine`` are used, at any concurrency. Every method may be
+    called from any thread; all threads are daemons, and no signal handler is installed.
+    """
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        assets: AssetStore,
+        renderers: Renderers,
+        *,
+        concurrency: int = 4,
+        lease: timedelta | float = 60.0,
+        poll_interval: timedelta | float = 1.0,
+        clock: Clock = utcnow,
+    ) -> None:
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(f"concurrency must be a count above zero, not {concurrency!r}")
+        self._engine = relay.sync_engine(engine)
+        statements_for(engine)
+        if not isinstance(renderers, Renderers):
+            raise TypeError(f"renderers must be a jobkit.Renderers, not {type(renderers).__name__}")
+        if assets.engine is None:
+            assets.engine = self._engine
+        self._assets, self._renderers = assets, renderers
+        self._concurrency = concurrency
+        self._lease, self._poll_interval = seconds(lease, "lease"), seconds(poll_interval, "poll_interval")
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._pipeline: Pipeline | None = None
+        self._thread: threading.Thread | None = None
+
+    # --- creating
+
+    def submit(
+        self, company_id: object, *, job_type: str, input: dict[str, Any] | None = None, source_task_id: str | None = None
+    ) -> Job:
+        """Create a job in a transaction of its own, commit, signal ``content_job.queued``, dispatch; return the job as created.
+
+        Blocks on the database. Raises what ``JobStore.create`` raises, and ``ConfigurationError`` within an SQLite transaction
+        of this thread that has written: it would wait for itself; use ``JobStore.create`` there.
+        """
+        if writing_in_this_thread(self._engine):
+            raise ConfigurationError(
+                "submit would wait for this thread's own SQLite transaction, which has written: use JobStore(session).create "
+                "in it, then dispatch after the commit"
+            )
+        feed = relay.running_feed(self._engine)
+        position = Position(0, 0)
+        with self._engine.begin() as connection:
+            if feed is None and signals.any_receivers():
+                position = statements_for(connection).start(connection).position
+            store = JobStore(connection, clock=self._clock)
+            job, event_id = store.insert(company_id, job_type=job_type, input=input, source_task_id=source_task_id)
+        row = EventRow(event_id, 0, 1, job.company_id, "content_job.queued", job.id, job.created_at, {"jobId": str(job.id)})
+        if feed is None:
+            relay.deliver_here(self._engine, [row], position)
+        else:
+            feed.offer([row])
+            feed.flush(DELIVERY_WAIT)
+        self.dispatch(job)
+        return job
+
+    def dispatch(self, job: Job) -> None:
+        """Ask for ``job`` to be rendered soon. Returns at once, never raises, no I/O in this thread.
+
+        A started runner looks for queued jobs now; one that was never started will when it is. Harmless for a job whose
+        transaction is not committed, for one that is dispatched twice, and for one that another runner has claimed.
+        """
+        pipeline = self._pipeline
+        if pipeline is not None:
+            pipeline.wake()
+
+    # --- running
+
+    def start(self) -> Self:
+        """Render jobs on threads of this process until ``stop``. Signals follow from now on. Started already: nothing happens.
+
+        ``ConfigurationError`` for an SQLite database in memory; ``SchemaOutOfDate`` without the tables.
+        """
+        with self._lock:
+            if self._pipeline is None:
+                feed = relay.acquire(self._engine)
+                self._pipeline = self._new_pipeline(feed, queued=False)
+                self._thread = self._spawn(self._pipeline)
+        return self
+
+    def stop(self, timeout: timedelta | float = 30.0) -> None:
+        """Claim nothing more, let the jobs in flight end, deliver their events. Not started: nothing happens.
+
+        What has not ended after ``timeout`` goes back to the queue at once, the attempt not charged; a renderer that goes on
+        nevertheless changes nothing. Returns within ``timeout`` and a few seconds, whatever renderers and database do.
+        """
+        with self._lock:
+            pipeline, thread = self._pipeline, self._thread
+            self._pipeline = self._thread = None
+        if pipeline is None or thread is None:
+            return
+        _end(pipeline, thread, seconds(timeout, "timeout", positive=False))
+        relay.release(self._engine, DELIVERY_WAIT)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def run_until_idle(self, timeout: timedelta | float | None = None) -> int:
+        """Render what is queued, and what that creates, until nothing is left; return how many jobs ended.
+
+        Needs no ``start``: for scripts and tests. The events were delivered when this returns. ``TimeoutError`` when jobs are
+        still in flight after ``timeout``; unless the runner is started, they go back to the queue.
+        """
+        limit = None if timeout is None else seconds(timeout, "timeout", positive=False)
+        with self._lock:
+            started = self._pipeline
+        if started is not None:
+            feed = relay.running_feed(self._engine)
+            assert feed is not None
+            return _until_idle(started, feed, limit)
+        if is_memory(self._engine):
+            return self._run_here()
+        feed = relay.acquire(self._engine)
+        try:
+            pipeline = self._new_pipeline(feed, queued=True)
+            thread = self._spawn(pipeline)
+            try:
+                return _until_idle(pipeline, feed, limit)
+            finally:
+                _end(pipeline, thread, 0.0)
+        finally:
+            relay.release(self._engine, DELIVERY_WAIT)
+
+    def _run_here(self) -> int:
+        """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""
+        require_schema(self._engine)
+        pipeline = self._new_pipeline(None, queued=True)
+        pipeline.wake()
+        pipeline.run(until_idle=True)
+        return pipeline.ended
+
+    def _new_pipeline(self, feed: Feed | None, *, queued: bool) -> Pipeline:
+        def offer(rows: Sequence[EventRow]) -> None:
+            assert feed is not None
+            feed.offer(rows, queued=queued)
+
+        return Pipeline(
+            self._engine,
+            self._assets,
+            self._renderers,
+            slots=DaemonPool(self._concurrency, "jobkit-render") if feed else InlinePool(),
+            publishers=DaemonPool(PUBLISHERS, "jobkit-store") if feed else InlinePool(),
+            concurrency=self._concurrency if feed else 1,
+            lease=self._lease,
+            poll_interval=self._poll_interval,
+            worker_id=f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}",
+            clock=self._clock,
+            on_commit=offer if feed else self._deliver_here,
+        )
+
+    def _deliver_here(self, rows: Sequence[EventRow]) -> None:
+        with self._engine.connect() as connection:
+            statements = statements_for(connection)
+            start: Start = statements.start(connection)
+            jobs = [{"job": row.job_id.hex, "seq": row.seq, "queued": True} for row in rows]
+            queued = [row for row in statements.earlier(connection, start.position, start, jobs) if row.type.endswith("queued")]
+        relay.deliver_here(self._engine, [*queued, *rows], start.position)
+
+    def _spawn(self, pipeline: Pipeline) -> threading.Thread:
+        thread = threading.Thread(target=pipeline.run, name="jobkit-runner", daemon=True)
+        thread.start()
+        return thread
+
+
+def _until_idle(pipeline: Pipeline, feed: Feed, timeout: float | None) -> int:
+    """Wait until two looks in a row found nothing, with all events delivered between them: receivers may create jobs."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    before = pipeline.ended
+    while True:
+        ended = pipeline.ended
+        if not pipeline.wait_idle(pipeline.wake(), None if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(f"jobs are still in flight after {timeout} s; {pipeline.ended - before} ended")
+        feed.flush(DELIVERY_WAIT)
+        if pipeline.ended == ended:
+            return pipeline.ended - before
+
+
+def _end(pipeline: Pipeline, thread: threading.Thread, timeout: float) -> None:
+    pipeline.stop()
+    thread.join(timeout)
+    if thread.is_alive():
+        pipeline.abandon()
+        thread.join(RELEASE_WAIT)
+    if thread.is_alive():
+        logger.error("the runner's thread does not answer; its jobs stay claimed until their lease runs out")

@@ -1,0 +1,121 @@
+"""The blinker signals of a job's life, and their delivery: each receiver by itself, whatever the others do.
+
+Receivers get ``receiver(company_id, *, event)``. ``connect`` is blinker's: it holds receivers weakly unless ``weak=False``,
+and ``sender=company_id`` narrows to one company. A signal is only ever sent for a committed event.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from inspect import iscoroutinefunction
+from typing import Any, TypeVar
+
+from blinker import ANY, NamedSignal
+
+from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
+
+Receiver = TypeVar("Receiver", bound=Callable[..., Any])
+Listener = Callable[[JobEvent], object]
+
+logger = logging.getLogger("jobkit")
+_delivering = threading.local()
+
+
+class JobSignal(NamedSignal):
+    """A signal whose senders are company ids, as text."""
+
+    def connect(self, receiver: Receiver, sender: Any = ANY, weak: bool = True) -> Receiver:
+        """As blinker's; the sender's ``str()`` counts, because equal UUIDs are different senders to blinker.
+
+        ``TypeError`` for a coroutine function: nobody would await it.
+        """
+        if iscoroutinefunction(receiver) or iscoroutinefunction(getattr(receiver, "__call__", None)):  # noqa: B004
+            raise TypeError(f"{receiver!r} is a coroutine function; signals are sent from a thread, connect a plain function")
+        return super().connect(receiver, sender if sender is ANY else str(sender), weak)
+
+
+content_job_queued = JobSignal("content_job.queued", "Created, or back in the queue.")
+content_job_running = JobSignal("content_job.running", "Claimed by a runner.")
+content_job_progress = JobSignal("content_job.progress", "Further on than before.")
+content_job_retrying = JobSignal("content_job.retrying", "Failed or lost its worker, and will run again.")
+content_job_done = JobSignal("content_job.done", "Finished, its files stored.")
+content_job_failed = JobSignal("content_job.failed", "Failed for good.")
+content_job_cancelled = JobSignal("content_job.cancelled", "Stopped on request.")
+
+_SIGNALS: dict[str, JobSignal] = {
+    signal.name: signal
+    for signal in (
+        content_job_queued,
+        content_job_running,
+        content_job_done,
+        content_job_failed,
+        content_job_cancelled,
+        content_job_progress,
+        content_job_retrying,
+    )
+}
+assert tuple(_SIGNALS) == CONTENT_JOB_EVENTS
+
+
+def subscribe(company_id: object, listener: Listener) -> Callable[[], None]:
+    """Call ``listener(event)`` for every event of one company, until the function returned is called.
+
+    The listener is held strongly. ``TypeError`` for a coroutine function.
+    """
+    if iscoroutinefunction(listener):
+        raise TypeError(f"{listener!r} is a coroutine function; signals are sent from a thread, pass a plain function")
+
+    def receive(_company_id: str, *, event: JobEvent) -> None:
+        listener(event)
+
+    for signal in _SIGNALS.values():
+        signal.connect(receive, sender=company_id, weak=False)
+
+    def unsubscribe() -> None:
+        for signal in _SIGNALS.values():
+            signal.disconnect(receive, sender=str(company_id))
+
+    return unsubscribe
+
+
+def any_receivers() -> bool:
+    """Whether anyone listens to anything."""
+    return any(signal.receivers for signal in _SIGNALS.values())
+
+
+def deliver(events: Iterable[JobEvent]) -> None:
+    """Call the receivers of each event, in order. One that raises is logged and the others still run; nothing is raised.
+
+    Events delivered from within a receiver wait until the current ones are through, so recursion has no depth.
+    """
+    queue: deque[JobEvent] | None = getattr(_delivering, "queue", None)
+    if queue is not None:
+        queue.extend(events)
+        return
+    _delivering.queue = queue = deque(events)
+    try:
+        while queue:
+            _send(queue.popleft())
+    finally:
+        _delivering.queue = None
+
+
+def _send(event: JobEvent) -> None:
+    signal = _SIGNALS.get(event.type)
+    for receiver in _receivers(signal, event.company_id) if signal else ():
+        try:
+            receiver(event.company_id, event=event)
+        except BaseException:  # SystemExit too: one receiver must not end the thread that serves all
+            logger.exception("receiver %r failed on %s of job %s", receiver, event.type, event.job_id)
+
+
+def _receivers(signal: JobSignal, company_id: str) -> list[Callable[..., Any]]:
+    # blinker walks live sets; a receiver that connects meanwhile on another thread makes that walk fail, not wrong.
+    while True:
+        try:
+            return list(signal.receivers_for(company_id))
+        except RuntimeError:
+            continue

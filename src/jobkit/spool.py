@@ -1,0 +1,148 @@
+"""A file while it is being made: on local disk, counted and hashed as it is written, gone unless it is published."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from jobkit.errors import AssetEmpty, AssetError, AssetTooLarge
+from jobkit.types import Body, StoredObject
+
+CHUNK = 1 << 20
+
+
+class Spool(io.RawIOBase):
+    """A private file (mode 0600) to write one output into; seekable. Used by one thread at a time.
+
+    ``size`` and ``sha256`` are those of the whole file once ``seal`` has returned. Going over ``limit`` raises
+    ``AssetTooLarge``, and from then on every write and ``seal`` do: a swallowed error cannot ship a cut file.
+    """
+
+    #: What was stored, once it was: set when the ``with`` of ``AssetStore.writer`` ends.
+    stored: StoredObject | None = None
+
+    def __init__(self, folder: Path, name: str, *, filename: str | None, limit: int | float, limit_source: str) -> None:
+        super().__init__()
+        self.path = folder / f"{name}.part"
+        self.filename = filename
+        self._limit, self._limit_source = limit, limit_source
+        self._hash: Any = hashlib.sha256()
+        self._hashed = 0
+        self._refusal: AssetError | None = None
+        self._file: IO[bytes] = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b", buffering=0)
+        self.size = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def write(self, data: Any, /) -> int:
+        """Append or overwrite at the current position. All of ``data`` is written."""
+        view = memoryview(data).cast("B")
+        position = self._file.tell()
+        self._check(position + len(view))
+        if position == self._hashed:
+            self._hash.update(view)
+            self._hashed += len(view)
+        else:
+            self._hashed = -1  # written out of order: hashed from the file at the end
+        written = 0
+        while written < len(view):
+            written += self._file.write(view[written:])
+        self.size = max(self.size, position + written)
+        return written
+
+    def readinto(self, buffer: Any, /) -> int:
+        return self._file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def truncate(self, size: int | None = None, /) -> int:
+        new = self._file.truncate(size)
+        self._hashed = -1
+        self.size = new
+        return new
+
+    def fill(self, body: Body) -> None:
+        """Write everything that ``body`` is or yields. ``TypeError`` when that is not bytes."""
+        for chunk in chunks(body):
+            self.write(chunk)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the file ever went over its limit."""
+        return self._refusal is not None
+
+    def seal(self) -> str:
+        """The sha256 of the whole file. ``AssetEmpty`` when it has no bytes, ``AssetTooLarge`` when it ever had too many."""
+        if self._refusal is not None:
+            raise self._refusal
+        if self.size == 0:
+            raise AssetEmpty(self.filename)
+        if self._hashed != self.size:
+            self._file.seek(0)
+            self._hash = hashlib.file_digest(self._file, "sha256")
+            self._hashed = self.size
+        digest: str = self._hash.hexdigest()
+        return digest
+
+    def close(self) -> None:
+        """Close the descriptor; the file stays for ``publish`` or ``discard``."""
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+    def discard(self) -> None:
+        """Close, and remove the file if it is still there."""
+        self.close()
+        self.path.unlink(missing_ok=True)
+
+    def _check(self, size: int) -> None:
+        if self._refusal is None and size > self._limit:
+            self._refusal = AssetTooLarge(self.filename, self._limit, self._limit_source)
+        if self._refusal is not None:
+            raise self._refusal
+
+
+def chunks(body: Body) -> Iterator[bytes | memoryview]:
+    """``body`` in pieces of bytes: bytes-like, a path, a binary file, or an iterable of bytes. A file is read, not closed."""
+    if isinstance(body, bytes | bytearray | memoryview):
+        view = memoryview(body).cast("B")
+        for start in range(0, len(view), CHUNK):
+            yield view[start : start + CHUNK]
+    elif isinstance(body, os.PathLike):
+        with open(body, "rb", buffering=0) as file:
+            yield from _read(file)
+    elif isinstance(body, str):
+        raise TypeError("body is text: encode it, or pass a pathlib.Path to name a file")
+    elif hasattr(body, "read"):
+        yield from _read(body)
+    elif isinstance(body, Iterable):
+        for chunk in body:
+            yield _bytes(chunk, "body yields")
+    else:
+        raise TypeError(f"body must be bytes, a path, a binary file or an iterable of bytes, not {type(body).__name__}")
+
+
+def _read(file: Any) -> Iterator[bytes]:
+    while chunk := file.read(CHUNK):
+        yield _bytes(chunk, "body's read() returns")
+
+
+def _bytes(chunk: object, what: str) -> Any:
+    if not isinstance(chunk, bytes | bytearray | memoryview):
+        raise TypeError(f"{what} {type(chunk).__name__}, not bytes")
+    return chunk

@@ -1,0 +1,165 @@
+"""SQLite set up so that a write never fails with an instant "database is locked", and a read takes no lock.
+
+Left to itself, Python's sqlite3 opens a transaction before the first INSERT, but not before a SAVEPOINT, and opens it
+DEFERRED: a write that follows a read may then fail at once, whatever the busy timeout, because the snapshot it read is old;
+and a savepoint's rows stay after the outer rollback. Here ``BEGIN IMMEDIATE`` is sent before a transaction's first write or
+savepoint, and nothing before it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from contextlib import closing
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import sqlalchemy as sa
+
+from jobkit.clock import seconds
+from jobkit.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+_COMMENT = re.compile(r"\s+|--[^\n]*\n|/\*.*?\*/|[(;]", re.DOTALL)
+_WORD = re.compile(r"[A-Za-z]+")
+# Statements that take no write lock, or that SQLite refuses inside a transaction.
+_NOT_WRITES = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA", "BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE", "ATTACH", "DETACH", "VACUUM"}
+_CHANGES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
+
+# A dialect outlives its pool and is shared by the engines that execution_options() makes.
+_settings: WeakKeyDictionary[sa.Dialect, tuple[int, str]] = WeakKeyDictionary()
+# The last thread that opened a write transaction on a database file, with its connection: whether that is still open is
+# asked of the connection, so nothing has to be cleared.
+_writers: dict[str, tuple[int, Any]] = {}
+
+
+def configure_sqlite(
+    engine: sa.Engine | AsyncEngine,
+    *,
+    busy_timeout: timedelta | float = 10.0,
+    synchronous: Literal["FULL", "NORMAL", "EXTRA"] = "FULL",
+) -> None:
+    """Make every connection of ``engine`` keep what jobkit promises on SQLite. Call it once, right after ``create_engine``.
+
+    Afterwards: write-ahead log; writers wait up to ``busy_timeout`` for each other; ``BEGIN IMMEDIATE`` at a transaction's
+    first write or savepoint, and no open transaction before it. ``synchronous="NORMAL"`` commits about five times as
+    fast and may lose the last commits when the machine loses power. Idempotent. Connections in AUTOCOMMIT are left alone.
+
+    ``ConfigurationError`` for an engine of another database.
+    """
+    sync_engine: sa.Engine = getattr(engine, "sync_engine", engine)
+    if not isinstance(sync_engine, sa.Engine) or sync_engine.dialect.name != "sqlite":
+        raise ConfigurationError(f"configure_sqlite takes an SQLite engine, not {engine!r}")
+    if synchronous not in ("FULL", "NORMAL", "EXTRA"):
+        raise ValueError(f"synchronous must be FULL, NORMAL or EXTRA, not {synchronous!r}")
+    milliseconds = int(seconds(busy_timeout, "busy_timeout", positive=False) * 1000)
+    known = sync_engine.dialect in _settings
+    _settings[sync_engine.dialect] = (milliseconds, synchronous)
+    if not known:
+        sa.event.listen(sync_engine, "engine_connect", _prepare)
+        sa.event.listen(sync_engine, "before_cursor_execute", _begin_before_write)
+
+
+def require_configured(bind: sa.Engine | sa.Connection) -> None:
+    """Return when ``bind`` keeps the guarantees: it is not SQLite, or ``configure_sqlite`` was called and it commits by itself.
+
+    ``ConfigurationError`` with the line that helps otherwise.
+    """
+    if bind.dialect.name != "sqlite":
+        return
+    if bind.dialect not in _settings:
+        raise ConfigurationError("this SQLite engine is not set up for jobkit: call jobkit.configure_sqlite(engine) after create_engine")
+    if isinstance(bind, sa.Connection) and _driver(bind).isolation_level is None:
+        raise ConfigurationError(
+            "this SQLite connection is in AUTOCOMMIT, or a hook sets isolation_level = None: jobkit needs a transaction, "
+            'which jobkit.configure_sqlite(engine) opens; remove the hook or isolation_level="AUTOCOMMIT"'
+        )
+
+
+def is_memory(engine: sa.Engine) -> bool:
+    """Whether ``engine`` is an SQLite database that lives in memory, which threads and processes cannot share."""
+    if engine.dialect.name != "sqlite":
+        return False
+    name = engine.url.database or ":memory:"
+    return name == ":memory:" or "mode=memory" in str(engine.url) or name == "file::memory:"
+
+
+def writing_in_this_thread(engine: sa.Engine) -> bool:
+    """Whether this thread holds the write lock of ``engine``'s SQLite file: another connection would wait for itself."""
+    if engine.dialect.name != "sqlite":
+        return False
+    thread, connection = _writers.get(_file(engine.url.database), (0, None))
+    if thread != threading.get_ident():
+        return False
+    try:
+        return bool(connection.in_transaction)
+    except Exception:  # a closed connection holds nothing
+        return False
+
+
+def _prepare(connection: sa.Connection) -> None:
+    """Set the pragmas, once a database connection, also on those that were pooled before ``configure_sqlite``."""
+    if connection.info.get("jobkit.prepared"):
+        return
+    driver = _driver(connection)
+    if getattr(driver, "autocommit", -1) != -1:
+        raise ConfigurationError("jobkit needs sqlite3's legacy transaction control: remove autocommit= from connect_args")
+    milliseconds, synchronous = _settings[connection.dialect]
+    with closing(connection.connection.cursor()) as cursor:
+        cursor.execute(f"PRAGMA busy_timeout = {milliseconds}")
+        cursor.execute(f"PRAGMA synchronous = {synchronous}")
+        _use_wal(cursor, time.monotonic() + milliseconds / 1000)
+    connection.info["jobkit.prepared"] = True
+
+
+def _use_wal(cursor: Any, deadline: float) -> None:
+    # Two connections that switch a new file at once can be told "locked" without waiting, so the switch is retried here.
+    while True:
+        try:
+            cursor.execute("PRAGMA journal_mode")
+            if cursor.fetchone()[0] in ("wal", "memory"):
+                return
+            cursor.execute("PRAGMA journal_mode = WAL")
+            cursor.fetchone()
+            return
+        except Exception as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _begin_before_write(connection: sa.Connection, cursor: Any, statement: str, *_: object) -> None:
+    driver = _driver(connection)
+    if driver.in_transaction or driver.isolation_level is None or not is_write(statement):
+        return
+    cursor.execute("BEGIN IMMEDIATE")
+    _writers[_file(connection.engine.url.database)] = (threading.get_ident(), driver)
+
+
+def is_write(statement: str) -> bool:
+    """Whether an SQL statement may need SQLite's write lock. A doubtful one does."""
+    position = 0
+    while match := _COMMENT.match(statement, position):
+        position = match.end()
+    word = _WORD.match(statement, position)
+    if word is None:
+        return False
+    first = word.group().upper()
+    return bool(_CHANGES.search(statement, position)) if first == "WITH" else first not in _NOT_WRITES
+
+
+def _driver(connection: sa.Connection) -> Any:
+    return connection.connection.driver_connection
+
+
+@lru_cache(maxsize=64)
+def _file(database: str | None) -> str:
+    name = database or ":memory:"
+    return name if name.startswith((":", "file:")) else os.path.realpath(name)

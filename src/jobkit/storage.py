@@ -1,0 +1,235 @@
+"""Where published objects lie: a local folder, or any fsspec filesystem. Only single, literal keys; no listing, no glob."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
+from urllib.parse import unquote, urlsplit
+
+from jobkit.errors import AssetError, AssetKeyRefused, ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+LOCAL = "local_disk"
+# 8 MiB parts, four at a time: the default of s3fs (ten of 50 MiB) takes a gigabyte of memory for a file of 500 MiB.
+_PART = 8 << 20
+_PARTS_AT_ONCE = 4
+
+
+class Storage(Protocol):
+    """One place for objects. ``publish`` shows an object under its key only when it is whole. Safe to share by threads."""
+
+    provider: str
+
+    def spool_folder(self) -> Path:
+        """A private local folder to make files in, from which ``publish`` is cheapest."""
+
+    def publish(self, source: Path, key: str, content_type: str) -> None:
+        """Store the file ``source`` durably under ``key``. ``source`` may be moved."""
+
+    def open(self, key: str) -> BinaryIO:
+        """The object as a seekable binary file; ``FileNotFoundError``."""
+
+    def remove(self, key: str) -> None:
+        """Remove exactly this object; nothing happens when there is none."""
+
+
+class LocalStorage:
+    """A folder of this machine: files are flushed to disk, then renamed to their key."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.provider = LOCAL
+
+    def __repr__(self) -> str:
+        return f"{self.root.as_uri()}"
+
+    def spool_folder(self) -> Path:
+        folder = self.root / ".spool"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return folder
+
+    def publish(self, source: Path, key: str, content_type: str) -> None:
+        target = self._path(key)
+        _make_folders(self.root, target.parent)
+        self._inside(target)
+        with open(source, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(source, target)
+        _sync_folder(target.parent)
+
+    def open(self, key: str) -> BinaryIO:
+        path = self._path(key)
+        self._inside(path)
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError as error:
+            if path.is_symlink():
+                raise AssetKeyRefused(f"object {key!r} is a symbolic link") from error
+            raise
+        return os.fdopen(descriptor, "rb")
+
+    def remove(self, key: str) -> None:
+        path = self._path(key)
+        self._inside(path)
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+    def _path(self, key: str) -> Path:
+        return self.root.joinpath(*key.split("/"))
+
+    def _inside(self, path: Path) -> None:
+        # A symbolic link planted within the root must not lead out of it.
+        root, parent = os.path.realpath(self.root), os.path.realpath(path.parent)
+        if not parent.startswith(root.rstrip(os.sep) + os.sep):
+            raise AssetKeyRefused(f"object key {path.name!r} leaves the storage root")
+
+
+class FsspecStorage:
+    """Any other fsspec filesystem, made on first use in each process, never with a cache of listings."""
+
+    def __init__(self, url: str, options: Mapping[str, Any]) -> None:
+        self.protocol = self.provider = urlsplit(url).scheme
+        self._url, self._options = url, dict(options)
+        self._opened: tuple[int, Any, str] | None = None
+        self._spool: tuple[int, Path] | None = None
+
+    def __repr__(self) -> str:
+        parts = urlsplit(self._url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+    def spool_folder(self) -> Path:
+        if self._spool is None or self._spool[0] != os.getpid():
+            self._spool = os.getpid(), Path(tempfile.gettempdir()) / f"jobkit-spool-{os.getuid()}"
+        folder = self._spool[1]
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise ConfigurationError(f"{folder} belongs to someone else; set TMPDIR to a folder of your own")
+        return folder
+
+    def publish(self, source: Path, key: str, content_type: str) -> None:
+        filesystem, root = self._filesystem()
+        path = f"{root}/{key}"
+        size = source.stat().st_size
+        if self.protocol == "memory":
+            filesystem.pipe_file(path, source.read_bytes())  # its put_file shows the file while it is being written
+        elif self.protocol in ("s3", "s3a"):
+            filesystem.put_file(
+                os.fspath(source), path, chunksize=_PART, max_concurrency=_PARTS_AT_ONCE, ContentType=content_type
+            )
+        else:
+            filesystem.put_file(os.fspath(source), path)
+        if (stored := filesystem.info(path)["size"]) != size:
+            raise AssetError(f"the storage kept {stored} of {size} bytes of {key!r}")
+
+    def open(self, key: str) -> BinaryIO:
+        filesystem, root = self._filesystem()
+        if self.protocol == "memory":
+            return io.BytesIO(filesystem.cat_file(f"{root}/{key}"))  # its open() hands every reader the same file position
+        return cast("BinaryIO", filesystem.open(f"{root}/{key}", "rb"))
+
+    def remove(self, key: str) -> None:
+        filesystem, root = self._filesystem()
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm_file(f"{root}/{key}")
+
+    def _filesystem(self) -> tuple[Any, str]:
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), *_open_filesystem(self._url, self._options)
+        return self._opened[1], self._opened[2]
+
+
+def open_storage(url: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Storage:
+    """The storage a URL names: ``file://`` or a path is a local folder, everything else goes to fsspec, on first use.
+
+    ``ConfigurationError`` for a URL that chains protocols, or options for a local folder.
+    """
+    text = os.fspath(url)
+    if "::" in text:
+        raise ConfigurationError("a storage URL that chains protocols with '::' is refused: it could read from elsewhere")
+    scheme = urlsplit(text).scheme if "://" in text else "file"
+    if scheme in ("file", "local"):
+        if options:
+            raise ConfigurationError(f"a local folder takes no storage options, got {', '.join(sorted(options))}")
+        path = unquote(urlsplit(text).path) if "://" in text else text
+        return LocalStorage(Path(os.path.abspath(path)))
+    return FsspecStorage(text, options or {})
+
+
+def limited(file: BinaryIO, start: int, end: int) -> BinaryIO:
+    """``file`` from ``start`` up to ``end``, as a buffered binary file of its own; closing it closes ``file``."""
+    return cast("BinaryIO", io.BufferedReader(_Window(file, start, end), buffer_size=1 << 16))
+
+
+class _Window(io.RawIOBase):
+    def __init__(self, file: BinaryIO, start: int, end: int) -> None:
+        self._file, self._start, self._end = file, start, end
+        self._position = start
+        if start:
+            file.seek(start)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        data = self._file.read(min(len(buffer), self._end - self._position))
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        base = (self._start, self._position, self._end)[whence]
+        self._position = min(max(base + offset, self._start), self._end)
+        self._file.seek(self._position)
+        return self._position - self._start
+
+    def tell(self) -> int:
+        return self._position - self._start
+
+    def close(self) -> None:
+        if not self.closed:
+            self._file.close()
+        super().close()
+
+
+def _open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    import fsspec
+
+    protocol = urlsplit(url).scheme
+    defaults: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if protocol in ("s3", "s3a"):
+        defaults["config_kwargs"] = {"signature_version": "s3v4"}
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url, **{**defaults, **options})
+    except ImportError as error:
+        raise ConfigurationError(f"storage {protocol}:// needs another package: {error}") from error
+    except ValueError as error:
+        raise ConfigurationError(f"storage {protocol}:// is not known to fsspec: {error}") from error
+    return filesystem, str(root).rstrip("/")
+
+
+def _make_folders(root: Path, folder: Path) -> None:
+    """Make what is missing between ``root`` and ``folder``, each flushed into its parent so that it survives power loss."""
+    missing = []
+    while not folder.is_dir() and folder != root.parent:
+        missing.append(folder)
+        folder = folder.parent
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,145 @@
+"""The four tables. ``jobkit.migrations`` creates exactly these; a test compares the two on both databases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+from jobkit.columns import JsonObject, UtcDateTime, now, transaction_id
+
+metadata = sa.MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+    }
+)
+
+_ZERO = sa.text("0")
+_BIG_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+QUEUED = sa.text("status = 'queued'")
+RUNNING = sa.text("status = 'running'")
+
+
+def _times() -> list[sa.Column[Any]]:
+    return [sa.Column(name, UtcDateTime, nullable=False, server_default=now) for name in ("created_at", "updated_at")]
+
+
+content_jobs = sa.Table(
+    "content_jobs",
+    metadata,
+    sa.Column("id", sa.Uuid, primary_key=True),
+    sa.Column("company_id", sa.Text, nullable=False),
+    sa.Column("job_type", sa.Text, nullable=False),
+    sa.Column("status", sa.Text, nullable=False, server_default="queued"),
+    sa.Column("input", JsonObject, nullable=False, server_default=sa.text("'{}'")),
+    sa.Column("result_asset_id", sa.Uuid),
+    sa.Column("error_message", sa.Text),
+    sa.Column("source_task_id", sa.Text),
+    sa.Column("started_at", UtcDateTime),
+    sa.Column("finished_at", UtcDateTime),
+    *_times(),
+    # +1 at every claim, never reset: whoever holds an older number can change nothing any more.
+    sa.Column("fence", sa.BigInteger, nullable=False, server_default=_ZERO),
+    sa.Column("attempt", sa.Integer, nullable=False, server_default=_ZERO),
+    sa.Column("rescues", sa.Integer, nullable=False, server_default=_ZERO),
+    sa.Column("lease_until", UtcDateTime),
+    sa.Column("worker_id", sa.Text),
+    sa.Column("run_at", UtcDateTime),
+    sa.Column("priority", sa.Integer, nullable=False, server_default=_ZERO),
+    sa.Column("idempotency_key", sa.Text),
+    sa.Column("cancel_requested_at", UtcDateTime),
+    sa.Column("progress", sa.Float),
+    sa.Column("progress_message", sa.Text),
+    sa.Column("event_seq", sa.Integer, nullable=False, server_default=_ZERO),
+    sa.Column("trace", JsonObject),
+    sa.Index("content_jobs_company_status_idx", "company_id", "status"),
+    sa.Index("content_jobs_company_created_idx", "company_id", "created_at"),
+    sa.Index(
+        "content_jobs_queued_idx",
+        sa.text("priority DESC"),
+        "created_at",
+        "id",
+        postgresql_where=QUEUED,
+        sqlite_where=QUEUED,
+    ),
+    sa.Index("content_jobs_running_idx", "id", postgresql_where=RUNNING, sqlite_where=RUNNING),
+    sa.Index(
+        "content_jobs_idempotency_key",
+        "company_id",
+        "job_type",
+        "idempotency_key",
+        unique=True,
+        postgresql_where=sa.text("idempotency_key IS NOT NULL"),
+        sqlite_where=sa.text("idempotency_key IS NOT NULL"),
+    ),
+)
+
+assets = sa.Table(
+    "assets",
+    metadata,
+    sa.Column("id", sa.Uuid, primary_key=True),
+    sa.Column("company_id", sa.Text, nullable=False),
+    sa.Column("provider", sa.Text, nullable=False),
+    sa.Column("object_key", sa.Text, nullable=False),
+    sa.Column("content_type", sa.Text, nullable=False),
+    sa.Column("byte_size", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.Text, nullable=False),
+    sa.Column("original_filename", sa.Text),
+    sa.Column("created_by_agent_id", sa.Text),
+    sa.Column("created_by_user_id", sa.Text),
+    sa.Column("source_task_id", sa.Text),
+    *_times(),
+    sa.Column("job_id", sa.Uuid),
+    sa.Column("position", sa.Integer, nullable=False, server_default=_ZERO),
+    sa.Index("assets_company_object_key_uq", "company_id", "object_key", unique=True),
+    sa.Index("assets_company_created_idx", "company_id", "created_at"),
+    sa.Index("assets_job_idx", "job_id", "position"),
+)
+
+content_job_events = sa.Table(
+    "content_job_events",
+    metadata,
+    sa.Column("id", _BIG_ID, sa.Identity(always=False), primary_key=True),
+    sa.Column("company_id", sa.Text, nullable=False),
+    sa.Column("job_id", sa.Uuid, nullable=False),
+    sa.Column("seq", sa.Integer, nullable=False),
+    sa.Column("type", sa.Text, nullable=False),
+    sa.Column("payload", JsonObject, nullable=False, server_default=sa.text("'{}'")),
+    sa.Column("created_at", UtcDateTime, nullable=False, server_default=now),
+    # The writing transaction, for a cursor that skips nothing: a serial id alone is visible out of order on PostgreSQL.
+    sa.Column("xid", sa.BigInteger, server_default=transaction_id),
+    sa.UniqueConstraint("job_id", "seq"),
+    sa.Index("content_job_events_xid_idx", "xid", "id"),
+    # An emptied table must not hand out an id twice, or a cursor would wait for it for ever.
+    sqlite_autoincrement=True,
+)
+
+asset_intents = sa.Table(
+    "asset_intents",
+    metadata,
+    sa.Column("id", sa.Uuid, primary_key=True),
+    sa.Column("company_id", sa.Text, nullable=False),
+    sa.Column("provider", sa.Text, nullable=False),
+    sa.Column("object_key", sa.Text, nullable=False),
+    sa.Column("state", sa.Text, nullable=False, server_default="pending"),
+    sa.Column("not_before", UtcDateTime, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False, server_default=_ZERO),
+    sa.Column("last_error", sa.Text),
+    sa.UniqueConstraint("provider", "object_key"),
+    sa.Index("asset_intents_not_before_idx", "not_before"),
+)
+
+# Rows of these tables change or go several times in their short life. Room on each page keeps those changes off the
+# indexes (HOT), and an early vacuum keeps dead entries out of the claim's way. Oban and PgQueuer use the like.
+STORAGE_PARAMETERS = {
+    "content_jobs": "fillfactor = 85, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 1",
+    "asset_intents": "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 1",
+}
+
+for _name, _parameters in STORAGE_PARAMETERS.items():
+    sa.event.listen(
+        metadata.tables[_name],
+        "after_create",
+        sa.DDL(f"ALTER TABLE %(fullname)s SET ({_parameters})").execute_if(dialect="postgresql"),
+    )

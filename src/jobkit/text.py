@@ -1,0 +1,57 @@
+"""Text that comes from outside: refused where it is input, made harmless where it is a report of a failure."""
+
+from __future__ import annotations
+
+import re
+
+MAX_ERROR_CHARACTERS = 2_000
+
+# C0 and C1 controls except tab and newline, the bidirectional overrides, and the halves of surrogate pairs: PostgreSQL
+# refuses NUL and surrogates, terminals obey the rest.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def storable(value: str, field: str, *, blank: bool = False, limit: int | None = None) -> str:
+    """``value`` unchanged when both databases can hold it; ``ValueError`` naming ``field`` otherwise.
+
+    Refused: NUL, lone surrogates, blank text unless ``blank``, more than ``limit`` characters. Not a ``str``: ``TypeError``.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{field} must be text, not {type(value).__name__}")
+    if "\0" in value:
+        raise ValueError(f"{field} contains a NUL character")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{field} contains a lone surrogate") from None
+    if not blank and not value.strip():
+        raise ValueError(f"{field} is blank")
+    if limit is not None and len(value) > limit:
+        raise ValueError(f"{field} has {len(value)} characters, the limit is {limit}")
+    return value
+
+
+def company(value: object) -> str:
+    """``str(value)`` when it can be a company id: not None, not blank, no NUL, at most 255 characters."""
+    if value is None:
+        raise ValueError("company_id is missing")
+    return storable(str(value), "company_id", limit=255)
+
+
+def describe(error: BaseException) -> str:
+    """What to write on a job that failed with ``error``: its message, or its class name when it has none or cannot say.
+
+    Never raises; at most 2,000 characters; no traceback; characters that a database or terminal would trip over are replaced.
+    """
+    try:
+        message = str(error)
+    except BaseException:  # an exception whose __str__ raises must not keep its failure from being recorded
+        message = ""
+    return sanitise(message) or type(error).__name__
+
+
+def sanitise(message: str) -> str:
+    """``message`` with unsafe characters replaced by ``�``, cut to 2,000 characters."""
+    cut = message[: MAX_ERROR_CHARACTERS + 1]
+    cleaned = _UNSAFE.sub("\ufffd", cut.replace("\r\n", "\n")).strip()
+    return cleaned if len(cleaned) <= MAX_ERROR_CHARACTERS else cleaned[: MAX_ERROR_CHARACTERS - 1] + "…"

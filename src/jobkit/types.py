@@ -1,0 +1,144 @@
+"""The values that cross jobkit's public surface: frozen dataclasses with the column names as attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from os import PathLike
+from typing import Any, BinaryIO
+from uuid import UUID
+
+Body = bytes | bytearray | memoryview | PathLike[str] | BinaryIO | Iterable[bytes]
+"""What a file may be made of. A ``str`` is refused: is it text or a path?"""
+
+
+class JobStatus(StrEnum):
+    """Where a job stands. "Scheduled" and "retrying" are predicates on ``queued``, not statuses."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def terminal(self) -> bool:
+        return self in (JobStatus.DONE, JobStatus.FAILED, JobStatus.CANCELLED)
+
+
+CONTENT_JOB_STATUSES = tuple(status.value for status in JobStatus)
+
+CONTENT_JOB_EVENTS = (
+    "content_job.queued",
+    "content_job.running",
+    "content_job.done",
+    "content_job.failed",
+    "content_job.cancelled",
+    "content_job.progress",
+    "content_job.retrying",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A row of ``content_jobs`` as it was read."""
+
+    id: UUID
+    company_id: str
+    job_type: str
+    status: JobStatus
+    input: dict[str, Any]
+    result_asset_id: UUID | None
+    error_message: str | None
+    source_task_id: str | None
+    started_at: datetime | None
+    finished_at: datetime | None
+    created_at: datetime
+    updated_at: datetime
+    fence: int
+    attempt: int
+    rescues: int
+    lease_until: datetime | None
+    worker_id: str | None
+    run_at: datetime | None
+    priority: int
+    idempotency_key: str | None
+    cancel_requested_at: datetime | None
+    progress: float | None
+    progress_message: str | None
+    event_seq: int
+    trace: dict[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A row of ``assets`` as it was read. The bytes are in the storage that ``provider`` names, under ``object_key``."""
+
+    id: UUID
+    company_id: str
+    provider: str
+    object_key: str
+    content_type: str
+    byte_size: int
+    sha256: str
+    original_filename: str | None
+    created_by_agent_id: str | None
+    created_by_user_id: str | None
+    source_task_id: str | None
+    created_at: datetime
+    updated_at: datetime
+    job_id: UUID | None
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """What a finished ``put_file`` wrote. ``recorded`` tells whether an intent was committed before the object existed."""
+
+    provider: str
+    object_key: str
+    content_type: str
+    byte_size: int
+    sha256: str
+    original_filename: str | None
+    recorded: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """One file of a renderer's result. The body is read once, as a stream, before the renderer's next output is asked for."""
+
+    filename: str
+    content_type: str
+    body: Body
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """A committed change of one job.
+
+    ``seq`` counts 1, 2, 3 … within the job. ``id`` is unique, for de-duplication only: it does not order events.
+    ``cursor`` is an opaque position below which nothing was missing when the event was delivered.
+    """
+
+    id: int
+    seq: int
+    cursor: str
+    company_id: str
+    type: str
+    job_id: UUID
+    created_at: datetime
+    payload: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The wire form: ``{id, companyId, type, createdAt, payload}``, the time as ISO-8601 UTC with milliseconds."""
+        created = self.created_at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        return {
+            "id": self.id,
+            "companyId": self.company_id,
+            "type": self.type,
+            "createdAt": created,
+            "payload": dict(self.payload),
+        }
