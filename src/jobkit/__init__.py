@@ -1,4 +1,6 @@
-"""jobkit: content jobs for Python web apps. The public names, and nothing else; no module of the package imports this one."""
+"""jobkit: content jobs for Python web apps. The public names, and nothing else; no module of the package imports this
+one.
+"""
 
 from jobkit import errors, migrations, signals, tables
 from jobkit.assets import AssetStore

@@ -38,9 +38,10 @@ _c = assets.c
 class AssetStore:
     """Files in the storage that ``url`` names (any fsspec URL, or a folder), and their rows in SQL.
 
-    ``engine`` is where intents are recorded, each in a commit of its own, before an object can exist; a ``Runner`` gives its
-    own to a store that has none. ``provider`` names the storage in each row: ``local_disk`` for a folder, else the URL's
-    protocol. ``max_bytes`` replaces ``MAX_GENERATED_ASSET_BYTES``. One store may be shared by all threads.
+    ``engine`` is where intents are recorded, each in a commit of its own, before an object can exist; a ``Runner``
+    gives its own to a store that has none. ``provider`` names the storage in each row: ``local_disk`` for a folder,
+    else the URL's protocol. ``max_bytes`` replaces ``MAX_GENERATED_ASSET_BYTES``. One store may be shared by all
+    threads.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class AssetStore:
         if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
             raise ValueError(f"max_bytes must be a count of bytes above zero, not {max_bytes!r}")
         self._limit = (
-            Limit(MAX_GENERATED_ASSET_BYTES, LIMIT_SOURCE) if max_bytes is None else Limit(max_bytes, "AssetStore(max_bytes=)")
+            Limit(MAX_GENERATED_ASSET_BYTES, LIMIT_SOURCE)
+            if max_bytes is None
+            else Limit(max_bytes, "AssetStore(max_bytes=)")
         )
         self._clock = clock
         self._warned = False
@@ -80,13 +83,19 @@ class AssetStore:
         return self._storage.spool_folder()
 
     def put_file(
-        self, company_id: object, *, namespace: str = "generated", original_filename: str | None, content_type: str, body: Body
+        self,
+        company_id: object,
+        *,
+        namespace: str = "generated",
+        original_filename: str | None,
+        content_type: str,
+        body: Body,
     ) -> StoredObject:
         """Store ``body`` under a new key; durable and whole when this returns, nothing stored when it raises.
 
-        Streams: memory stays flat at any size. ``AssetTooLarge``, ``AssetEmpty``; ``TypeError`` for a body that is not bytes;
-        ``ValueError`` naming the field. The object stays only if ``create`` then gives it a row within a day. On SQLite, call
-        it before the transaction of this thread has written (``ConfigurationError``).
+        Streams: memory stays flat at any size. ``AssetTooLarge``, ``AssetEmpty``; ``TypeError`` for a body that is
+        not bytes; ``ValueError`` naming the field. The object stays only if ``create`` then gives it a row within a
+        day. On SQLite, call it before the transaction of this thread has written (``ConfigurationError``).
         """
         with self.writer(
             company_id, namespace=namespace, original_filename=original_filename, content_type=content_type
@@ -104,7 +113,9 @@ class AssetStore:
         Nothing is stored when the block raises, or when the file is empty or too large.
         """
         self._refuse_deadlock()
-        draft = self.draft(company(company_id), namespace=namespace, filename=original_filename, content_type=content_type)
+        draft = self.draft(
+            company(company_id), namespace=namespace, filename=original_filename, content_type=content_type
+        )
         try:
             yield draft.spool
             stored = draft.seal(recorded=self.engine is not None)
@@ -140,7 +151,8 @@ class AssetStore:
     ) -> Asset:
         """Give a stored object its row, in the caller's transaction: only then does the object stay.
 
-        ``AssetKeyRefused`` for another company's key; ``AssetNotFound`` when the sweep was faster, or it has a row already.
+        ``AssetKeyRefused`` for another company's key; ``AssetNotFound`` when the sweep was faster, or it has a row
+        already.
         """
         owner = company(company_id)
         check_key(owner, stored.object_key)
@@ -179,8 +191,9 @@ class AssetStore:
         parsed = parse_id(asset_id)
         if parsed is None:
             return None
-        query = _scoped(sa.select(assets).where(_c.id == parsed), company_id)
-        row = connection_of(session).execute(query).one_or_none()
+        connection = connection_of(session)
+        query = _scoped(sa.select(assets).where(_has_id(connection, parsed)), company_id)
+        row = connection.execute(query).one_or_none()
         return None if row is None else Asset(*row)
 
     def list_by_job(self, session: Host, job_id: UUID | str, *, company_id: object = None) -> list[Asset]:
@@ -206,7 +219,8 @@ class AssetStore:
         return [Asset(*row) for row in connection_of(session).execute(query)]
 
     def open(self, asset: Asset, *, start: int | None = None, end: int | None = None) -> BinaryIO:
-        """The bytes ``[start, end)`` as a binary file to read and close, streamed; a range beyond the asset is cut to it.
+        """The bytes ``[start, end)`` as a binary file to read and close, streamed; a range beyond the asset is cut to
+        it.
 
         ``AssetCorrupt`` when the object is missing; ``AssetKeyRefused`` for a key that is not the company's.
         """
@@ -230,13 +244,15 @@ class AssetStore:
             raise AssetCorrupt(f"asset {asset.id} has another sha256 in storage than in its row")
 
     def delete(self, session: Host, asset: Asset) -> None:
-        """Delete the row and record its key as a tombstone, in the caller's transaction; the object goes at a later sweep.
+        """Delete the row and record its key as a tombstone, in the caller's transaction; the object goes at a later
+        sweep.
 
         A rollback keeps both. ``AssetNotFound`` when the row is gone already.
         """
         connection = connection_of(session)
         require_configured(connection)
-        gone = connection.execute(assets.delete().where(_c.id == asset.id, _c.company_id == asset.company_id)).rowcount
+        row = (_has_id(connection, asset.id), _c.company_id == asset.company_id)
+        gone = connection.execute(assets.delete().where(*row)).rowcount
         if not gone:
             raise AssetNotFound(f"no asset {asset.id}")
         tombstone = {
@@ -276,9 +292,16 @@ class AssetStore:
     def _refuse_deadlock(self) -> None:
         if self.engine is not None and writing_in_this_thread(self.engine):
             raise ConfigurationError(
-                "this thread's SQLite transaction has written, and recording the file's key would wait for it for ever: "
-                "call put_file before the first write of the transaction"
+                "this thread's SQLite transaction has written, and recording the file's key would wait for it for "
+                "ever: call put_file before the first write of the transaction"
             )
+
+
+def _has_id(connection: sa.Connection, asset_id: UUID) -> sa.ColumnElement[bool]:
+    if connection.dialect.name != "sqlite":
+        return _c.id == asset_id
+    # An adopted table may spell its ids with dashes, and the host's rows refer to them.
+    return sa.type_coerce(_c.id, sa.Text).in_([asset_id.hex, str(asset_id)])
 
 
 def _scoped(query: sa.Select[Any], company_id: object) -> sa.Select[Any]:

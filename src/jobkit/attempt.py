@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import tempfile
-from collections.abc import Callable, Coroutine, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterable
 from contextlib import closing
 from typing import Any, BinaryIO
 from uuid import UUID
@@ -28,7 +28,7 @@ logger = logging.getLogger("jobkit")
 
 
 class Attempt:
-    """One run of a claimed job's renderer. Afterwards either ``error`` says why it failed, or ``stored`` has its files."""
+    """One run of a claimed job's renderer. Afterwards ``error`` says why it failed, or ``stored`` has its files."""
 
     def __init__(
         self,
@@ -63,13 +63,17 @@ class Attempt:
         return self._context.drafts
 
     def run(self) -> None:
-        """Render in this thread. Raises nothing: whatever the renderer raises, ``SystemExit`` too, is this attempt's ``error``."""
+        """Render in this thread. Raises nothing: whatever the renderer raises, ``SystemExit`` too, is this attempt's
+        ``error``.
+        """
         try:
             self.render()
         except BaseException as error:  # the thread belongs to the runner: not even SystemExit may end it
             self.error = describe(error)
             if not isinstance(error, LeaseLost):
-                logger.warning("job %s (%s) failed: %s", self.claim.job_id, self.claim.job_type, self.error, exc_info=error)
+                logger.warning(
+                    "job %s (%r) failed: %s", self.claim.job_id, self.claim.job_type, self.error, exc_info=error
+                )
 
     def render(self) -> None:
         """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk."""
@@ -104,7 +108,9 @@ class Attempt:
             draft.discard()
 
     def _draft(self, filename: str, content_type: str) -> Draft:
-        return self._assets.draft(self.claim.company_id, namespace="generated", filename=filename, content_type=content_type)
+        return self._assets.draft(
+            self.claim.company_id, namespace="generated", filename=filename, content_type=content_type
+        )
 
     def _read(self, result: Any) -> None:
         if inspect.isawaitable(result):
@@ -118,10 +124,12 @@ class Attempt:
         with closing(outputs):
             for rendered in outputs:
                 if not isinstance(rendered, Rendered):
-                    raise TypeError(f"the renderer for {self.claim.job_type!r} yielded {type(rendered).__name__}, not Rendered")
+                    raise TypeError(
+                        f"the renderer for {self.claim.job_type!r} yielded {type(rendered).__name__}, not Rendered"
+                    )
                 self._spool(rendered)
 
-    def _iterate(self, result: Any) -> Iterator[Any]:
+    def _iterate(self, result: Any) -> Generator[Any]:
         if inspect.isasyncgen(result):
             try:
                 while True:
@@ -132,7 +140,8 @@ class Attempt:
             yield from result
         else:
             raise TypeError(
-                f"the renderer for {self.claim.job_type!r} returned {type(result).__name__}, not Rendered or an iterable of them"
+                f"the renderer for {self.claim.job_type!r} returned {type(result).__name__}, "
+                "not Rendered or an iterable of them"
             )
 
     def _spool(self, rendered: Rendered) -> None:
@@ -144,7 +153,9 @@ def render_alone(find: Find, services: Any, job_type: str, input: dict[str, Any]
     """The files of one job type and input, each with its body as bytes, without a database."""
     claim = Claim(new_id(), "render", job_type, canonical(input or {})[1], None, 1, 1)
     with tempfile.TemporaryDirectory(prefix="jobkit-render-") as folder, asyncio.Runner() as loop:
-        attempt = Attempt(claim, find, AssetStore(folder), services=services, open_asset=_nothing, run_coroutine=loop.run)
+        attempt = Attempt(
+            claim, find, AssetStore(folder), services=services, open_asset=_nothing, run_coroutine=loop.run
+        )
         attempt.render()
         return [Rendered(d.filename or "file", d.content_type, d.spool.path.read_bytes()) for d in attempt.drafts]
 

@@ -1,6 +1,7 @@
 """The runner's steps on rows: claim, record intents, finish, release. Each works in the caller's transaction.
 
-Every change of a claimed job says ``WHERE id = … AND status = 'running' AND fence = …``: a claim that was lost changes nothing.
+Every change of a claimed job says ``WHERE id = … AND status = 'running' AND fence = …``: a claim that was lost
+changes nothing.
 """
 
 from __future__ import annotations
@@ -72,11 +73,14 @@ class Completion:
 def claim(
     connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime
 ) -> tuple[list[Claim], list[EventRow]]:
-    """Take up to ``limit`` queued jobs: running, fence + 1, attempt + 1, leased for ``lease`` seconds; with their events."""
+    """Take up to ``limit`` queued jobs: running, fence + 1, attempt + 1, leased for ``lease`` seconds; with their
+    events.
+    """
     taken = statements_for(connection).claim(connection, limit=limit, worker_id=worker_id, lease=lease, now=now)
     claims = [Claim(t.job_id, t.company_id, t.job_type, t.input, t.source_task_id, t.fence, t.attempt) for t in taken]
     events = [
-        EventRow(t.event_id, 0, t.seq, t.company_id, "content_job.running", t.job_id, now, {"jobId": str(t.job_id)}) for t in taken
+        EventRow(t.event_id, 0, t.seq, t.company_id, "content_job.running", t.job_id, now, {"jobId": str(t.job_id)})
+        for t in taken
     ]
     return claims, events
 
@@ -88,10 +92,11 @@ def record_intents(connection: sa.Connection, intents: Sequence[Intent]) -> None
 
 
 def finish(connection: sa.Connection, completions: Sequence[Completion], *, now: datetime) -> list[EventRow]:
-    """End jobs: their asset rows, their status and their event, their intents gone; nothing of those whose claim was lost.
+    """End jobs: their asset rows, their status and their event, their intents gone; nothing of those whose claim was
+    lost.
 
-    Returns the events of the jobs that ended. ``AssetNotFound`` when the sweep took an object first: the caller must then
-    roll back, and the files of that job are lost.
+    Returns the events of the jobs that ended. ``AssetNotFound`` when the sweep took an object first: the caller must
+    then roll back, and the files of that job are lost.
     """
     told, gone = statements_for(connection).finish(
         connection, [_job(c) for c in completions], [row for c in completions for row in _files(c)], now=now
@@ -105,10 +110,13 @@ def finish(connection: sa.Connection, completions: Sequence[Completion], *, now:
 
 def release(connection: sa.Connection, claims: Sequence[Claim], *, now: datetime) -> list[EventRow]:
     """Put claimed jobs back into the queue, the attempt not charged; nothing happens to those whose claim was lost."""
-    told = statements_for(connection).release(connection, [{"job": c.job_id.hex, "fence": c.fence} for c in claims], now=now)
+    told = statements_for(connection).release(
+        connection, [{"job": c.job_id.hex, "fence": c.fence} for c in claims], now=now
+    )
     company = {c.job_id: c.company_id for c in claims}
     return [
-        EventRow(t.event_id, 0, t.seq, company[t.job_id], "content_job.queued", t.job_id, now, {"jobId": str(t.job_id)}) for t in told
+        EventRow(t.event_id, 0, t.seq, company[t.job_id], "content_job.queued", t.job_id, now, {"jobId": str(t.job_id)})
+        for t in told
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -21,6 +22,11 @@ def aware(value: datetime, field: str) -> datetime:
     if value.utcoffset() is None:
         raise ValueError(f"{field} must have a time zone, {value!r} has none")
     return value.astimezone(UTC)
+
+
+def pause_after(failures: int) -> float:
+    """Seconds to wait after so many failures in a row: doubling up to 5, less a random part so that many do not meet."""
+    return min(5.0, 0.05 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1)
 
 
 def seconds(value: timedelta | float, field: str, *, positive: bool = True) -> float:

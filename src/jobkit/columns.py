@@ -40,12 +40,10 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
         return value.strftime(_SQLITE_FORMAT) if dialect.name == "sqlite" else value
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:
-        if isinstance(value, str):
-            value = datetime.fromisoformat(value)
-        if value is None or value.utcoffset() is not None:
-            return value and value.astimezone(UTC)
-        result: datetime = value.replace(tzinfo=UTC)
-        return result
+        if value is None:
+            return None
+        time: datetime = datetime.fromisoformat(value) if isinstance(value, str) else value
+        return time.replace(tzinfo=UTC) if time.utcoffset() is None else time.astimezone(UTC)
 
 
 class JsonObject(sa.types.TypeDecorator[dict[str, Any]]):
@@ -59,7 +57,8 @@ class JsonObject(sa.types.TypeDecorator[dict[str, Any]]):
         return dialect.type_descriptor(kind)
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> dict[str, Any] | None:
-        return json.loads(value) if isinstance(value, str | bytes) else value
+        document: dict[str, Any] | None = json.loads(value) if isinstance(value, str | bytes) else value
+        return document
 
 
 class _Now(FunctionElement[datetime]):

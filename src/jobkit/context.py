@@ -22,10 +22,11 @@ Renderer = Callable[["RenderContext"], Output | Awaitable[Output] | AsyncIterato
 
 
 class RenderContext:
-    """What a renderer is told and given for one attempt at one job. Valid until the renderer has returned its last output.
+    """What a renderer is told and given for one attempt at one job. Valid until the renderer has returned its last
+    output.
 
-    ``input`` is the job's input, or what the renderer's ``input=`` model made of it; ``services`` is what the ``Renderers``
-    were given. Used by the thread that renders.
+    ``input`` is the job's input, or what the renderer's ``input=`` model made of it; ``services`` is what the
+    ``Renderers`` were given. Used by the thread that renders.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class RenderContext:
         return self._workdir
 
     def check(self) -> None:
-        """Return when the work is still wanted; else raise ``LeaseLost``, ``JobCancelled`` or ``JobTimeout``. Cheap: call it often."""
+        """Return when the work is still wanted; else raise ``LeaseLost``, ``JobCancelled`` or ``JobTimeout``. Cheap:
+        call it often.
+        """
         if self.interruption is not None:
             raise self.interruption
 
     def open_asset(self, asset_id: UUID | str) -> BinaryIO:
-        """Another asset of the same company, as a binary file to read and close. ``AssetNotFound`` for everything else."""
+        """Another asset of the same company, as a binary file to read and close; else ``AssetNotFound``."""
         return self._open_asset(asset_id)
 
     @contextmanager
@@ -80,7 +83,9 @@ class RenderContext:
         try:
             yield draft.spool
         except BaseException:
-            if not draft.spool.refused:  # one that went over the limit stays, to fail the job even when this is swallowed
+            if (
+                not draft.spool.refused
+            ):  # one that went over the limit stays, to fail the job even when this is swallowed
                 self.drafts.remove(draft)
                 draft.discard()
             raise
@@ -106,11 +111,11 @@ class Registration:
 
     def parse(self, value: dict[str, Any]) -> Any:
         """``value`` as the renderer's input model has it. Whatever the model raises fails the job."""
-        model = self.input
+        model: Any = self.input
         if model is None:
             return value
         if hasattr(model, "model_validate"):  # pydantic
             return model.model_validate(value)
         if hasattr(model, "__struct_fields__"):  # msgspec, imported by whoever made the struct
             return sys.modules["msgspec"].convert(value, model)
-        return model(**value) if dataclasses.is_dataclass(model) else model(value)
+        return model(**value) if hasattr(model, "__dataclass_fields__") else model(value)

@@ -1,13 +1,12 @@
 """The feed: reads committed events of one database and sends them as signals in this process, one thread per database.
 
-Two ways lead in. The scan follows a cursor that skips nothing, and therefore waits for the oldest open writing transaction.
-What this process committed itself is offered directly and does not wait; the scan then skips it.
+Two ways lead in. The scan follows a cursor that skips nothing, and therefore waits for the oldest open writing
+transaction. What this process committed itself is offered directly and does not wait; the scan then skips it.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import OrderedDict, defaultdict, deque
@@ -20,6 +19,7 @@ import sqlalchemy as sa
 from jobkit import signals
 from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position, Start
+from jobkit.clock import pause_after
 from jobkit.outbox import event_of
 from jobkit.text import describe
 
@@ -32,17 +32,18 @@ IDLE_POLL = 0.5
 BATCH = 500
 # Jobs whose last delivered seq is remembered; of others it is read from the log.
 REMEMBERED_JOBS = 10_000
-MAX_PAUSE = 5.0
 
 
 class Feed:
-    """Signals of one database in this process. ``start`` and ``close`` once; ``offer`` and ``flush`` from any thread."""
+    """Signals of one database in this process. ``start`` and ``close`` once; the rest from any thread."""
 
     def __init__(self, engine: sa.Engine, before: Container[int] = ()) -> None:
         """``before``: ids of events that this process delivered while it had no feed."""
         self._engine, self._before = engine, before
         self._statements = statements_for(engine)
         self._connection: sa.Connection | None = None
+        self._started: Start
+        self._cursor: Position
         self._wake = threading.Condition()
         self._offered: list[tuple[EventRow, bool]] = []
         self._accepted = self._delivered = 0
@@ -50,7 +51,8 @@ class Feed:
         self._thread: threading.Thread | None = None
         self._next_scan = self._active_until = 0.0
         self._failures = 0
-        # Delivered beyond the cursor, so that the scan skips them; and each job's last delivered seq, as far as remembered.
+        # Delivered beyond the cursor, so that the scan skips them; and each job's last delivered seq, as far as
+        # remembered.
         self._ahead: set[int] = set()
         self._last: OrderedDict[UUID, int] = OrderedDict()
 
@@ -69,14 +71,18 @@ class Feed:
             self._thread.join(timeout)
 
     def offer(self, rows: Sequence[EventRow], *, queued: bool = False) -> None:
-        """Deliver events that this process just committed. ``queued``: also a ``queued`` event right before one, if still due."""
+        """Deliver events that this process just committed. ``queued``: also a ``queued`` event right before one, if
+        still due.
+        """
         with self._wake:
             self._offered += [(row, queued) for row in rows]
             self._accepted += len(rows)
             self._wake.notify_all()
 
     def flush(self, timeout: float) -> bool:
-        """Wait until everything offered so far was delivered; False at the timeout. Returns at once on the feed's own thread."""
+        """Wait until everything offered so far was delivered; False at the timeout. Returns at once on the feed's own
+        thread.
+        """
         if threading.current_thread() is self._thread:
             return False
         with self._wake:
@@ -117,11 +123,11 @@ class Feed:
             return offered, self._closing
 
     def _trouble(self, error: Exception) -> None:
-        self._failures = min(self._failures + 1, 8)
+        self._failures += 1
         if self._failures == 1:
             logger.error("the event log could not be read; signals are late: %s", describe(error))
         self._disconnect()
-        self._next_scan = time.monotonic() + min(MAX_PAUSE, 0.05 * 2**self._failures) * random.uniform(0.5, 1)
+        self._next_scan = time.monotonic() + pause_after(self._failures)
 
     # --- events of this process
 
@@ -178,8 +184,8 @@ class Feed:
                 break
 
     def _begin(self, connection: sa.Connection) -> None:
-        self._started: Start = self._statements.start(connection)
-        self._cursor: Position = self._started.position
+        self._started = self._statements.start(connection)
+        self._cursor = self._started.position
         self._ahead.clear()
         self._last.clear()
 

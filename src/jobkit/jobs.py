@@ -33,9 +33,9 @@ _c = content_jobs.c
 class JobStore:
     """Create, read and change jobs inside the transaction of ``session``: a Session, scoped_session or Connection.
 
-    Never commits, never opens a transaction or connection of its own. As thread-safe as the session is: use one store per
-    session. ``notify`` sends one payload-free ``pg_notify('jobkit', '')`` with a transaction that creates jobs, a hint for
-    idle runners on PostgreSQL.
+    Never commits, never opens a transaction or connection of its own. As thread-safe as the session is: use one store
+    per session. ``notify`` sends one payload-free ``pg_notify('jobkit', '')`` with a transaction that creates jobs, a
+    hint for idle runners on PostgreSQL.
     """
 
     def __init__(
@@ -56,9 +56,9 @@ class JobStore:
     ) -> Job:
         """Insert a queued job and its ``content_job.queued`` event; both go with the transaction, savepoints included.
 
-        ``input`` is copied. ``ValueError`` naming the field, with nothing written, for: a blank or missing company, a blank
-        job type, an input that is not a JSON object both databases can store (see ``jobkit.payload``), text with NUL or lone
-        surrogates. ``ConfigurationError`` for an SQLite engine without ``configure_sqlite``.
+        ``input`` is copied. ``ValueError`` naming the field, with nothing written, for: a blank or missing company, a
+        blank job type, an input that is not a JSON object both databases can store (see ``jobkit.payload``), text
+        with NUL or lone surrogates. ``ConfigurationError`` for an SQLite engine without ``configure_sqlite``.
         """
         return self.insert(company_id, job_type=job_type, input=input, source_task_id=source_task_id)[0]
 
@@ -83,7 +83,8 @@ class JobStore:
             "now": now,
         }
         event_id = statements_for(connection).insert_job(connection, values, notify=self._notify)
-        return _queued(job_id, owner, job_type, copy, source_task_id, now), event_id
+        job = _queued(job_id=job_id, owner=owner, job_type=job_type, input=copy, source_task_id=source_task_id, now=now)
+        return job, event_id
 
     def get_by_id(self, job_id: UUID | str, *, company_id: object = None) -> Job | None:
         """The job, or None: unknown, malformed, or another company's when ``company_id`` is given."""
@@ -122,14 +123,16 @@ class JobStore:
         query = query.order_by(_c.created_at.desc(), _c.id.desc()).limit(page_size(limit))
         return [job_of(row) for row in self._connection().execute(query)]
 
-    def transition(self, job_id: UUID | str, *, expect: JobStatus | str | Iterable[JobStatus | str] | None = None, **patch: Any) -> Job:
+    def transition(
+        self, job_id: UUID | str, *, expect: JobStatus | str | Iterable[JobStatus | str] | None = None, **patch: Any
+    ) -> Job:
         """Change a job by hand; return it as it then is. A change of status appends that status' event.
 
         ``patch`` takes ``status``, ``result_asset_id``, ``error_message``, ``source_task_id``, ``started_at`` and
-        ``finished_at``, nothing else (``TypeError``); ``updated_at`` is set. Entering ``running`` is a claim by hand: fence + 1,
-        no lease, never rescued. Leaving ``running`` ends a runner's claim, whose late writes then change nothing.
-        ``JobNotFound``; ``InvalidTransition`` when the status is not among ``expect``, or when a terminal status would be left
-        and ``expect`` does not name it.
+        ``finished_at``, nothing else (``TypeError``); ``updated_at`` is set. Entering ``running`` is a claim by hand:
+        fence + 1, no lease, never rescued. Leaving ``running`` ends a runner's claim, whose late writes then change
+        nothing. ``JobNotFound``; ``InvalidTransition`` when the status is not among ``expect``, or when a terminal
+        status would be left and ``expect`` does not name it.
         """
         values = _checked(patch)
         expected = _statuses(expect)
@@ -165,8 +168,7 @@ class JobStore:
             return None
         changed = job_of(row)
         if status != job.status:
-            payload = _payload(changed)
-            outbox.append(connection, job.company_id, job.id, changed.event_seq, f"content_job.{status.value}", payload, now)
+            outbox.append(connection, changed)
         return changed
 
     def _connection(self) -> sa.Connection:
@@ -179,12 +181,12 @@ class JobStore:
 
 
 def connection_of(session: Host) -> sa.Connection:
-    """The connection of the host's transaction. ``TypeError`` for anything but a Session, scoped_session or Connection."""
+    """The connection of the host's transaction. ``TypeError`` for anything but a Session or Connection."""
     if isinstance(session, sa.Connection):
         return session
     if hasattr(session, "sync_session") or hasattr(session, "sync_connection"):
         raise TypeError("an asynchronous session: await session.run_sync(lambda s: JobStore(s).create(...))")
-    if isinstance(session, sa.Engine) or not hasattr(session, "get_bind"):
+    if not hasattr(session, "connection"):
         raise TypeError(f"expected a Session, scoped_session or Connection, not {type(session).__name__}")
     return session.connection(bind_arguments={"clause": content_jobs})
 
@@ -203,7 +205,9 @@ def page_size(limit: int | None) -> int | None:
     return limit
 
 
-def _queued(job_id: UUID, owner: str, job_type: str, input: dict[str, Any], source_task_id: str | None, now: datetime) -> Job:
+def _queued(
+    *, job_id: UUID, owner: str, job_type: str, input: dict[str, Any], source_task_id: str | None, now: datetime
+) -> Job:
     return Job(
         id=job_id,
         company_id=owner,
@@ -235,15 +239,6 @@ def _queued(job_id: UUID, owner: str, job_type: str, input: dict[str, Any], sour
 
 def _position(job: Job) -> list[Any]:
     return [sa.literal(job.created_at, _c.created_at.type), sa.literal(job.id, _c.id.type)]
-
-
-def _payload(job: Job) -> dict[str, Any]:
-    payload: dict[str, Any] = {"jobId": str(job.id)}
-    if job.status is JobStatus.DONE:
-        payload["assetId"] = None if job.result_asset_id is None else str(job.result_asset_id)
-    if job.status is JobStatus.FAILED:
-        payload["errorMessage"] = job.error_message
-    return payload
 
 
 def _statuses(expect: JobStatus | str | Iterable[JobStatus | str] | None) -> frozenset[JobStatus] | None:

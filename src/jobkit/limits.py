@@ -43,14 +43,18 @@ def parse_limit(text: str) -> int | float | None:
 
 
 def configured_limit(environment: Mapping[str, str]) -> tuple[int | float, str]:
-    """The limit in bytes and where it came from. A value that cannot be used gives the default and one warning in the log."""
+    """The limit in bytes and where it came from. A value that cannot be used gives the default and one warning in the
+    log.
+    """
     for name in VARIABLES:
         if name not in environment:
             continue
         try:
             limit = parse_limit(environment[name])
         except ValueError as error:
-            logger.warning("%s=%.40r is ignored: %s; the limit is %d bytes", name, environment[name], error, DEFAULT_MAX_BYTES)
+            logger.warning(
+                "%s=%.40r is ignored: %s; the limit is %d bytes", name, environment[name], error, DEFAULT_MAX_BYTES
+            )
             limit = None
         return (DEFAULT_MAX_BYTES, "the default") if limit is None else (limit, name)
     return DEFAULT_MAX_BYTES, "the default"

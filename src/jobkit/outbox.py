@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import sqlalchemy as sa
 
 from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position
-from jobkit.types import JobEvent
+from jobkit.types import Job, JobEvent, JobStatus
 
 
-def append(connection: sa.Connection, company_id: str, job_id: UUID, seq: int, type_: str, payload: dict[str, Any], at: datetime) -> int:
-    """Append one event in the caller's transaction; return its id. ``seq`` is the job's new ``event_seq``."""
-    values = {"company_id": company_id, "job_id": job_id, "seq": seq, "type": type_, "payload": json.dumps(payload), "now": at}
+def append(connection: sa.Connection, job: Job) -> int:
+    """Append the event of the status that ``job`` was just given, in the caller's transaction; return its id."""
+    values = {
+        "company_id": job.company_id,
+        "job_id": job.id,
+        "seq": job.event_seq,
+        "type": f"content_job.{job.status.value}",
+        "payload": json.dumps(_payload(job)),
+        "now": job.updated_at,
+    }
     return statements_for(connection).append_event(connection, values)
 
 
 def event_of(row: EventRow, cursor: Position) -> JobEvent:
     """A row of the log as receivers get it. ``cursor`` is the position below which nothing is missing now."""
     return JobEvent(row.id, row.seq, str(cursor), row.company_id, row.type, row.job_id, row.created_at, row.payload)
+
+
+def _payload(job: Job) -> dict[str, Any]:
+    payload: dict[str, Any] = {"jobId": str(job.id)}
+    if job.status is JobStatus.DONE:
+        payload["assetId"] = None if job.result_asset_id is None else str(job.result_asset_id)
+    if job.status is JobStatus.FAILED:
+        payload["errorMessage"] = job.error_message
+    return payload

@@ -11,10 +11,12 @@ _TOO_DEEP = f"input is nested deeper than {MAX_DEPTH} levels"
 
 
 def canonical(value: object, *, max_bytes: int = MAX_INPUT_BYTES) -> tuple[str, dict[str, Any]]:
-    """``value`` as compact JSON text, and a copy of it read back from that text: tuples become arrays, number keys text.
+    """``value`` as compact JSON text, and a copy of it read back from that text: tuples become arrays, number keys
+    text.
 
-    ``ValueError`` beginning with ``input`` for: not an object, NaN or Infinity, NUL, a lone surrogate, more than 100 levels,
-    an integer too long for Python to read, two keys that become the same, a value JSON does not know, more than ``max_bytes``.
+    ``ValueError`` beginning with ``input`` for: not an object, NaN or Infinity, NUL, a lone surrogate, more than 100
+    levels, an integer too long for Python to read, two keys that become the same, a value JSON does not know, more
+    than ``max_bytes``.
     """
     if not isinstance(value, dict):
         raise ValueError(f"input must be a JSON object (a dict), not {type(value).__name__}")

@@ -1,20 +1,20 @@
 """The pipeline: one loop that does every database step of the jobs in flight, as few commits as possible.
 
-Each turn is one transaction: it ends the jobs whose files are stored, records the keys of those that were just rendered, and
-claims jobs for the free slots. Rendering and storing happen on other threads, between the turns; no transaction is open then.
+Each turn is one transaction: it ends the jobs whose files are stored, records the keys of those that were just
+rendered, and claims jobs for the free slots. Rendering and storing happen on other threads, between the turns; no
+transaction is open then.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO, Protocol
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -25,7 +25,7 @@ from jobkit._dialects.base import EventRow
 from jobkit.assets import AssetStore
 from jobkit.attempt import Attempt
 from jobkit.claims import Claim, Completion, Intent
-from jobkit.clock import Clock
+from jobkit.clock import Clock, pause_after
 from jobkit.errors import AssetNotFound, LeaseLost
 from jobkit.pools import LoopThread, Task
 from jobkit.renderers import Renderers
@@ -36,11 +36,11 @@ logger = logging.getLogger("jobkit")
 # After a job was seen, the next is looked for this often for this long, both in seconds; then at the poll interval.
 ACTIVE_POLL = 0.05
 ACTIVE_FOR = 2.0
+# How long a stopping runner waits for its renderers before it looks again, in seconds; what they send wakes it at once.
+STOPPING_PAUSE = 5.0
 # Jobs that were rendered and wait for storage or commit may number this many more than the slots, so that their commits
 # can be shared without their spool files filling the disk.
 BACKLOG = 16
-# The longest pause after the database failed, in seconds.
-MAX_PAUSE = 5.0
 
 
 class Pool(Protocol):
@@ -62,7 +62,9 @@ class Turn:
 
 
 class Pipeline:
-    """Claims, renders, stores and finishes jobs until it is told to stop. ``run`` belongs to one thread; the rest to any."""
+    """Claims, renders, stores and finishes jobs until it is told to stop. ``run`` belongs to one thread; the rest to
+    any.
+    """
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class Pipeline:
         self.ended = 0
 
     def wake(self) -> int:
-        """Look for jobs now rather than at the next poll; return a number for ``wait_idle``. No I/O, from any thread."""
+        """Look for jobs now rather than at the next poll; return a number for ``wait_idle``. From any thread."""
         with self._asking:
             self._asked += 1
             asked = self._asked
@@ -107,7 +109,9 @@ class Pipeline:
         return asked
 
     def wait_idle(self, asked: int, timeout: float | None) -> bool:
-        """Wait until a look for jobs that began after that ``wake`` found none and none is in flight; False at the timeout."""
+        """Wait until a look for jobs that began after that ``wake`` found none and none is in flight; False at the
+        timeout.
+        """
         with self._asking:
             return self._asking.wait_for(lambda: self._answered >= asked, timeout)
 
@@ -117,7 +121,9 @@ class Pipeline:
         self._inbox.put(None)
 
     def abandon(self) -> None:
-        """Put the jobs in flight back into the queue; ``run`` returns at once. What their renderers still do changes nothing."""
+        """Put the jobs in flight back into the queue; ``run`` returns at once. What their renderers still do changes
+        nothing.
+        """
         self._stopping = self._abandoned = True
         self._inbox.put(None)
 
@@ -146,10 +152,10 @@ class Pipeline:
 
     def _patience(self) -> float:
         if self._failures:
-            return min(MAX_PAUSE, 0.05 * 2**self._failures) * random.uniform(0.5, 1)
+            return pause_after(self._failures)
         if self._turn or (self._hungry and self._free() > 0):
             return 0
-        return max(0.0, self._next_poll - time.monotonic()) if not self._stopping else MAX_PAUSE
+        return max(0.0, self._next_poll - time.monotonic()) if not self._stopping else STOPPING_PAUSE
 
     def _collect(self, timeout: float) -> None:
         """Sort what the other threads sent; wait up to ``timeout`` for the first of it."""
@@ -209,7 +215,12 @@ class Pipeline:
 
     def _commit(self, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
         connection = self._connect()
-        if turn.limit and self._statements.claim_locks and not (turn.ends or turn.rendered) and not self._queued(connection):
+        if (
+            turn.limit
+            and self._statements.claim_locks
+            and not (turn.ends or turn.rendered)
+            and not self._queued(connection)
+        ):
             return [], []
         now = self._clock()
         events: list[EventRow] = []
@@ -218,7 +229,9 @@ class Pipeline:
             if turn.ends:
                 events += claims.finish(connection, turn.ends, now=now)
             if turn.rendered:
-                claims.record_intents(connection, [intent for attempt in turn.rendered for intent in self._intents(attempt)])
+                claims.record_intents(
+                    connection, [intent for attempt in turn.rendered for intent in self._intents(attempt)]
+                )
             if turn.limit:
                 taken, running = claims.claim(
                     connection, limit=turn.limit, worker_id=self._worker_id, lease=self._lease, now=now
@@ -290,7 +303,7 @@ class Pipeline:
 
     def _pause(self, turn: Turn, error: Exception) -> None:
         """Keep the work, log once, and come back after a while."""
-        self._failures = min(self._failures + 1, 8)
+        self._failures += 1
         if self._failures == 1:
             logger.error("the database failed; jobs in flight are kept and tried again: %s", describe(error))
         self._disconnect()

@@ -17,7 +17,8 @@ logger = logging.getLogger("jobkit")
 class DaemonPool:
     """Up to ``size`` daemon threads that run tasks in the order of submission.
 
-    Not ``concurrent.futures``: that joins its threads when the interpreter ends, and a renderer that hangs would hold it.
+    Not ``concurrent.futures``: that joins its threads when the interpreter ends, and a renderer that hangs would hold
+    it.
     """
 
     def __init__(self, size: int, name: str) -> None:

@@ -29,8 +29,8 @@ _delivered: dict[str, OrderedDict[int, None]] = {}
 class Relay:
     """Signals in a process that renders nothing; a started ``Runner`` has its own.
 
-    However many relays and runners of one database are started, the process has one thread that reads its event log, and each
-    receiver is called once per event. ``start`` and ``stop`` in any order and number; safe from any thread.
+    However many relays and runners of one database are started, the process has one thread that reads its event log,
+    and each receiver is called once per event. ``start`` and ``stop`` in any order and number; safe from any thread.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
@@ -38,7 +38,9 @@ class Relay:
         self._held = False
 
     def start(self) -> Self:
-        """Signals for whatever is committed from now on, by any process. Raises when the database or its tables are not there."""
+        """Signals for whatever is committed from now on, by any process. Raises when the database or its tables are not
+        there.
+        """
         with _lock:
             if not self._held:
                 acquire(self._engine)
@@ -46,7 +48,9 @@ class Relay:
         return self
 
     def stop(self, timeout: float = 5.0) -> None:
-        """No more signals, unless another relay or runner of this database is started. Waits for the receiver that runs now."""
+        """No more signals, unless another relay or runner of this database is started. Waits for the receiver that runs
+        now.
+        """
         with _lock:
             held, self._held = self._held, False
         if held:
@@ -55,7 +59,9 @@ class Relay:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
 
@@ -63,8 +69,8 @@ def sync_engine(engine: object) -> sa.Engine:
     """``engine`` when a runner or relay can use it; ``ConfigurationError`` with what helps otherwise."""
     if hasattr(engine, "sync_engine"):
         raise ConfigurationError(
-            "a Runner or Relay needs a synchronous Engine, not an AsyncEngine: make one with create_engine(), on the same "
-            "URL; postgresql+psycopg:// serves both kinds"
+            "a Runner or Relay needs a synchronous Engine, not an AsyncEngine: make one with create_engine(), on the "
+            "same URL; postgresql+psycopg:// serves both kinds"
         )
     if not isinstance(engine, sa.Engine):
         raise ConfigurationError(f"expected an SQLAlchemy Engine, not {type(engine).__name__}")

@@ -19,8 +19,8 @@ R = TypeVar("R", bound=Callable[..., Any])
 class Renderers:
     """Renderers by job type. Register all of them before the runner starts.
 
-    ``default`` renders job types that nobody registered; without one such a job fails with a message that names its type.
-    ``services`` is handed to every renderer as ``ctx.services``.
+    ``default`` renders job types that nobody registered; without one such a job fails with a message that names its
+    type. ``services`` is handed to every renderer as ``ctx.services``.
     """
 
     def __init__(self, *, default: Renderer | None = None, services: Any = None) -> None:
@@ -29,10 +29,11 @@ class Renderers:
         self._by_type: dict[str, Registration] = {}
 
     def register(self, job_type: str, *, input: Any = None) -> Callable[[R], R]:
-        """A decorator that makes a function, plain or ``async``, the renderer of ``job_type``; the function stays as it is.
+        """A decorator that makes a function, plain or ``async``, the renderer of ``job_type``; the function stays as it
+        is.
 
-        ``input``: a pydantic model, msgspec struct, dataclass or callable that turns the job's input into ``ctx.input``.
-        ``ValueError`` when the type is blank or taken.
+        ``input``: a pydantic model, msgspec struct, dataclass or callable that turns the job's input into
+        ``ctx.input``. ``ValueError`` when the type is blank or taken.
         """
         storable(job_type, "job_type", limit=255)
 

@@ -41,9 +41,9 @@ RELEASE_WAIT = 2.0
 class Runner:
     """Renders the queued jobs of ``engine``'s database, up to ``concurrency`` at a time.
 
-    ``lease``: for how long a claim is its runner's, in seconds or as timedelta. ``poll_interval``: how often an idle runner
-    looks for jobs of other processes. At most four connections of ``engine`` are used, at any concurrency. Every method may be
-    called from any thread; all threads are daemons, and no signal handler is installed.
+    ``lease``: for how long a claim is its runner's, in seconds or as timedelta. ``poll_interval``: how often an idle
+    runner looks for jobs of other processes. At most four connections of ``engine`` are used, at any concurrency.
+    Every method may be called from any thread; all threads are daemons, and no signal handler is installed.
     """
 
     def __init__(
@@ -76,17 +76,23 @@ class Runner:
     # --- creating
 
     def submit(
-        self, company_id: object, *, job_type: str, input: dict[str, Any] | None = None, source_task_id: str | None = None
+        self,
+        company_id: object,
+        *,
+        job_type: str,
+        input: dict[str, Any] | None = None,
+        source_task_id: str | None = None,
     ) -> Job:
-        """Create a job in a transaction of its own, commit, signal ``content_job.queued``, dispatch; return the job as created.
+        """Create a job in a transaction of its own, commit, signal ``content_job.queued``, dispatch; return the job as
+        created.
 
-        Blocks on the database. Raises what ``JobStore.create`` raises, and ``ConfigurationError`` within an SQLite transaction
-        of this thread that has written: it would wait for itself; use ``JobStore.create`` there.
+        Blocks on the database. Raises what ``JobStore.create`` raises, and ``ConfigurationError`` within an SQLite
+        transaction of this thread that has written: it would wait for itself; use ``JobStore.create`` there.
         """
         if writing_in_this_thread(self._engine):
             raise ConfigurationError(
-                "submit would wait for this thread's own SQLite transaction, which has written: use JobStore(session).create "
-                "in it, then dispatch after the commit"
+                "submit would wait for this thread's own SQLite transaction, which has written: use "
+                "JobStore(session).create in it, then dispatch after the commit"
             )
         feed = relay.running_feed(self._engine)
         position = Position(0, 0)
@@ -95,7 +101,9 @@ class Runner:
                 position = statements_for(connection).start(connection).position
             store = JobStore(connection, clock=self._clock)
             job, event_id = store.insert(company_id, job_type=job_type, input=input, source_task_id=source_task_id)
-        row = EventRow(event_id, 0, 1, job.company_id, "content_job.queued", job.id, job.created_at, {"jobId": str(job.id)})
+        row = EventRow(
+            event_id, 0, 1, job.company_id, "content_job.queued", job.id, job.created_at, {"jobId": str(job.id)}
+        )
         if feed is None:
             relay.deliver_here(self._engine, [row], position)
         else:
@@ -117,7 +125,8 @@ class Runner:
     # --- running
 
     def start(self) -> Self:
-        """Render jobs on threads of this process until ``stop``. Signals follow from now on. Started already: nothing happens.
+        """Render jobs on threads of this process until ``stop``. Signals follow from now on. Started already: nothing
+        happens.
 
         ``ConfigurationError`` for an SQLite database in memory; ``SchemaOutOfDate`` without the tables.
         """
@@ -131,8 +140,9 @@ class Runner:
     def stop(self, timeout: timedelta | float = 30.0) -> None:
         """Claim nothing more, let the jobs in flight end, deliver their events. Not started: nothing happens.
 
-        What has not ended after ``timeout`` goes back to the queue at once, the attempt not charged; a renderer that goes on
-        nevertheless changes nothing. Returns within ``timeout`` and a few seconds, whatever renderers and database do.
+        What has not ended after ``timeout`` goes back to the queue at once, the attempt not charged; a renderer that
+        goes on nevertheless changes nothing. Returns within ``timeout`` and a few seconds, whatever renderers and
+        database do.
         """
         with self._lock:
             pipeline, thread = self._pipeline, self._thread
@@ -145,14 +155,16 @@ class Runner:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()
 
     def run_until_idle(self, timeout: timedelta | float | None = None) -> int:
         """Render what is queued, and what that creates, until nothing is left; return how many jobs ended.
 
-        Needs no ``start``: for scripts and tests. The events were delivered when this returns. ``TimeoutError`` when jobs are
-        still in flight after ``timeout``; unless the runner is started, they go back to the queue.
+        Needs no ``start``: for scripts and tests. The events were delivered when this returns. ``TimeoutError`` when
+        jobs are still in flight after ``timeout``; unless the runner is started, they go back to the queue.
         """
         limit = None if timeout is None else seconds(timeout, "timeout", positive=False)
         with self._lock:
@@ -206,7 +218,11 @@ class Runner:
             statements = statements_for(connection)
             start: Start = statements.start(connection)
             jobs = [{"job": row.job_id.hex, "seq": row.seq, "queued": True} for row in rows]
-            queued = [row for row in statements.earlier(connection, start.position, start, jobs) if row.type.endswith("queued")]
+            queued = [
+                row
+                for row in statements.earlier(connection, start.position, start, jobs)
+                if row.type.endswith("queued")
+            ]
         relay.deliver_here(self._engine, [*queued, *rows], start.position)
 
     def _spawn(self, pipeline: Pipeline) -> threading.Thread:
@@ -216,7 +232,7 @@ class Runner:
 
 
 def _until_idle(pipeline: Pipeline, feed: Feed, timeout: float | None) -> int:
-    """Wait until two looks in a row found nothing, with all events delivered between them: receivers may create jobs."""
+    """Wait until two looks in a row found nothing, all events delivered between them: receivers may create jobs."""
     deadline = None if timeout is None else time.monotonic() + timeout
     before = pipeline.ended
     while True:

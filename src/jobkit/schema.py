@@ -9,7 +9,9 @@ from jobkit.tables import metadata
 
 
 def require_schema(engine: sa.Engine) -> None:
-    """Return when every table has every column; ``SchemaOutOfDate`` naming what is missing and what to call. Reads no row."""
+    """Return when every table has every column; ``SchemaOutOfDate`` naming what is missing and what to call. Reads no
+    row.
+    """
     with engine.connect() as connection:
         for table in metadata.sorted_tables:
             try:
@@ -18,4 +20,6 @@ def require_schema(engine: sa.Engine) -> None:
                 reason = str(error.orig).splitlines()[0]
                 if isinstance(error, sa.exc.OperationalError) and "no such" not in reason:
                     raise
-                raise SchemaOutOfDate(f"{reason}: call jobkit.migrations.upgrade(engine), or run jobkit migrate") from None
+                raise SchemaOutOfDate(
+                    f"{reason}: call jobkit.migrations.upgrade(engine), or run jobkit migrate"
+                ) from None

@@ -1,7 +1,7 @@
 """The blinker signals of a job's life, and their delivery: each receiver by itself, whatever the others do.
 
-Receivers get ``receiver(company_id, *, event)``. ``connect`` is blinker's: it holds receivers weakly unless ``weak=False``,
-and ``sender=company_id`` narrows to one company. A signal is only ever sent for a committed event.
+Receivers get ``receiver(company_id, *, event)``. ``connect`` is blinker's: it holds receivers weakly unless
+``weak=False``, and ``sender=company_id`` narrows to one company. A signal is only ever sent for a committed event.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class JobSignal(NamedSignal):
         ``TypeError`` for a coroutine function: nobody would await it.
         """
         if iscoroutinefunction(receiver) or iscoroutinefunction(getattr(receiver, "__call__", None)):  # noqa: B004
-            raise TypeError(f"{receiver!r} is a coroutine function; signals are sent from a thread, connect a plain function")
+            raise TypeError(
+                f"{receiver!r} is a coroutine function; signals are sent from a thread, connect a plain function"
+            )
         return super().connect(receiver, sender if sender is ANY else str(sender), weak)
 
 
@@ -87,7 +89,8 @@ def any_receivers() -> bool:
 
 
 def deliver(events: Iterable[JobEvent]) -> None:
-    """Call the receivers of each event, in order. One that raises is logged and the others still run; nothing is raised.
+    """Call the receivers of each event, in order. One that raises is logged and the others still run; nothing is
+    raised.
 
     Events delivered from within a receiver wait until the current ones are through, so recursion has no depth.
     """

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast
 
 from jobkit.errors import AssetEmpty, AssetError, AssetTooLarge
 from jobkit.types import Body, StoredObject
@@ -33,7 +33,7 @@ class Spool(io.RawIOBase):
         self._hash: Any = hashlib.sha256()
         self._hashed = 0
         self._refusal: AssetError | None = None
-        self._file: IO[bytes] = os.fdopen(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600), "w+b", buffering=0)
+        self._file = io.FileIO(self.path, "x+", opener=_private)
         self.size = 0
 
     def writable(self) -> bool:
@@ -62,7 +62,7 @@ class Spool(io.RawIOBase):
         return written
 
     def readinto(self, buffer: Any, /) -> int:
-        return self._file.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
+        return self._file.readinto(buffer)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
         return self._file.seek(offset, whence)
@@ -87,7 +87,9 @@ class Spool(io.RawIOBase):
         return self._refusal is not None
 
     def seal(self) -> str:
-        """The sha256 of the whole file. ``AssetEmpty`` when it has no bytes, ``AssetTooLarge`` when it ever had too many."""
+        """The sha256 of the whole file. ``AssetEmpty`` when it has no bytes, ``AssetTooLarge`` when it ever had too
+        many.
+        """
         if self._refusal is not None:
             raise self._refusal
         if self.size == 0:
@@ -118,7 +120,7 @@ class Spool(io.RawIOBase):
 
 
 def chunks(body: Body) -> Iterator[bytes | memoryview]:
-    """``body`` in pieces of bytes: bytes-like, a path, a binary file, or an iterable of bytes. A file is read, not closed."""
+    """``body`` in pieces: bytes-like, a path, a binary file (read, not closed), or an iterable of bytes."""
     if isinstance(body, bytes | bytearray | memoryview):
         view = memoryview(body).cast("B")
         for start in range(0, len(view), CHUNK):
@@ -126,7 +128,7 @@ def chunks(body: Body) -> Iterator[bytes | memoryview]:
     elif isinstance(body, os.PathLike):
         with open(body, "rb", buffering=0) as file:
             yield from _read(file)
-    elif isinstance(body, str):
+    elif isinstance(cast("object", body), str):
         raise TypeError("body is text: encode it, or pass a pathlib.Path to name a file")
     elif hasattr(body, "read"):
         yield from _read(body)
@@ -135,6 +137,10 @@ def chunks(body: Body) -> Iterator[bytes | memoryview]:
             yield _bytes(chunk, "body yields")
     else:
         raise TypeError(f"body must be bytes, a path, a binary file or an iterable of bytes, not {type(body).__name__}")
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _read(file: Any) -> Iterator[bytes]:

@@ -1,9 +1,9 @@
 """SQLite set up so that a write never fails with an instant "database is locked", and a read takes no lock.
 
 Left to itself, Python's sqlite3 opens a transaction before the first INSERT, but not before a SAVEPOINT, and opens it
-DEFERRED: a write that follows a read may then fail at once, whatever the busy timeout, because the snapshot it read is old;
-and a savepoint's rows stay after the outer rollback. Here ``BEGIN IMMEDIATE`` is sent before a transaction's first write or
-savepoint, and nothing before it.
+DEFERRED: a write that follows a read may then fail at once, whatever the busy timeout, because the snapshot it read
+is old; and a savepoint's rows stay after the outer rollback. Here ``BEGIN IMMEDIATE`` is sent before a transaction's
+first write or savepoint, and nothing before it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,20 @@ if TYPE_CHECKING:
 _COMMENT = re.compile(r"\s+|--[^\n]*\n|/\*.*?\*/|[(;]", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z]+")
 # Statements that take no write lock, or that SQLite refuses inside a transaction.
-_NOT_WRITES = {"SELECT", "VALUES", "EXPLAIN", "PRAGMA", "BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE", "ATTACH", "DETACH", "VACUUM"}
+_NOT_WRITES = {
+    "SELECT",
+    "VALUES",
+    "EXPLAIN",
+    "PRAGMA",
+    "BEGIN",
+    "COMMIT",
+    "END",
+    "ROLLBACK",
+    "RELEASE",
+    "ATTACH",
+    "DETACH",
+    "VACUUM",
+}
 _CHANGES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
 
 # A dialect outlives its pool and is shared by the engines that execution_options() makes.
@@ -46,15 +59,17 @@ def configure_sqlite(
     busy_timeout: timedelta | float = 10.0,
     synchronous: Literal["FULL", "NORMAL", "EXTRA"] = "FULL",
 ) -> None:
-    """Make every connection of ``engine`` keep what jobkit promises on SQLite. Call it once, right after ``create_engine``.
+    """Make every connection of ``engine`` keep what jobkit promises on SQLite. Call it once, right after
+    ``create_engine``.
 
-    Afterwards: write-ahead log; writers wait up to ``busy_timeout`` for each other; ``BEGIN IMMEDIATE`` at a transaction's
-    first write or savepoint, and no open transaction before it. ``synchronous="NORMAL"`` commits about five times as
-    fast and may lose the last commits when the machine loses power. Idempotent. Connections in AUTOCOMMIT are left alone.
+    Afterwards: write-ahead log; writers wait up to ``busy_timeout`` for each other; ``BEGIN IMMEDIATE`` at a
+    transaction's first write or savepoint, and no open transaction before it. ``synchronous="NORMAL"`` commits about
+    five times as fast and may lose the last commits when the machine loses power. Idempotent. Connections in
+    AUTOCOMMIT are left alone.
 
     ``ConfigurationError`` for an engine of another database.
     """
-    sync_engine: sa.Engine = getattr(engine, "sync_engine", engine)
+    sync_engine: Any = getattr(engine, "sync_engine", engine)
     if not isinstance(sync_engine, sa.Engine) or sync_engine.dialect.name != "sqlite":
         raise ConfigurationError(f"configure_sqlite takes an SQLite engine, not {engine!r}")
     if synchronous not in ("FULL", "NORMAL", "EXTRA"):
@@ -68,18 +83,21 @@ def configure_sqlite(
 
 
 def require_configured(bind: sa.Engine | sa.Connection) -> None:
-    """Return when ``bind`` keeps the guarantees: it is not SQLite, or ``configure_sqlite`` was called and it commits by itself.
+    """Return when ``bind`` keeps the guarantees: it is not SQLite, or ``configure_sqlite`` was called and it commits by
+    itself.
 
     ``ConfigurationError`` with the line that helps otherwise.
     """
     if bind.dialect.name != "sqlite":
         return
     if bind.dialect not in _settings:
-        raise ConfigurationError("this SQLite engine is not set up for jobkit: call jobkit.configure_sqlite(engine) after create_engine")
+        raise ConfigurationError(
+            "this SQLite engine is not set up for jobkit: call jobkit.configure_sqlite(engine) after create_engine"
+        )
     if isinstance(bind, sa.Connection) and _driver(bind).isolation_level is None:
         raise ConfigurationError(
-            "this SQLite connection is in AUTOCOMMIT, or a hook sets isolation_level = None: jobkit needs a transaction, "
-            'which jobkit.configure_sqlite(engine) opens; remove the hook or isolation_level="AUTOCOMMIT"'
+            "this SQLite connection is in AUTOCOMMIT, or a hook sets isolation_level = None: jobkit needs a "
+            'transaction, which jobkit.configure_sqlite(engine) opens; remove the hook or isolation_level="AUTOCOMMIT"'
         )
 
 
@@ -92,7 +110,7 @@ def is_memory(engine: sa.Engine) -> bool:
 
 
 def writing_in_this_thread(engine: sa.Engine) -> bool:
-    """Whether this thread holds the write lock of ``engine``'s SQLite file: another connection would wait for itself."""
+    """Whether this thread holds the write lock of ``engine``'s SQLite file: a second connection would wait for ever."""
     if engine.dialect.name != "sqlite":
         return False
     thread, connection = _writers.get(_file(engine.url.database), (0, None))
@@ -110,7 +128,9 @@ def _prepare(connection: sa.Connection) -> None:
         return
     driver = _driver(connection)
     if getattr(driver, "autocommit", -1) != -1:
-        raise ConfigurationError("jobkit needs sqlite3's legacy transaction control: remove autocommit= from connect_args")
+        raise ConfigurationError(
+            "jobkit needs sqlite3's legacy transaction control: remove autocommit= from connect_args"
+        )
     milliseconds, synchronous = _settings[connection.dialect]
     with closing(connection.connection.cursor()) as cursor:
         cursor.execute(f"PRAGMA busy_timeout = {milliseconds}")
@@ -120,7 +140,8 @@ def _prepare(connection: sa.Connection) -> None:
 
 
 def _use_wal(cursor: Any, deadline: float) -> None:
-    # Two connections that switch a new file at once can be told "locked" without waiting, so the switch is retried here.
+    # Two connections that switch a new file at once can be told "locked" without waiting, so the switch is retried
+    # here.
     while True:
         try:
             cursor.execute("PRAGMA journal_mode")

@@ -1,4 +1,6 @@
-"""Where published objects lie: a local folder, or any fsspec filesystem. Only single, literal keys; no listing, no glob."""
+"""Where published objects lie: a local folder, or any fsspec filesystem. Only single, literal keys; no listing, no
+glob.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ _PARTS_AT_ONCE = 4
 
 
 class Storage(Protocol):
-    """One place for objects. ``publish`` shows an object under its key only when it is whole. Safe to share by threads."""
+    """One place for objects. ``publish`` shows an object only when it is whole. Safe to share by threads."""
 
     provider: str
 
@@ -130,7 +132,9 @@ class FsspecStorage:
     def open(self, key: str) -> BinaryIO:
         filesystem, root = self._filesystem()
         if self.protocol == "memory":
-            return io.BytesIO(filesystem.cat_file(f"{root}/{key}"))  # its open() hands every reader the same file position
+            return io.BytesIO(
+                filesystem.cat_file(f"{root}/{key}")
+            )  # its open() hands every reader the same file position
         return cast("BinaryIO", filesystem.open(f"{root}/{key}", "rb"))
 
     def remove(self, key: str) -> None:
@@ -151,7 +155,9 @@ def open_storage(url: str | os.PathLike[str], options: Mapping[str, Any] | None)
     """
     text = os.fspath(url)
     if "::" in text:
-        raise ConfigurationError("a storage URL that chains protocols with '::' is refused: it could read from elsewhere")
+        raise ConfigurationError(
+            "a storage URL that chains protocols with '::' is refused: it could read from elsewhere"
+        )
     scheme = urlsplit(text).scheme if "://" in text else "file"
     if scheme in ("file", "local"):
         if options:
@@ -217,7 +223,9 @@ def _open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
 
 
 def _make_folders(root: Path, folder: Path) -> None:
-    """Make what is missing between ``root`` and ``folder``, each flushed into its parent so that it survives power loss."""
+    """Make what is missing between ``root`` and ``folder``, each flushed into its parent so that it survives power
+    loss.
+    """
     missing = []
     while not folder.is_dir() and folder != root.parent:
         missing.append(folder)

@@ -55,14 +55,6 @@ content_jobs = sa.Table(
     sa.Column("trace", JsonObject),
     sa.Index("content_jobs_company_status_idx", "company_id", "status"),
     sa.Index("content_jobs_company_created_idx", "company_id", "created_at"),
-    sa.Index(
-        "content_jobs_queued_idx",
-        sa.text("priority DESC"),
-        "created_at",
-        "id",
-        postgresql_where=QUEUED,
-        sqlite_where=QUEUED,
-    ),
     sa.Index("content_jobs_running_idx", "id", postgresql_where=RUNNING, sqlite_where=RUNNING),
     sa.Index(
         "content_jobs_idempotency_key",
@@ -73,6 +65,16 @@ content_jobs = sa.Table(
         postgresql_where=sa.text("idempotency_key IS NOT NULL"),
         sqlite_where=sa.text("idempotency_key IS NOT NULL"),
     ),
+)
+
+# Declared by columns, not as text: alembic cannot compare an index with text in it on SQLite.
+sa.Index(
+    "content_jobs_queued_idx",
+    content_jobs.c.priority.desc(),
+    content_jobs.c.created_at,
+    content_jobs.c.id,
+    postgresql_where=QUEUED,
+    sqlite_where=QUEUED,
 )
 
 assets = sa.Table(
@@ -141,5 +143,5 @@ for _name, _parameters in STORAGE_PARAMETERS.items():
     sa.event.listen(
         metadata.tables[_name],
         "after_create",
-        sa.DDL(f"ALTER TABLE %(fullname)s SET ({_parameters})").execute_if(dialect="postgresql"),
+        sa.DDL(f"ALTER TABLE %(fullname)s SET ({_parameters})").execute_if(dialect="postgresql"),  # type: ignore[no-untyped-call]
     )

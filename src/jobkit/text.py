@@ -14,7 +14,8 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 def storable(value: str, field: str, *, blank: bool = False, limit: int | None = None) -> str:
     """``value`` unchanged when both databases can hold it; ``ValueError`` naming ``field`` otherwise.
 
-    Refused: NUL, lone surrogates, blank text unless ``blank``, more than ``limit`` characters. Not a ``str``: ``TypeError``.
+    Refused: NUL, lone surrogates, blank text unless ``blank``, more than ``limit`` characters. Not a ``str``:
+    ``TypeError``.
     """
     if not isinstance(value, str):
         raise TypeError(f"{field} must be text, not {type(value).__name__}")
@@ -41,7 +42,8 @@ def company(value: object) -> str:
 def describe(error: BaseException) -> str:
     """What to write on a job that failed with ``error``: its message, or its class name when it has none or cannot say.
 
-    Never raises; at most 2,000 characters; no traceback; characters that a database or terminal would trip over are replaced.
+    Never raises; at most 2,000 characters; no traceback; characters that a database or terminal would trip over are
+    replaced.
     """
     try:
         message = str(error)

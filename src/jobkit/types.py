@@ -74,7 +74,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """A row of ``assets`` as it was read. The bytes are in the storage that ``provider`` names, under ``object_key``."""
+    """A row of ``assets`` as it was read. Its bytes are in the storage ``provider``, under ``object_key``."""
 
     id: UUID
     company_id: str
@@ -95,7 +95,7 @@ class Asset:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What a finished ``put_file`` wrote. ``recorded`` tells whether an intent was committed before the object existed."""
+    """What a finished ``put_file`` wrote. ``recorded``: whether an intent was committed before the object existed."""
 
     provider: str
     object_key: str
@@ -108,7 +108,9 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One file of a renderer's result. The body is read once, as a stream, before the renderer's next output is asked for."""
+    """One file of a renderer's result. The body is read once, as a stream, before the renderer's next output is asked
+    for.
+    """
 
     filename: str
     content_type: str

@@ -1,4 +1,5 @@
-"""The statements that differ between SQLite and PostgreSQL, each written out. Every function works in the caller's transaction.
+"""The statements that differ between SQLite and PostgreSQL, each written out. Every function works in the caller's
+transaction.
 
 A batch crosses as one JSON document: both databases read it as rows, with any driver.
 """

@@ -79,8 +79,12 @@ class Statements(Protocol):
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         """Append one event to the log; return its id."""
 
-    def claim(self, connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime) -> list[Claimed]:
-        """Take up to ``limit`` queued jobs, fence + 1, for ``lease`` seconds of the database's clock, each with its event."""
+    def claim(
+        self, connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime
+    ) -> list[Claimed]:
+        """Take up to ``limit`` queued jobs, fence + 1, for ``lease`` seconds of the database's clock, each with its
+        event.
+        """
 
     def has_queued(self, connection: sa.Connection) -> bool:
         """Whether a claim is worth its write lock. A hint."""
@@ -88,7 +92,9 @@ class Statements(Protocol):
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
         """Record each key; nothing sweeps it for ``grace`` seconds of the database's clock."""
 
-    def finish(self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime) -> tuple[list[Told], int]:
+    def finish(
+        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
+    ) -> tuple[list[Told], int]:
         """End the jobs whose fence still holds, with their files. The events of those, and how many intents went."""
 
     def release(self, connection: sa.Connection, jobs: Document, *, now: datetime) -> list[Told]:
@@ -97,18 +103,22 @@ class Statements(Protocol):
     def start(self, connection: sa.Connection) -> Start:
         """The end of the event log as of now."""
 
-    def scan(self, connection: sa.Connection, after: Position, start: Start, limit: int) -> tuple[list[EventRow], Position]:
+    def scan(
+        self, connection: sa.Connection, after: Position, start: Start, limit: int
+    ) -> tuple[list[EventRow], Position]:
         """The next events that no later commit can precede, in order, and the position after them."""
 
     def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
-        """Events of each job before a ``seq`` that lie beyond ``after``; with ``queued`` also the one just before, if it is ``queued``."""
+        """Events of each job before a ``seq`` that lie beyond ``after``; with ``queued`` also the one just before, if
+        it is ``queued``.
+        """
 
 
 class Sql:
     """A statement with ``{s}`` where the schema goes, and the types of its parameters and columns.
 
-    Calling it with a connection gives the clause for that connection's ``schema_translate_map``, which SQLAlchemy itself
-    does not apply to written-out SQL.
+    Calling it with a connection gives the clause for that connection's ``schema_translate_map``, which SQLAlchemy
+    itself does not apply to written-out SQL.
     """
 
     def __init__(self, template: str, *columns: sa.ColumnClause[Any], **types: Any) -> None:

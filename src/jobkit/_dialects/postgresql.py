@@ -9,7 +9,19 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit._dialects.base import CLAIMED, EVENT, JOB_PARAMETERS, TOLD, Claimed, Document, EventRow, Position, Sql, Start, Told
+from jobkit._dialects.base import (
+    CLAIMED,
+    EVENT,
+    JOB_PARAMETERS,
+    TOLD,
+    Claimed,
+    Document,
+    EventRow,
+    Position,
+    Sql,
+    Start,
+    Told,
+)
 from jobkit.columns import UtcDateTime
 
 _INSERT = """
@@ -48,8 +60,9 @@ WITH picked AS MATERIALIZED (
     ORDER BY priority DESC, created_at, id LIMIT :limit FOR UPDATE SKIP LOCKED
 ), claimed AS (
     UPDATE {s}content_jobs j
-    SET status = 'running', fence = j.fence + 1, attempt = j.attempt + 1, event_seq = j.event_seq + 1, worker_id = :worker_id,
-        lease_until = clock_timestamp() + make_interval(secs => :lease), started_at = :now, updated_at = :now
+    SET status = 'running', fence = j.fence + 1, attempt = j.attempt + 1, event_seq = j.event_seq + 1,
+        worker_id = :worker_id, lease_until = clock_timestamp() + make_interval(secs => :lease),
+        started_at = :now, updated_at = :now
     FROM picked WHERE j.id = picked.id
     RETURNING j.id, j.company_id, j.job_type, j.input, j.source_task_id, j.fence, j.attempt, j.event_seq
 ), told AS (
@@ -84,8 +97,8 @@ WITH f AS (
     AS f(job uuid, fence bigint, status text, asset uuid, error text, type text, payload jsonb)
 ), a AS (
     SELECT * FROM jsonb_to_recordset(CAST(:files AS jsonb))
-    AS a(id uuid, job uuid, company text, provider text, key text, content_type text, size bigint, sha256 text, filename text,
-         task text, position int)
+    AS a(id uuid, job uuid, company text, provider text, key text, content_type text, size bigint, sha256 text,
+         filename text, task text, position int)
 ), won AS (
     UPDATE {s}content_jobs j
     SET status = f.status, result_asset_id = f.asset, error_message = f.error, event_seq = j.event_seq + 1,
@@ -99,7 +112,8 @@ WITH f AS (
 ), kept AS (
     INSERT INTO {s}assets (id, company_id, provider, object_key, content_type, byte_size, sha256, original_filename,
         source_task_id, job_id, position, created_at, updated_at)
-    SELECT a.id, a.company, a.provider, a.key, a.content_type, a.size, a.sha256, a.filename, a.task, a.job, a.position, :now, :now
+    SELECT a.id, a.company, a.provider, a.key, a.content_type, a.size, a.sha256, a.filename,
+        a.task, a.job, a.position, :now, :now
     FROM a JOIN won ON won.id = a.job
 ), gone AS (
     DELETE FROM {s}asset_intents i USING a JOIN won ON won.id = a.job
@@ -189,7 +203,9 @@ class Postgresql:
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         return int(connection.execute(APPEND(connection), values).scalar_one())
 
-    def claim(self, connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime) -> list[Claimed]:
+    def claim(
+        self, connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime
+    ) -> list[Claimed]:
         values = {"limit": limit, "worker_id": worker_id, "lease": lease, "now": now}
         return [Claimed(*row) for row in connection.execute(CLAIM(connection), values)]
 
@@ -199,7 +215,9 @@ class Postgresql:
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
         connection.execute(INTEND(connection), {"intents": json.dumps(intents), "grace": grace})
 
-    def finish(self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime) -> tuple[list[Told], int]:
+    def finish(
+        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
+    ) -> tuple[list[Told], int]:
         values = {"jobs": json.dumps(jobs), "files": json.dumps(files), "now": now}
         rows = connection.execute(FINISH(connection), values).all()
         return [Told(*row[:3]) for row in rows], rows[0].gone if rows else 0
@@ -212,7 +230,9 @@ class Postgresql:
         xmin, snapshot = connection.execute(START(connection)).one()
         return Start(Position(xmin, 0), snapshot)
 
-    def scan(self, connection: sa.Connection, after: Position, start: Start, limit: int) -> tuple[list[EventRow], Position]:
+    def scan(
+        self, connection: sa.Connection, after: Position, start: Start, limit: int
+    ) -> tuple[list[EventRow], Position]:
         values = {"xid": after.xid, "id": after.id, "snapshot": start.snapshot, "limit": limit}
         rows = connection.execute(SCAN(connection), values).all()
         events = [EventRow(*row[1:]) for row in rows if row[1] is not None]

@@ -1,4 +1,6 @@
-"""SQLite 3.35 and newer: one writer at a time, so a step is a few statements under ``BEGIN IMMEDIATE``, the first of them a write."""
+"""SQLite 3.35 and newer: one writer at a time, so a step is a few statements under ``BEGIN IMMEDIATE``, the first of
+them a write.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,19 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit._dialects.base import CLAIMED, EVENT, JOB_PARAMETERS, TOLD, Claimed, Document, EventRow, Position, Sql, Start, Told
+from jobkit._dialects.base import (
+    CLAIMED,
+    EVENT,
+    JOB_PARAMETERS,
+    TOLD,
+    Claimed,
+    Document,
+    EventRow,
+    Position,
+    Sql,
+    Start,
+    Told,
+)
 from jobkit.columns import SQLITE_TIME, UtcDateTime
 
 INSERT = Sql(
@@ -153,7 +167,8 @@ SELECT e.id, 0 AS xid, e.seq, e.company_id, e.type, e.job_id, e.created_at, e.pa
 FROM json_each(:jobs) AS f
 JOIN {s}content_job_events e ON e.job_id = json_extract(f.value, '$.job') AND e.seq < json_extract(f.value, '$.seq')
 WHERE e.id > :id
-    OR json_extract(f.value, '$.queued') AND e.seq = json_extract(f.value, '$.seq') - 1 AND e.type = 'content_job.queued'
+    OR json_extract(f.value, '$.queued') AND e.type = 'content_job.queued'
+        AND e.seq = json_extract(f.value, '$.seq') - 1
 ORDER BY e.job_id, e.seq
 """,
     *EVENT,
@@ -178,15 +193,19 @@ class Sqlite:
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         return int(connection.execute(APPEND(connection), values).scalar_one())
 
-    def claim(self, connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime) -> list[Claimed]:
+    def claim(
+        self, connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime
+    ) -> list[Claimed]:
         values = {"limit": limit, "worker_id": worker_id, "lease": str(lease), "now": now}
         rows = connection.execute(CLAIM(connection), values).all()
         if not rows:
             return []
         rows = sorted(rows, key=lambda row: row.id)
-        events = [_event(row.id, row.company_id, row.event_seq, "content_job.running", {"jobId": str(row.id)}) for row in rows]
+        events = [
+            _event(row.id, row.company_id, row.event_seq, "content_job.running", {"jobId": str(row.id)}) for row in rows
+        ]
         ids = {told.job_id: told.event_id for told in self._tell(connection, events, now)}
-        return [Claimed(*row, ids[row.id]) for row in rows]
+        return [Claimed._make((*row, ids[row.id])) for row in rows]
 
     def has_queued(self, connection: sa.Connection) -> bool:
         return bool(connection.execute(HAS_QUEUED(connection)).scalar())
@@ -194,13 +213,16 @@ class Sqlite:
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
         connection.execute(INTEND(connection), {"intents": json.dumps(intents), "grace": str(grace)})
 
-    def finish(self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime) -> tuple[list[Told], int]:
+    def finish(
+        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
+    ) -> tuple[list[Told], int]:
         rows = connection.execute(FINISH(connection), {"jobs": json.dumps(jobs), "now": now}).all()
         if not rows:
             return [], 0
         ends = {job["job"]: job for job in jobs}
         events = [
-            _event(row.id, row.company_id, row.event_seq, ends[row.id.hex]["type"], ends[row.id.hex]["payload"]) for row in rows
+            _event(row.id, row.company_id, row.event_seq, ends[row.id.hex]["type"], ends[row.id.hex]["payload"])
+            for row in rows
         ]
         told = self._tell(connection, events, now)
         won = {row.id.hex for row in rows}
@@ -212,13 +234,17 @@ class Sqlite:
 
     def release(self, connection: sa.Connection, jobs: Document, *, now: datetime) -> list[Told]:
         rows = connection.execute(RELEASE(connection), {"jobs": json.dumps(jobs), "now": now}).all()
-        events = [_event(row.id, row.company_id, row.event_seq, "content_job.queued", {"jobId": str(row.id)}) for row in rows]
+        events = [
+            _event(row.id, row.company_id, row.event_seq, "content_job.queued", {"jobId": str(row.id)}) for row in rows
+        ]
         return self._tell(connection, events, now)
 
     def start(self, connection: sa.Connection) -> Start:
         return Start(Position(0, connection.execute(START(connection)).scalar_one()), "")
 
-    def scan(self, connection: sa.Connection, after: Position, start: Start, limit: int) -> tuple[list[EventRow], Position]:
+    def scan(
+        self, connection: sa.Connection, after: Position, start: Start, limit: int
+    ) -> tuple[list[EventRow], Position]:
         events = [EventRow(*row) for row in connection.execute(SCAN(connection), {"id": after.id, "limit": limit})]
         return events, Position(0, events[-1].id) if events else after
 

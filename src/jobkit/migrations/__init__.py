@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 VERSION_TABLE = "jobkit_alembic_version"
 
-# Any number will do, as long as every version of jobkit takes the same: the first 8 bytes of SHA-256("jobkit"), as a signed integer.
+# Any number will do, as long as every version of jobkit takes the same: the first 8 bytes of SHA-256("jobkit"), as a
+# signed integer.
 _LOCK = -5676339625223235709
 # DDL that waits for a lock makes every later query on the table wait behind it, so it gives up rather soon.
 _LOCK_TIMEOUT = "10s"
@@ -36,16 +37,17 @@ def upgrade(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> No
 
     An Engine: one transaction of its own. A Connection: its transaction, which the caller commits, or one of its own.
 
-    Tables of the same name that jobkit did not make are looked at first. The product jobkit descends from had ``assets`` and
-    ``content_jobs`` tables: such a table is adopted, with every row and value. **Foreign keys on its ``company_id`` and
-    ``created_by_agent_id`` are dropped, both columns become text, ``byte_size`` becomes bigint**, and the log says so. Anything
-    else is ``SchemaOutOfDate``, naming what differs, with nothing changed.
+    Tables of the same name that jobkit did not make are looked at first. The product jobkit descends from had
+    ``assets`` and ``content_jobs`` tables: such a table is adopted, with every row and value. **Foreign keys on its
+    ``company_id`` and ``created_by_agent_id`` are dropped, both columns become text, ``byte_size`` becomes bigint**,
+    and the log says so. Anything else is ``SchemaOutOfDate``, naming what differs, with nothing changed.
     """
     _migrate(bind, schema, "head", up=True)
 
 
 def downgrade(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> None:
-    """Remove everything ``upgrade`` made. **Jobs and assets go with their tables.** An adopted table keeps its rows and stays.
+    """Remove everything ``upgrade`` made. **Jobs and assets go with their tables.** An adopted table keeps its rows and
+    stays.
 
     Objects in storage are not touched.
     """
@@ -142,7 +144,8 @@ def _foreign_keys(connection: sa.Connection, change: str) -> Any:
     cursor = connection.connection.cursor()
     try:
         cursor.execute(f"PRAGMA foreign_keys {change}")
-        return None if change else cursor.fetchone()[0]
+        row = cursor.fetchone()
+        return row and row[0]
     finally:
         cursor.close()
 

@@ -76,14 +76,14 @@ def examine(connection: sa.Connection, table: sa.Table) -> Found | None:
     differences = ours if seed is None else _differences(connection, columns, seed)
     if differences:
         raise SchemaOutOfDate(
-            f"table {table.fullname!r} exists and is not jobkit's: {'; '.join(differences)}. Nothing was changed; rename that "
-            "table, or give jobkit a schema of its own with schema="
+            f"table {table.fullname!r} exists and is not jobkit's: {'; '.join(differences)}. Nothing was changed; "
+            "rename that table, or give jobkit a schema of its own with schema="
         )
     _refuse_duplicates(connection, table)
     if connection.dialect.name == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_keys").scalar():
         raise ConfigurationError(
-            f"adopting table {table.name!r} rebuilds it, which foreign keys must not notice: call upgrade with the Engine, or "
-            "with a Connection that has no open transaction"
+            f"adopting table {table.name!r} rebuilds it, which foreign keys must not notice: call upgrade with "
+            "the Engine, or with a Connection that has no open transaction"
         )
     return Found(table, columns, ours=False)
 
@@ -91,8 +91,8 @@ def examine(connection: sa.Connection, table: sa.Table) -> Found | None:
 def adopt(connection: sa.Connection, found: Found) -> None:
     """Turn the table into ours: types, foreign keys, missing columns. Every row and value stays."""
     logger.warning(
-        "adopting table %s: foreign keys on company_id and created_by_agent_id are dropped, both become text, byte_size bigint; "
-        "added: %s",
+        "adopting table %s: foreign keys on company_id and created_by_agent_id are dropped, both become text, "
+        "byte_size bigint; added: %s",
         found.table.fullname,
         ", ".join(column.name for column in found.missing) or "nothing",
     )
@@ -111,7 +111,9 @@ def create_indexes(connection: sa.Connection, table: sa.Table) -> None:
 
 
 def remember(connection: sa.Connection, version_table: str, schema: str | None, adopted: list[Found]) -> None:
-    """Note what was adopted, for ``downgrade``, as the default of a column of the version table, whose row is yet to come."""
+    """Note what was adopted, for ``downgrade``, as the default of a column of the version table, whose row is yet to
+    come.
+    """
     note = json.dumps({found.table.name: [column.name for column in found.missing] for found in adopted})
     quoted = connection.dialect.identifier_preparer
     name = quoted.format_table(sa.table(version_table, schema=schema))
@@ -168,11 +170,13 @@ def _refuse_duplicates(connection: sa.Connection, table: sa.Table) -> None:
         names = [column.name for column in index.columns if isinstance(column, sa.Column)]
         if not index.unique or "idempotency_key" in names:
             continue
-        columns = [sa.column(name) for name in names]
+        columns: list[sa.ColumnClause[Any]] = [sa.column(name) for name in names]
         source = sa.table(table.name, *columns, schema=table.schema)
         twice = sa.select(*columns).select_from(source).group_by(*columns).having(sa.func.count() > 1).limit(1)
         if (row := connection.execute(twice).first()) is not None:
-            raise SchemaOutOfDate(f"table {table.fullname!r} has several rows with the same {', '.join(names)}: {tuple(row)!r}")
+            raise SchemaOutOfDate(
+                f"table {table.fullname!r} has several rows with the same {', '.join(names)}: {tuple(row)!r}"
+            )
 
 
 def _alter(connection: sa.Connection, found: Found) -> None:
@@ -201,13 +205,15 @@ def _alter(connection: sa.Connection, found: Found) -> None:
 def _rebuild(connection: sa.Connection, found: Found) -> None:
     """SQLite: a new table, the rows copied, the old one gone; indexes and triggers of the host made again."""
     table = found.table
-    master = sa.text("SELECT sql FROM sqlite_master WHERE tbl_name = :name AND type IN ('index', 'trigger') AND sql IS NOT NULL")
+    master = sa.text(
+        "SELECT sql FROM sqlite_master WHERE tbl_name = :name AND type IN ('index', 'trigger') AND sql IS NOT NULL"
+    )
     extras = connection.execute(master, {"name": table.name}).scalars().all()
     copy = table.to_metadata(sa.MetaData(), name=f"jobkit_new_{table.name}")
     copy.indexes.clear()
     copy.create(connection)
     shared = [column.name for column in table.columns if column.name in found.columns]
-    source = ", ".join(_copied(name, str(found.columns[name]["type"]).upper()) for name in shared)
+    source = ", ".join(_copied(table.name, name, str(found.columns[name]["type"]).upper()) for name in shared)
     connection.exec_driver_sql(f'INSERT INTO {copy.name} ({", ".join(shared)}) SELECT {source} FROM "{table.name}"')
     connection.exec_driver_sql(f'DROP TABLE "{table.name}"')
     connection.exec_driver_sql(f'ALTER TABLE {copy.name} RENAME TO "{table.name}"')
@@ -215,12 +221,16 @@ def _rebuild(connection: sa.Connection, found: Found) -> None:
         connection.exec_driver_sql(statement)
 
 
-def _copied(name: str, declared: str) -> str:
+def _copied(table: str, name: str, declared: str) -> str:
+    if (table, name) == ("content_jobs", "id"):
+        return "lower(replace(id, '-', ''))"  # as jobkit's statements compare it; an asset's id may have dashes
     # SQLAlchemy keeps a UUID as 32 digits in CHAR(32); as text, a company's id is what str(uuid) gives.
     if name in ("company_id", "created_by_agent_id") and declared in ("CHAR(32)", "UUID"):
         groups = ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12))
         dashed = " || '-' || ".join(f"substr({name}, {start}, {length})" for start, length in groups)
-        return f"CASE WHEN length({name}) = 32 AND {name} NOT GLOB '*[^0-9a-fA-F]*' THEN lower({dashed}) ELSE {name} END"
+        return (
+            f"CASE WHEN length({name}) = 32 AND {name} NOT GLOB '*[^0-9a-fA-F]*' THEN lower({dashed}) ELSE {name} END"
+        )
     return f"COALESCE({name}, '{{}}')" if name == "input" else name
 
 
@@ -234,4 +244,6 @@ def give_back(connection: sa.Connection, table: sa.Table, added: list[str]) -> N
             index.drop(connection, checkfirst=True)
     name = connection.dialect.identifier_preparer.format_table(table)
     for column in added:
-        connection.exec_driver_sql(f"ALTER TABLE {name} DROP COLUMN {connection.dialect.identifier_preparer.quote(column)}")
+        connection.exec_driver_sql(
+            f"ALTER TABLE {name} DROP COLUMN {connection.dialect.identifier_preparer.quote(column)}"
+        )

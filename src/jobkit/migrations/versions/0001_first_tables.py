@@ -74,7 +74,7 @@ def _tables(schema: str | None) -> sa.MetaData:
             "uq": "%(table_name)s_%(column_0_N_name)s_key",
         },
     )
-    sa.Table(
+    jobs = sa.Table(
         "content_jobs",
         metadata,
         sa.Column("id", sa.Uuid, primary_key=True),
@@ -103,14 +103,6 @@ def _tables(schema: str | None) -> sa.MetaData:
         sa.Column("trace", JsonObject),
         sa.Index("content_jobs_company_status_idx", "company_id", "status"),
         sa.Index("content_jobs_company_created_idx", "company_id", "created_at"),
-        sa.Index(
-            "content_jobs_queued_idx",
-            sa.text("priority DESC"),
-            "created_at",
-            "id",
-            postgresql_where=QUEUED,
-            sqlite_where=QUEUED,
-        ),
         sa.Index("content_jobs_running_idx", "id", postgresql_where=RUNNING, sqlite_where=RUNNING),
         sa.Index(
             "content_jobs_idempotency_key",
@@ -123,6 +115,14 @@ def _tables(schema: str | None) -> sa.MetaData:
         ),
     )
 
+    sa.Index(
+        "content_jobs_queued_idx",
+        jobs.c.priority.desc(),
+        jobs.c.created_at,
+        jobs.c.id,
+        postgresql_where=QUEUED,
+        sqlite_where=QUEUED,
+    )
     sa.Table(
         "assets",
         metadata,
