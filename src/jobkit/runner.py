@@ -59,12 +59,12 @@ class Runner:
     ) -> None:
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise ValueError(f"concurrency must be a count above zero, not {concurrency!r}")
-        self._engine = relay.sync_engine(engine)
+        self.engine = relay.sync_engine(engine)
         statements_for(engine)
         if not isinstance(renderers, Renderers):
             raise TypeError(f"renderers must be a jobkit.Renderers, not {type(renderers).__name__}")
         if assets.engine is None:
-            assets.engine = self._engine
+            assets.engine = self.engine
         self._assets, self._renderers = assets, renderers
         self._concurrency = concurrency
         self._lease, self._poll_interval = seconds(lease, "lease"), seconds(poll_interval, "poll_interval")
@@ -89,14 +89,14 @@ class Runner:
         Blocks on the database. Raises what ``JobStore.create`` raises, and ``ConfigurationError`` within an SQLite
         transaction of this thread that has written: it would wait for itself; use ``JobStore.create`` there.
         """
-        if writing_in_this_thread(self._engine):
+        if writing_in_this_thread(self.engine):
             raise ConfigurationError(
                 "submit would wait for this thread's own SQLite transaction, which has written: use "
                 "JobStore(session).create in it, then dispatch after the commit"
             )
-        feed = relay.running_feed(self._engine)
+        feed = relay.running_feed(self.engine)
         position = Position(0, 0)
-        with self._engine.begin() as connection:
+        with self.engine.begin() as connection:
             if feed is None and signals.any_receivers():
                 position = statements_for(connection).start(connection).position
             store = JobStore(connection, clock=self._clock)
@@ -105,7 +105,7 @@ class Runner:
             event_id, 0, 1, job.company_id, "content_job.queued", job.id, job.created_at, {"jobId": str(job.id)}
         )
         if feed is None:
-            relay.deliver_here(self._engine, [row], position)
+            relay.deliver_here(self.engine, [row], position)
         else:
             feed.offer([row])
             feed.flush(DELIVERY_WAIT)
@@ -132,7 +132,7 @@ class Runner:
         """
         with self._lock:
             if self._pipeline is None:
-                feed = relay.acquire(self._engine)
+                feed = relay.acquire(self.engine)
                 self._pipeline = self._new_pipeline(feed, queued=False)
                 self._thread = self._spawn(self._pipeline)
         return self
@@ -149,8 +149,10 @@ class Runner:
             self._pipeline = self._thread = None
         if pipeline is None or thread is None:
             return
-        _end(pipeline, thread, seconds(timeout, "timeout", positive=False))
-        relay.release(self._engine, DELIVERY_WAIT)
+        try:
+            _end(pipeline, thread, seconds(timeout, "timeout", positive=False))
+        finally:
+            relay.release(self.engine, DELIVERY_WAIT)
 
     def __enter__(self) -> Self:
         return self.start()
@@ -170,12 +172,12 @@ class Runner:
         with self._lock:
             started = self._pipeline
         if started is not None:
-            feed = relay.running_feed(self._engine)
+            feed = relay.running_feed(self.engine)
             assert feed is not None
             return _until_idle(started, feed, limit)
-        if is_memory(self._engine):
+        if is_memory(self.engine):
             return self._run_here()
-        feed = relay.acquire(self._engine)
+        feed = relay.acquire(self.engine)
         try:
             pipeline = self._new_pipeline(feed, queued=True)
             thread = self._spawn(pipeline)
@@ -184,11 +186,11 @@ class Runner:
             finally:
                 _end(pipeline, thread, 0.0)
         finally:
-            relay.release(self._engine, DELIVERY_WAIT)
+            relay.release(self.engine, DELIVERY_WAIT)
 
     def _run_here(self) -> int:
         """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""
-        require_schema(self._engine)
+        require_schema(self.engine)
         pipeline = self._new_pipeline(None, queued=True)
         pipeline.wake()
         pipeline.run(until_idle=True)
@@ -200,7 +202,7 @@ class Runner:
             feed.offer(rows, queued=queued)
 
         return Pipeline(
-            self._engine,
+            self.engine,
             self._assets,
             self._renderers,
             slots=DaemonPool(self._concurrency, "jobkit-render") if feed else InlinePool(),
@@ -214,7 +216,7 @@ class Runner:
         )
 
     def _deliver_here(self, rows: Sequence[EventRow]) -> None:
-        with self._engine.connect() as connection:
+        with self.engine.connect() as connection:
             statements = statements_for(connection)
             start: Start = statements.start(connection)
             jobs = [{"job": row.job_id.hex, "seq": row.seq, "queued": True} for row in rows]
@@ -223,7 +225,7 @@ class Runner:
                 for row in statements.earlier(connection, start.position, start, jobs)
                 if row.type.endswith("queued")
             ]
-        relay.deliver_here(self._engine, [*queued, *rows], start.position)
+        relay.deliver_here(self.engine, [*queued, *rows], start.position)
 
     def _spawn(self, pipeline: Pipeline) -> threading.Thread:
         thread = threading.Thread(target=pipeline.run, name="jobkit-runner", daemon=True)
@@ -246,9 +248,11 @@ def _until_idle(pipeline: Pipeline, feed: Feed, timeout: float | None) -> int:
 
 def _end(pipeline: Pipeline, thread: threading.Thread, timeout: float) -> None:
     pipeline.stop()
-    thread.join(timeout)
-    if thread.is_alive():
-        pipeline.abandon()
-        thread.join(RELEASE_WAIT)
+    try:
+        thread.join(timeout)
+    finally:  # also when Ctrl-C ends the wait: what is in flight goes back to the queue
+        if thread.is_alive():
+            pipeline.abandon()
+            thread.join(RELEASE_WAIT)
     if thread.is_alive():
         logger.error("the runner's thread does not answer; its jobs stay claimed until their lease runs out")

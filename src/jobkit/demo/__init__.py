@@ -1,0 +1,83 @@
+"""The main job, shown: a Markdown document becomes a PDF, on an SQLite file and a folder."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from jobkit import migrations, signals
+from jobkit.assets import AssetStore
+from jobkit.contrib.renderers import pdf_document
+from jobkit.jobs import JobStore
+from jobkit.renderers import Renderers
+from jobkit.runner import Runner
+from jobkit.sqlite import configure_sqlite
+from jobkit.types import JobEvent, JobStatus
+
+COMPANY = "demo"
+REPORT = Path(__file__).with_name("report.md")
+Say = Callable[[str], None]
+
+
+def run(directory: Path, document: Path | None = None, *, say: Say = print) -> int:
+    """Make a PDF of ``document`` in ``directory`` and say where it lies; 0, or 1 when the job failed.
+
+    Works again and again in the same directory: each run adds a job and its file.
+    """
+    source = document or REPORT
+    markdown = source.read_text(encoding="utf-8")
+    directory = directory.absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    database, folder = directory / "jobkit.db", directory / "assets"
+    say(f"database  {database}\nassets    {folder}\ndocument  {source} ({len(markdown.encode()):,} bytes)\n")
+
+    engine = sa.create_engine(sa.URL.create("sqlite", database=str(database)))
+    configure_sqlite(engine)
+    migrations.upgrade(engine)
+    renderers = Renderers()
+    pdf_document.register(renderers)
+    assets = AssetStore(folder)
+    runner = Runner(engine, assets, renderers)
+
+    unsubscribe = signals.subscribe(COMPANY, _teller(say))
+    try:
+        with runner:
+            job = runner.submit(COMPANY, job_type=pdf_document.JOB_TYPE, input={"markdown": markdown})
+            runner.run_until_idle(timeout=60)
+    finally:
+        unsubscribe()
+    with Session(engine) as session:
+        done = JobStore(session).get_by_id(job.id)
+        files = assets.list_by_job(session, job.id)
+    engine.dispose()
+    if done is None or done.status is not JobStatus.DONE:
+        say(f"\nThe job failed: {done.error_message if done else 'it is gone'}")
+        return 1
+    for asset in files:
+        assets.verify(asset)
+        path = Path(unquote(urlsplit(folder.as_uri()).path), *asset.object_key.split("/"))
+        say(f"\nThe file: {path}\n          {asset.byte_size:,} bytes, sha256 {asset.sha256[:16]}… verified")
+        say(f"To see it: {_viewer()} {shlex.quote(str(path))}")
+    return 0
+
+
+def _teller(say: Say) -> Callable[[JobEvent], None]:
+    start = time.monotonic()
+
+    def tell(event: JobEvent) -> None:
+        rest = ", ".join(f"{name} {value}" for name, value in event.payload.items())
+        say(f"{time.monotonic() - start:6.2f} s  {event.type:<20} {rest}")
+
+    return tell
+
+
+def _viewer() -> str:
+    return {"darwin": "open", "win32": "start"}.get(sys.platform) or os.environ.get("BROWSER") or "xdg-open"
