@@ -203,10 +203,10 @@ class Pipeline:
         try:
             events, taken = self._commit(turn)
         except Exception as error:
-            if _refusal(error):
-                self._one_by_one(turn, error)
-            else:
+            if _outage(error):
                 self._pause(turn, error)
+            else:
+                self._one_by_one(turn, error)
             return
         if self._failures:
             logger.warning("the database answers again")
@@ -377,7 +377,8 @@ class Pipeline:
             logger.error("stopped with %d jobs unfinished, and could not release them: %s", len(held), describe(error))
 
 
-def _refusal(error: Exception) -> bool:
-    """Whether the database refused these values, rather than failed: the same values would be refused again."""
-    refusals = (sa.exc.IntegrityError, sa.exc.DataError, sa.exc.ProgrammingError, AssetNotFound)
-    return isinstance(error, refusals) or type(error) is sa.exc.StatementError
+def _outage(error: Exception) -> bool:
+    """Whether the database failed, rather than refused these values: the same values may succeed later."""
+    if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
+        return True
+    return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError | OSError)

@@ -1,0 +1,114 @@
+"""Every database and storage the tests run on: SQLite files and a real PostgreSQL, a folder and memory."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+import jobkit
+from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
+from tests.support.postgres import Server, start_server
+from tests.support.recorder import Recorder
+
+COMPANY = "acme"
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL server for the whole run; the run fails, and says how to get one, when there is none."""
+    server = start_server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres: Server) -> str:
+    """The URL of a migrated database that others are copied from."""
+    url = postgres.create_database()
+    engine = sa.create_engine(url)
+    jobkit.migrations.upgrade(engine)
+    engine.dispose()
+    return url
+
+
+@pytest.fixture
+def sqlite_database(tmp_path: Path) -> Iterator[Database]:
+    database = SqliteDatabase(tmp_path / "host.db")
+    yield database
+    database.close()
+
+
+@pytest.fixture
+def postgres_database(postgres: Server, postgres_template: str) -> Iterator[Database]:
+    database = PostgresDatabase(postgres, postgres_template)
+    yield database
+    database.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """A migrated database of this test alone, on each kind in turn."""
+    name = {"sqlite": "sqlite_database", "postgresql": "postgres_database"}[request.param]
+    found: Database = request.getfixturevalue(name)
+    return found
+
+
+@pytest.fixture
+def engine(database: Database) -> sa.Engine:
+    return database.engine
+
+
+@pytest.fixture
+def session(engine: sa.Engine) -> Iterator[Session]:
+    with Session(engine) as session:
+        yield session
+
+
+@pytest.fixture(params=["disk", "memory"])
+def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return (tmp_path / "assets").as_uri() if request.param == "disk" else f"memory://{uuid.uuid4()}"
+
+
+@pytest.fixture
+def assets(engine: sa.Engine, storage_url: str) -> jobkit.AssetStore:
+    return jobkit.AssetStore(storage_url, engine=engine)
+
+
+@pytest.fixture
+def disk(engine: sa.Engine, tmp_path: Path) -> jobkit.AssetStore:
+    """Assets in a folder, where a test is about something else."""
+    return jobkit.AssetStore(tmp_path / "assets", engine=engine)
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    """Every signal that this process sends while the test runs."""
+    with Recorder() as recorder:
+        yield recorder
+
+
+@pytest.fixture
+def create(engine: sa.Engine) -> Callable[..., jobkit.Job]:
+    """Create a job in a transaction of its own."""
+
+    def create(job_type: str = "note", company_id: object = COMPANY, **options: object) -> jobkit.Job:
+        with Session(engine) as session, session.begin():
+            return jobkit.JobStore(session).create(company_id, job_type=job_type, **options)  # type: ignore[arg-type]
+
+    return create
+
+
+@pytest.fixture(autouse=True)
+def no_thread_left() -> Iterator[None]:
+    """A test that leaves a runner or relay behind fails: the next test would hear its signals."""
+    yield
+    left = [t for t in threading.enumerate() if t.name in ("jobkit-runner", "jobkit-relay")]
+    for thread in left:
+        thread.join(5)
+    assert not [thread for thread in left if thread.is_alive()]
