@@ -16,12 +16,15 @@ def utcnow() -> datetime:
 
 
 def aware(value: datetime, field: str) -> datetime:
-    """``value`` in UTC; ``ValueError`` naming ``field`` when it has no time zone."""
+    """``value`` in UTC; ``ValueError`` naming ``field`` when it has no time zone, or is no time of UTC's calendar."""
     if not isinstance(value, datetime):
         raise TypeError(f"{field} must be a datetime, not {type(value).__name__}")
     if value.utcoffset() is None:
         raise ValueError(f"{field} must have a time zone, {value!r} has none")
-    return value.astimezone(UTC)
+    try:
+        return value.astimezone(UTC)
+    except OverflowError:
+        raise ValueError(f"{field} is out of range in UTC: {value!r}") from None
 
 
 def pause_after(failures: int) -> float:
@@ -34,6 +37,10 @@ def seconds(value: timedelta | float, field: str, *, positive: bool = True) -> f
     number = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"{field} must be seconds or a timedelta, not {type(value).__name__}")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or number < 0 or (positive and number == 0):
-        raise ValueError(f"{field} must be {'above' if positive else 'at least'} zero and finite, not {value!r}")
-    return float(number)
+        raise ValueError(f"{field} must be {'above' if positive else 'at least'} zero and finite, not {value!r:.80}")
+    return number

@@ -7,6 +7,7 @@ module may convert (DATETIME, TIMESTAMP, DATE, TIME, BOOL), and JSON may arrive 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,8 +16,6 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.expression import FunctionElement
 
-# A fixed width in UTC, so that text sorts as time does.
-_SQLITE_FORMAT = "%Y-%m-%d %H:%M:%S.%f"
 SQLITE_TIME = "'%Y-%m-%d %H:%M:%f000'"
 SQLITE_NOW = f"strftime({SQLITE_TIME}, 'now')"
 
@@ -37,7 +36,8 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
         if value.utcoffset() is None:
             raise ValueError(f"a time must have a time zone, {value!r} has none")
         value = value.astimezone(UTC)
-        return value.strftime(_SQLITE_FORMAT) if dialect.name == "sqlite" else value
+        # A fixed width in UTC, so that text sorts as time does.
+        return value.replace(tzinfo=None).isoformat(" ", "microseconds") if dialect.name == "sqlite" else value
 
     def process_result_value(self, value: Any, dialect: sa.Dialect) -> datetime | None:
         if value is None:
@@ -56,9 +56,14 @@ class JsonObject(sa.types.TypeDecorator[dict[str, Any]]):
         kind = postgresql.JSONB(none_as_null=True) if dialect.name == "postgresql" else sa.JSON(none_as_null=True)
         return dialect.type_descriptor(kind)
 
-    def process_result_value(self, value: Any, dialect: sa.Dialect) -> dict[str, Any] | None:
-        document: dict[str, Any] | None = json.loads(value) if isinstance(value, str | bytes) else value
-        return document
+    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Callable[[Any], dict[str, Any] | None]:
+        # In place of SQLAlchemy's own, which on SQLite fails on a value that a converter has decoded.
+        return _document
+
+
+def _document(value: Any) -> dict[str, Any] | None:
+    document: dict[str, Any] | None = json.loads(value) if isinstance(value, str | bytes) else value
+    return document
 
 
 class _Now(FunctionElement[datetime]):

@@ -35,7 +35,9 @@ def parse_id(value: object) -> UUID | None:
         return value
     if isinstance(value, str):
         try:
-            return UUID(value)
+            parsed = UUID(value)
         except ValueError:
             return None
+        # UUID() reads its digits with int(), which takes "0x", "_", blanks and other scripts' digits too.
+        return parsed if parsed.hex in value.replace("-", "").lower() else None
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from datetime import datetime
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -13,7 +14,7 @@ import sqlalchemy as sa
 from jobkit import outbox
 from jobkit._dialects import statements_for
 from jobkit.clock import Clock, aware, utcnow
-from jobkit.errors import InvalidTransition, JobNotFound
+from jobkit.errors import ConfigurationError, InvalidTransition, JobNotFound
 from jobkit.ids import new_id, parse_id
 from jobkit.payload import MAX_INPUT_BYTES, canonical
 from jobkit.sqlite import require_configured
@@ -58,7 +59,8 @@ class JobStore:
 
         ``input`` is copied. ``ValueError`` naming the field, with nothing written, for: a blank or missing company, a
         blank job type, an input that is not a JSON object both databases can store (see ``jobkit.payload``), text
-        with NUL or lone surrogates. ``ConfigurationError`` for an SQLite engine without ``configure_sqlite``.
+        with NUL or lone surrogates. ``ConfigurationError`` for a connection in AUTOCOMMIT, and for an SQLite engine
+        without ``configure_sqlite``.
         """
         return self.insert(company_id, job_type=job_type, input=input, source_task_id=source_task_id)[0]
 
@@ -93,7 +95,7 @@ class JobStore:
             return None
         query = sa.select(content_jobs).where(_c.id == parsed)
         if company_id is not None:
-            query = query.where(_c.company_id == str(company_id))
+            query = query.where(_c.company_id == company(company_id))
         row = self._connection().execute(query).one_or_none()
         return None if row is None else job_of(row)
 
@@ -110,15 +112,16 @@ class JobStore:
 
         ``before`` is the last job of the page before this one. ``JobNotFound`` when it is none of the company's.
         """
-        query = sa.select(content_jobs).where(_c.company_id == str(company_id))
+        owner = company(company_id)
+        query = sa.select(content_jobs).where(_c.company_id == owner)
         if status is not None:
-            query = query.where(_c.status == JobStatus(status).value)
+            query = query.where(_c.status == _status(status).value)
         if job_type is not None:
-            query = query.where(_c.job_type == job_type)
+            query = query.where(_c.job_type == storable(job_type, "job_type", blank=True))
         if before is not None:
-            last = before if isinstance(before, Job) else self.get_by_id(before, company_id=company_id)
-            if last is None:
-                raise JobNotFound(before)
+            last = before if isinstance(before, Job) else self.get_by_id(before, company_id=owner)
+            if last is None or last.company_id != owner:
+                raise JobNotFound(before.id if isinstance(before, Job) else before)
             query = query.where(sa.tuple_(_c.created_at, _c.id) < sa.tuple_(*_position(last)))
         query = query.order_by(_c.created_at.desc(), _c.id.desc()).limit(page_size(limit))
         return [job_of(row) for row in self._connection().execute(query)]
@@ -177,6 +180,12 @@ class JobStore:
     def _writable(self) -> sa.Connection:
         connection = self._connection()
         require_configured(connection)
+        # Some drivers have no such attribute; those never commit by themselves here.
+        if connection.dialect.name != "sqlite" and getattr(connection.connection, "autocommit", False) is True:
+            raise ConfigurationError(
+                "this connection is in AUTOCOMMIT: jobkit needs a transaction that the host commits or rolls back; "
+                'use a connection without isolation_level="AUTOCOMMIT"'
+            )
         return connection
 
 
@@ -184,7 +193,7 @@ def connection_of(session: Host) -> sa.Connection:
     """The connection of the host's transaction. ``TypeError`` for anything but a Session or Connection."""
     if isinstance(session, sa.Connection):
         return session
-    if hasattr(session, "sync_session") or hasattr(session, "sync_connection"):
+    if hasattr(session, "sync_connection") or iscoroutinefunction(getattr(session, "connection", None)):
         raise TypeError("an asynchronous session: await session.run_sync(lambda s: JobStore(s).create(...))")
     if not hasattr(session, "connection"):
         raise TypeError(f"expected a Session, scoped_session or Connection, not {type(session).__name__}")
@@ -199,10 +208,12 @@ def job_of(row: sa.Row[Any]) -> Job:
 
 
 def page_size(limit: int | None) -> int | None:
-    """``limit`` when it is None or a count; ``ValueError`` otherwise."""
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+    """``limit`` when it is None or a count, at most what a database can count to; ``ValueError`` otherwise."""
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise ValueError(f"limit must be a count, not {limit!r}")
-    return limit
+    return min(limit, (1 << 63) - 1)
 
 
 def _queued(
@@ -244,7 +255,14 @@ def _position(job: Job) -> list[Any]:
 def _statuses(expect: JobStatus | str | Iterable[JobStatus | str] | None) -> frozenset[JobStatus] | None:
     if expect is None:
         return None
-    return frozenset(JobStatus(status) for status in ([expect] if isinstance(expect, str) else expect))
+    return frozenset(_status(status) for status in ([expect] if isinstance(expect, str) else expect))
+
+
+def _status(value: JobStatus | str) -> JobStatus:
+    try:
+        return JobStatus(value)
+    except ValueError:
+        raise ValueError(f"status must be one of {', '.join(JobStatus)}, not {value!r:.80}") from None
 
 
 def _checked(patch: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +270,7 @@ def _checked(patch: dict[str, Any]) -> dict[str, Any]:
         raise TypeError(f"transition cannot change {', '.join(unknown)}; it takes {', '.join(sorted(_PATCHABLE))}")
     values = dict(patch)
     if "status" in values:
-        values["status"] = JobStatus(values["status"])
+        values["status"] = _status(values["status"])
     for name in ("started_at", "finished_at"):
         if values.get(name) is not None:
             values[name] = aware(values[name], name)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+from decimal import Decimal
 from typing import Any
 
 MAX_DEPTH = 100
 MAX_INPUT_BYTES = 1 << 20
+# Numbers that jsonb would change: it reads 1e+23 as an integer, which is another number, and has no negative zero. The
+# first branch steps over strings.
+_NUMBERS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|-?[0-9.]+e\+[0-9]+|-0\.0(?![0-9])')
 _TOO_DEEP = f"input is nested deeper than {MAX_DEPTH} levels"
 
 
 def canonical(value: object, *, max_bytes: int = MAX_INPUT_BYTES) -> tuple[str, dict[str, Any]]:
     """``value`` as compact JSON text, and a copy of it read back from that text: tuples become arrays, number keys
-    text.
+    text, -0.0 becomes 0.0. PostgreSQL does not keep the order of keys.
 
     ``ValueError`` beginning with ``input`` for: not an object, NaN or Infinity, NUL, a lone surrogate, more than 100
     levels, an integer too long for Python to read, two keys that become the same, a value JSON does not know, more
@@ -22,6 +27,8 @@ def canonical(value: object, *, max_bytes: int = MAX_INPUT_BYTES) -> tuple[str, 
         raise ValueError(f"input must be a JSON object (a dict), not {type(value).__name__}")
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        if "e+" in text or "-0.0" in text:
+            text = _NUMBERS.sub(_written_out, text)
         size = len(text.encode())
         if size > max_bytes:
             raise ValueError(f"it is {size} bytes of JSON, the limit is {max_bytes}")
@@ -37,6 +44,13 @@ def canonical(value: object, *, max_bytes: int = MAX_INPUT_BYTES) -> tuple[str, 
     if changed or "\\u0000" in text or text.count("{") + text.count("[") > MAX_DEPTH:
         _inspect(value, 1)
     return text, copy
+
+
+def _written_out(match: re.Match[str]) -> str:
+    token = match.group()
+    if token[0] == '"':
+        return token
+    return "0.0" if token == "-0.0" else f"{Decimal(token):f}.0"
 
 
 def _inspect(value: object, depth: int) -> None:

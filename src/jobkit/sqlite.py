@@ -15,9 +15,11 @@ import time
 from contextlib import closing
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import unquote, urlsplit
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
+from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
 
 from jobkit.clock import seconds
 from jobkit.errors import ConfigurationError
@@ -63,9 +65,10 @@ def configure_sqlite(
     ``create_engine``.
 
     Afterwards: write-ahead log; writers wait up to ``busy_timeout`` for each other; ``BEGIN IMMEDIATE`` at a
-    transaction's first write or savepoint, and no open transaction before it. ``synchronous="NORMAL"`` commits about
-    five times as fast and may lose the last commits when the machine loses power. Idempotent. Connections in
-    AUTOCOMMIT are left alone.
+    transaction's first write or savepoint, and no open transaction before it. A result is read whole, unless the
+    statement has ``stream_results`` or ``yield_per``: a half-read one would keep an old snapshot, and a write beside it
+    fails. ``synchronous="NORMAL"`` commits about five times as fast and may lose the last commits when the machine
+    loses power. Idempotent; of several calls the last one's values count. Connections in AUTOCOMMIT are left alone.
 
     ``ConfigurationError`` for an engine of another database.
     """
@@ -75,11 +78,15 @@ def configure_sqlite(
     if synchronous not in ("FULL", "NORMAL", "EXTRA"):
         raise ValueError(f"synchronous must be FULL, NORMAL or EXTRA, not {synchronous!r}")
     milliseconds = int(seconds(busy_timeout, "busy_timeout", positive=False) * 1000)
+    # What engine.execution_options() returned is a view of the engine; listeners on the latter serve both.
+    while (origin := getattr(sync_engine, "_proxied", None)) is not None:
+        sync_engine = origin
     known = sync_engine.dialect in _settings
     _settings[sync_engine.dialect] = (milliseconds, synchronous)
     if not known:
         sa.event.listen(sync_engine, "engine_connect", _prepare)
         sa.event.listen(sync_engine, "before_cursor_execute", _begin_before_write)
+        sa.event.listen(sync_engine, "after_cursor_execute", _read_whole)
 
 
 def require_configured(bind: sa.Engine | sa.Connection) -> None:
@@ -106,14 +113,14 @@ def is_memory(engine: sa.Engine) -> bool:
     if engine.dialect.name != "sqlite":
         return False
     name = engine.url.database or ":memory:"
-    return name == ":memory:" or "mode=memory" in str(engine.url) or name == "file::memory:"
+    return name in (":memory:", "file::memory:") or engine.url.query.get("mode") == "memory"
 
 
 def writing_in_this_thread(engine: sa.Engine) -> bool:
     """Whether this thread holds the write lock of ``engine``'s SQLite file: a second connection would wait for ever."""
     if engine.dialect.name != "sqlite":
         return False
-    thread, connection = _writers.get(_file(engine.url.database), (0, None))
+    thread, connection = _writers.get(_database(engine), (0, None))
     if thread != threading.get_ident():
         return False
     try:
@@ -124,19 +131,20 @@ def writing_in_this_thread(engine: sa.Engine) -> bool:
 
 def _prepare(connection: sa.Connection) -> None:
     """Set the pragmas, once a database connection, also on those that were pooled before ``configure_sqlite``."""
-    if connection.info.get("jobkit.prepared"):
+    settings = _settings[connection.dialect]
+    if connection.info.get("jobkit.prepared") == settings:
         return
     driver = _driver(connection)
-    if getattr(driver, "autocommit", -1) != -1:
+    if getattr(getattr(driver, "_conn", driver), "autocommit", -1) != -1:  # aiosqlite keeps the connection in _conn
         raise ConfigurationError(
             "jobkit needs sqlite3's legacy transaction control: remove autocommit= from connect_args"
         )
-    milliseconds, synchronous = _settings[connection.dialect]
+    milliseconds, synchronous = settings
     with closing(connection.connection.cursor()) as cursor:
         cursor.execute(f"PRAGMA busy_timeout = {milliseconds}")
         cursor.execute(f"PRAGMA synchronous = {synchronous}")
         _use_wal(cursor, time.monotonic() + milliseconds / 1000)
-    connection.info["jobkit.prepared"] = True
+    connection.info["jobkit.prepared"] = settings
 
 
 def _use_wal(cursor: Any, deadline: float) -> None:
@@ -160,8 +168,28 @@ def _begin_before_write(connection: sa.Connection, cursor: Any, statement: str, 
     driver = _driver(connection)
     if driver.in_transaction or driver.isolation_level is None or not is_write(statement):
         return
-    cursor.execute("BEGIN IMMEDIATE")
-    _writers[_file(connection.engine.url.database)] = (threading.get_ident(), driver)
+    try:
+        cursor.execute("BEGIN IMMEDIATE")
+    except connection.dialect.loaded_dbapi.Error as error:
+        # SQLAlchemy 2.0 does not wrap what a listener raises.
+        raise sa.exc.DBAPIError.instance(
+            "BEGIN IMMEDIATE", None, error, connection.dialect.loaded_dbapi.Error, dialect=connection.dialect
+        ) from error
+    _writers[_database(connection.engine)] = (threading.get_ident(), driver)
+
+
+def _read_whole(
+    connection: sa.Connection, cursor: Any, statement: str, parameters: object, context: Any, executemany: bool
+) -> None:
+    """Read a result now, as other databases' drivers do: a half-read SELECT holds its snapshot, and once another
+    connection has committed, ``BEGIN IMMEDIATE`` beside it fails at once.
+    """
+    # Not what SQLAlchemy executes on the same cursor for itself, nor within a write, whose snapshot is the newest.
+    if cursor.description is None or statement is not context.statement or _driver(connection).in_transaction:
+        return
+    options = context.execution_options
+    if not options.get("stream_results") and options.get("yield_per") is None:
+        context.cursor_fetch_strategy = FullyBufferedCursorFetchStrategy(cursor, cursor.description)
 
 
 def is_write(statement: str) -> bool:
@@ -180,7 +208,10 @@ def _driver(connection: sa.Connection) -> Any:
     return connection.connection.driver_connection
 
 
+def _database(engine: sa.Engine) -> str:
+    return f"memory:{id(engine.pool)}" if is_memory(engine) else _file(engine.url.database or "")
+
+
 @lru_cache(maxsize=64)
-def _file(database: str | None) -> str:
-    name = database or ":memory:"
-    return name if name.startswith((":", "file:")) else os.path.realpath(name)
+def _file(name: str) -> str:
+    return os.path.realpath(unquote(urlsplit(name).path) if name.startswith("file:") else name)
