@@ -22,22 +22,14 @@ from sqlalchemy.orm import Session
 from jobkit import JobStore
 from jobkit.payload import MAX_DEPTH, MAX_INPUT_BYTES
 from jobkit.tables import content_job_events, content_jobs
-from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
-from tests.support.postgres import Server
+from tests.support.shared import shared_database
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def engine(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, postgres: Server, postgres_template: str
-) -> Iterator[sa.Engine]:
+def engine(request: pytest.FixtureRequest) -> Iterator[sa.Engine]:
     """A database for the whole table of inputs: every test here rolls back."""
-    database: Database
-    if request.param == "sqlite":
-        database = SqliteDatabase(tmp_path_factory.mktemp("payload") / "host.db")
-    else:
-        database = PostgresDatabase(postgres, postgres_template)
-    yield database.engine
-    database.close()
+    with shared_database(request) as database:
+        yield database.engine
 
 
 class Colour(enum.StrEnum):

@@ -61,7 +61,7 @@ class InvalidTransition(JobkitError):
     """The job is not in the status that the change expects."""
 
     def __init__(self, job_id: UUID, status: str, wanted: str) -> None:
-        super().__init__(f"job {job_id} is {status!r}: {wanted}")
+        super().__init__(f"job {job_id} is {str(status)!r}: {wanted}")
 
 
 class AssetError(JobkitError):
