@@ -10,8 +10,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Container, Iterable, Sequence, Set
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -32,20 +32,45 @@ IDLE_POLL = 0.5
 BATCH = 500
 # Jobs whose last delivered seq is remembered; of others it is read from the log.
 REMEMBERED_JOBS = 10_000
+# ``queued`` events, and those delivered without a feed, that are remembered beyond the feed.
+REMEMBERED_EVENTS = 10_000
+
+
+class Memory:
+    """Which events this process delivered, as far as a later feed of any database could come upon them again.
+
+    By job and seq: event ids begin anew when a database is made anew.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: OrderedDict[tuple[UUID, int], None] = OrderedDict()
+
+    def __contains__(self, row: EventRow) -> bool:
+        return (row.job_id, row.seq) in self._seen
+
+    def add(self, rows: Iterable[EventRow]) -> list[EventRow]:
+        """Remember; return those that were not."""
+        with self._lock:
+            fresh = [row for row in rows if row not in self]
+            self._seen.update(((row.job_id, row.seq), None) for row in fresh)
+            while len(self._seen) > REMEMBERED_EVENTS:
+                self._seen.popitem(last=False)
+        return fresh
 
 
 class Feed:
     """Signals of one database in this process. ``start`` and ``close`` once; the rest from any thread."""
 
-    def __init__(self, engine: sa.Engine, before: Container[int] = ()) -> None:
-        """``before``: ids of events that this process delivered while it had no feed."""
-        self._engine, self._before = engine, before
+    def __init__(self, engine: sa.Engine, memory: Memory) -> None:
+        self._engine, self._memory = engine, memory
         self._statements = statements_for(engine)
         self._connection: sa.Connection | None = None
         self._started: Start
         self._cursor: Position
         self._wake = threading.Condition()
-        self._offered: list[tuple[EventRow, bool]] = []
+        self._offered: list[EventRow] = []
+        self._catching_up = 0
         self._accepted = self._delivered = 0
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -70,14 +95,28 @@ class Feed:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
-    def offer(self, rows: Sequence[EventRow], *, queued: bool = False) -> None:
-        """Deliver events that this process just committed. ``queued``: also a ``queued`` event right before one, if
-        still due.
+    def offer(self, rows: Sequence[EventRow]) -> bool:
+        """Deliver events that this process just committed. False when the feed was closed, and delivers nothing any
+        more.
         """
         with self._wake:
-            self._offered += [(row, queued) for row in rows]
+            if self._closing:
+                return False
+            self._offered += rows
             self._accepted += len(rows)
             self._wake.notify_all()
+            return True
+
+    @contextmanager
+    def catching_up(self) -> Iterator[None]:
+        """Within it, a job's ``queued`` event from before ``start`` is delivered too, right before the one after it."""
+        with self._wake:
+            self._catching_up += 1
+        try:
+            yield
+        finally:
+            with self._wake:
+                self._catching_up -= 1
 
     def flush(self, timeout: float) -> bool:
         """Wait until everything offered so far was delivered; False at the timeout. Returns at once on the feed's own
@@ -106,7 +145,7 @@ class Feed:
                     break
                 if time.monotonic() >= self._next_scan:
                     self._scan()
-                self._failures = 0
+                    self._failures = 0
             except Exception as error:
                 self._trouble(error)
             finally:
@@ -115,7 +154,7 @@ class Feed:
                     self._wake.notify_all()
         self._disconnect()
 
-    def _wait(self) -> tuple[list[tuple[EventRow, bool]], bool]:
+    def _wait(self) -> tuple[list[EventRow], bool]:
         with self._wake:
             timeout = max(0.0, self._next_scan - time.monotonic())
             self._wake.wait_for(lambda: self._offered or self._closing, timeout)
@@ -131,32 +170,35 @@ class Feed:
 
     # --- events of this process
 
-    def _deliver_offered(self, offered: list[tuple[EventRow, bool]]) -> None:
+    def _deliver_offered(self, offered: list[EventRow]) -> None:
         if not offered or not signals.any_receivers():
             return
         self._active_until = time.monotonic() + ACTIVE_FOR
-        fresh = [row for row, _ in offered if row.id not in self._ahead]
-        queued = {row.job_id for row, wanted in offered if wanted}
+        fresh = [row for row in offered if self._is_due(row)]  # the scan may have been faster
         try:
-            earlier = self._earlier(fresh, queued)
+            earlier = self._earlier(fresh)
         except Exception as error:  # the events themselves are at hand: better a gap in order than silence
             self._trouble(error)
             earlier = []
         self._deliver([*earlier, *fresh])
         self._ahead.update(row.id for row in [*earlier, *fresh])
 
-    def _earlier(self, rows: Sequence[EventRow], queued: Set[UUID] = frozenset()) -> list[EventRow]:
+    def _earlier(self, rows: Sequence[EventRow]) -> list[EventRow]:
         """The events of the same jobs that come before ``rows`` or between them, and were not delivered yet."""
-        known = {(row.job_id, row.seq) for row in rows} | self._last.items()
-        gaps = {row.job_id: row.seq for row in _by_seq(rows) if row.seq > 1 and (row.job_id, row.seq - 1) not in known}
+        known = {(row.job_id, row.seq) for row in rows}
+        gaps = {
+            row.job_id: row.seq
+            for row in _by_seq(rows)
+            if row.seq > 1 and (row.job_id, row.seq - 1) not in known and self._last.get(row.job_id) != row.seq - 1
+        }
         if not gaps:
             return []
-        jobs = [{"job": job.hex, "seq": seq, "queued": job in queued} for job, seq in gaps.items()]
+        jobs = [{"job": job.hex, "seq": seq, "queued": self._catching_up > 0} for job, seq in gaps.items()]
         found = self._statements.earlier(self._connect(), self._cursor, self._started, jobs)
         return [row for row in found if self._is_due(row) and (row.job_id, row.seq) not in known]
 
     def _is_due(self, row: EventRow) -> bool:
-        return row.id not in self._ahead and row.id not in self._before and row.seq > self._last.get(row.job_id, 0)
+        return row.id not in self._ahead and row not in self._memory and row.seq > self._last.get(row.job_id, 0)
 
     # --- events of all processes
 
@@ -172,7 +214,7 @@ class Feed:
     def _read(self, connection: sa.Connection) -> None:
         while not self._closing:
             rows, position = self._statements.scan(connection, self._cursor, self._started, BATCH)
-            fresh = [row for row in rows if row.id not in self._ahead]
+            fresh = [row for row in rows if row.id not in self._ahead and row not in self._memory]
             if fresh:
                 self._active_until = time.monotonic() + ACTIVE_FOR
                 earlier = self._earlier(fresh)
@@ -200,6 +242,7 @@ class Feed:
             self._last.move_to_end(row.job_id)
         while len(self._last) > REMEMBERED_JOBS:
             self._last.popitem(last=False)
+        self._memory.add(row for row in ordered if row.type == "content_job.queued")
         signals.deliver(event_of(row, self._cursor) for row in ordered)
 
     def _connect(self) -> sa.Connection:

@@ -36,11 +36,13 @@ logger = logging.getLogger("jobkit")
 # After a job was seen, the next is looked for this often for this long, both in seconds; then at the poll interval.
 ACTIVE_POLL = 0.05
 ACTIVE_FOR = 2.0
-# How long a stopping runner waits for its renderers before it looks again, in seconds; what they send wakes it at once.
-STOPPING_PAUSE = 5.0
+# How long a runner that can claim nothing, because it is full or stopping, waits for its renderers before it looks
+# again, in seconds; what they send wakes it at once.
+FULL_PAUSE = 5.0
 # Jobs that were rendered and wait for storage or commit may number this many more than the slots, so that their commits
 # can be shared without their spool files filling the disk.
 BACKLOG = 16
+TAKEN = "job %s was taken from this runner; its result is dropped"
 
 
 class Pool(Protocol):
@@ -79,7 +81,7 @@ class Pipeline:
         poll_interval: float,
         worker_id: str,
         clock: Clock,
-        on_commit: Callable[[Sequence[EventRow]], None],
+        on_commit: Callable[[Sequence[EventRow]], object],
     ) -> None:
         self._engine, self._assets, self._renderers = engine, assets, renderers
         self._slots, self._publishers = slots, publishers
@@ -92,12 +94,13 @@ class Pipeline:
         self._inbox: SimpleQueue[Attempt | Completion | None] = SimpleQueue()
         self._turn = Turn()
         self._attempts: dict[UUID, Attempt] = {}
-        self._rendering: set[UUID] = set()
+        self._rendering: set[Attempt] = set()
         self._hungry, self._next_poll, self._active_until = True, 0.0, 0.0
         self._stopping = self._abandoned = False
         self._failures = 0
         self._asking = threading.Condition()
         self._asked = self._answered = 0
+        self._over = False
         self.ended = 0
 
     def wake(self) -> int:
@@ -109,11 +112,11 @@ class Pipeline:
         return asked
 
     def wait_idle(self, asked: int, timeout: float | None) -> bool:
-        """Wait until a look for jobs that began after that ``wake`` found none and none is in flight; False at the
-        timeout.
+        """Wait until a look for jobs that began after that ``wake`` found none and none is in flight, or until ``run``
+        has returned; False at the timeout.
         """
         with self._asking:
-            return self._asking.wait_for(lambda: self._answered >= asked, timeout)
+            return self._asking.wait_for(lambda: self._answered >= asked or self._over, timeout)
 
     def stop(self) -> None:
         """Claim nothing more; ``run`` returns when the jobs in flight have ended."""
@@ -142,6 +145,9 @@ class Pipeline:
             self._slots.close()
             self._publishers.close()
             self._loop.close()
+            with self._asking:
+                self._over = True
+                self._asking.notify_all()
 
     def _finished(self, until_idle: bool) -> bool:
         if self._abandoned:
@@ -153,9 +159,11 @@ class Pipeline:
     def _patience(self) -> float:
         if self._failures:
             return pause_after(self._failures)
-        if self._turn or (self._hungry and self._free() > 0):
+        if self._turn:
             return 0
-        return max(0.0, self._next_poll - time.monotonic()) if not self._stopping else STOPPING_PAUSE
+        if self._free() <= 0:
+            return FULL_PAUSE
+        return 0 if self._hungry else max(0.0, self._next_poll - time.monotonic())
 
     def _collect(self, timeout: float) -> None:
         """Sort what the other threads sent; wait up to ``timeout`` for the first of it."""
@@ -180,7 +188,7 @@ class Pipeline:
         elif isinstance(message, Completion):
             self._turn.ends.append(message)
         else:
-            self._rendering.discard(message.claim.job_id)
+            self._rendering.discard(message)
             if message.error is None:
                 self._turn.rendered.append(message)
             else:
@@ -193,9 +201,20 @@ class Pipeline:
 
     def _plan(self) -> Turn:
         turn = self._turn
+        turn.ends = [end for end in turn.ends if self._holds(end.claim)]
+        for attempt in [attempt for attempt in turn.rendered if not self._holds(attempt.claim)]:
+            attempt.discard()
+            turn.rendered.remove(attempt)
         turn.limit = max(0, self._free()) if self._hungry else 0
         turn.asked = self._asked
         return turn
+
+    def _holds(self, claim: Claim) -> bool:
+        """Whether this is the last claim of its job that this runner knows of: the job may have been taken from it, and
+        then claimed by it again.
+        """
+        attempt = self._attempts.get(claim.job_id)
+        return attempt is not None and attempt.claim.fence == claim.fence
 
     # --- one transaction
 
@@ -255,7 +274,7 @@ class Pipeline:
             self._attempts.pop(completion.claim.job_id, None)
             self.ended += completion.claim.job_id in ended
             if completion.claim.job_id not in ended:
-                logger.warning("job %s was taken from this runner; its result is dropped", completion.claim.job_id)
+                logger.warning(TAKEN, completion.claim.job_id)
         for attempt in turn.rendered:
             self._publishers.submit(lambda attempt=attempt: self._publish(attempt))  # type: ignore[misc]
         for claim in taken:
@@ -333,20 +352,23 @@ class Pipeline:
             open_asset=lambda asset_id: self._open_asset(claim.company_id, asset_id),
             run_coroutine=self._loop.run,
         )
+        if (former := self._attempts.get(claim.job_id)) is not None:
+            logger.warning(TAKEN, claim.job_id)
+            former.interrupt(LeaseLost(f"job {claim.job_id} was taken from this runner, and claimed again"))
         self._attempts[claim.job_id] = attempt
-        self._rendering.add(claim.job_id)
+        self._rendering.add(attempt)
         self._slots.submit(lambda: self._render(attempt))
 
     def _render(self, attempt: Attempt) -> None:
         attempt.run()
-        if self._abandoned:
+        if self._abandoned or not self._holds(attempt.claim):
             attempt.discard()
         self._inbox.put(attempt)
 
     def _publish(self, attempt: Attempt) -> None:
         try:
             attempt.publish()
-        except Exception as error:
+        except BaseException as error:  # storages run event loops, whose CancelledError is no Exception
             logger.warning("job %s: its files could not be stored", attempt.claim.job_id, exc_info=error)
             self._inbox.put(Completion(attempt.claim, error=describe(error)))
         else:

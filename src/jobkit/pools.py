@@ -72,7 +72,8 @@ class LoopThread:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_serve, args=(self._loop,), name="jobkit-loop", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        return future.result()
 
     def close(self) -> None:
         """Stop the loop; coroutines that still run are abandoned."""
@@ -85,7 +86,12 @@ class LoopThread:
 def _serve(loop: asyncio.AbstractEventLoop) -> None:
     asyncio.set_event_loop(loop)
     try:
-        loop.run_forever()
+        while True:
+            try:
+                loop.run_forever()
+                break
+            except (SystemExit, KeyboardInterrupt) as error:  # asyncio ends a loop whose task raises these
+                logger.warning("a coroutine raised %s; the loop of the others goes on", type(error).__name__)
     finally:
         for task in asyncio.all_tasks(loop):
             task.cancel()

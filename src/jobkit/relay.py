@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from types import TracebackType
 from typing import Self
 
@@ -13,17 +12,14 @@ import sqlalchemy as sa
 from jobkit import signals
 from jobkit._dialects.base import EventRow, Position
 from jobkit.errors import ConfigurationError
-from jobkit.feed import Feed
+from jobkit.feed import Feed, Memory
 from jobkit.outbox import event_of
 from jobkit.schema import require_schema
 from jobkit.sqlite import is_memory, require_configured
 
-REMEMBERED_EVENTS = 1_000
-
 _lock = threading.RLock()
 _feeds: dict[str, tuple[Feed, int]] = {}
-# What was delivered without a feed, by database: a feed that begins later does not repeat it.
-_delivered: dict[str, OrderedDict[int, None]] = {}
+_memory = Memory()
 
 
 class Relay:
@@ -82,27 +78,36 @@ def acquire(engine: sa.Engine) -> Feed:
     """The started feed of ``engine``'s database, counted once more."""
     if is_memory(engine):
         raise ConfigurationError("an SQLite database in memory cannot be shared by threads: use a file")
+    if isinstance(engine.pool, sa.StaticPool | sa.SingletonThreadPool):
+        raise ConfigurationError(
+            f"{type(engine.pool).__name__} gives one connection to several users at once, who would commit each "
+            "other's transactions: leave poolclass= out of create_engine"
+        )
     key = _key(engine)
     with _lock:
         feed, count = _feeds.get(key, (None, 0))
         if feed is None:
             require_schema(engine)
-            feed = Feed(engine, before=_delivered.setdefault(key, OrderedDict()))
+            feed = Feed(engine, _memory)
             feed.start()
         _feeds[key] = feed, count + 1
         return feed
 
 
 def release(engine: sa.Engine, timeout: float) -> None:
-    """Count once less; the last one ends the feed, after what was offered to it."""
+    """Count once less; the last one ends the feed. What was offered to it was delivered, or ``timeout`` is over."""
     key = _key(engine)
     with _lock:
         feed, count = _feeds[key]
-        if count > 1:
+        last = count == 1
+        if last:
+            del _feeds[key]
+        else:
             _feeds[key] = feed, count - 1
-            return
-        del _feeds[key]
-    feed.close(timeout)
+    if last:
+        feed.close(timeout)
+    else:
+        feed.flush(timeout)
 
 
 def running_feed(engine: sa.Engine) -> Feed | None:
@@ -114,19 +119,14 @@ def running_feed(engine: sa.Engine) -> Feed | None:
 
 def deliver_here(engine: sa.Engine, rows: list[EventRow], cursor: Position) -> None:
     """Signals for events this process just committed while it has no feed, in the calling thread."""
-    with _lock:
-        remembered = _delivered.setdefault(_key(engine), OrderedDict())
-        fresh = [row for row in rows if row.id not in remembered]
-        remembered.update((row.id, None) for row in fresh)
-        while len(remembered) > REMEMBERED_EVENTS:
-            remembered.popitem(last=False)
-    signals.deliver(event_of(row, cursor) for row in fresh)
+    signals.deliver(event_of(row, cursor) for row in _memory.add(rows))
 
 
 def _key(engine: sa.Engine) -> str:
-    url = engine.url
-    schemas = engine.get_execution_options().get("schema_translate_map") or {}
-    if engine.dialect.name == "sqlite":
-        name = str(id(engine.pool)) if is_memory(engine) else os.path.realpath(url.database or "")
-        return f"sqlite:{name}:{schemas.get(None)}"
-    return f"{engine.dialect.name}:{url.host}:{url.port}:{url.database}:{sorted(url.query.items())}:{schemas.get(None)}"
+    url, kind = engine.url, engine.dialect.name
+    schema = (engine.get_execution_options().get("schema_translate_map") or {}).get(None)
+    if is_memory(engine) or not (url.host or url.database or url.query):  # the latter: create_engine(creator=...)
+        return f"{kind}:{id(engine.dialect)}:{schema}"
+    if kind == "sqlite":
+        return f"{kind}:{os.path.realpath(url.database or '')}:{schema}"
+    return f"{kind}:{url.host}:{url.port}:{url.database}:{sorted(url.query.items())}:{schema}"

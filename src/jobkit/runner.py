@@ -94,21 +94,20 @@ class Runner:
                 "submit would wait for this thread's own SQLite transaction, which has written: use "
                 "JobStore(session).create in it, then dispatch after the commit"
             )
-        feed = relay.running_feed(self.engine)
         position = Position(0, 0)
         with self.engine.begin() as connection:
-            if feed is None and signals.any_receivers():
+            if relay.running_feed(self.engine) is None and signals.any_receivers():
                 position = statements_for(connection).start(connection).position
             store = JobStore(connection, clock=self._clock)
             job, event_id = store.insert(company_id, job_type=job_type, input=input, source_task_id=source_task_id)
         row = EventRow(
             event_id, 0, 1, job.company_id, "content_job.queued", job.id, job.created_at, {"jobId": str(job.id)}
         )
-        if feed is None:
-            relay.deliver_here(self.engine, [row], position)
-        else:
-            feed.offer([row])
+        feed = relay.running_feed(self.engine)  # one that began before the commit may have seen the event already
+        if feed is not None and feed.offer([row]):
             feed.flush(DELIVERY_WAIT)
+        else:
+            relay.deliver_here(self.engine, [row], position)
         self.dispatch(job)
         return job
 
@@ -133,7 +132,7 @@ class Runner:
         with self._lock:
             if self._pipeline is None:
                 feed = relay.acquire(self.engine)
-                self._pipeline = self._new_pipeline(feed, queued=False)
+                self._pipeline = self._new_pipeline(feed)
                 self._thread = self._spawn(self._pipeline)
         return self
 
@@ -170,37 +169,32 @@ class Runner:
         """
         limit = None if timeout is None else seconds(timeout, "timeout", positive=False)
         with self._lock:
-            started = self._pipeline
-        if started is not None:
-            feed = relay.running_feed(self.engine)
-            assert feed is not None
+            started, feed = self._pipeline, relay.running_feed(self.engine)
+        if started is not None and feed is not None:
             return _until_idle(started, feed, limit)
         if is_memory(self.engine):
             return self._run_here()
         feed = relay.acquire(self.engine)
         try:
-            pipeline = self._new_pipeline(feed, queued=True)
-            thread = self._spawn(pipeline)
-            try:
-                return _until_idle(pipeline, feed, limit)
-            finally:
-                _end(pipeline, thread, 0.0)
+            with feed.catching_up():
+                pipeline = self._new_pipeline(feed)
+                thread = self._spawn(pipeline)
+                try:
+                    return _until_idle(pipeline, feed, limit)
+                finally:
+                    _end(pipeline, thread, 0.0)
         finally:
             relay.release(self.engine, DELIVERY_WAIT)
 
     def _run_here(self) -> int:
         """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""
         require_schema(self.engine)
-        pipeline = self._new_pipeline(None, queued=True)
+        pipeline = self._new_pipeline(None)
         pipeline.wake()
         pipeline.run(until_idle=True)
         return pipeline.ended
 
-    def _new_pipeline(self, feed: Feed | None, *, queued: bool) -> Pipeline:
-        def offer(rows: Sequence[EventRow]) -> None:
-            assert feed is not None
-            feed.offer(rows, queued=queued)
-
+    def _new_pipeline(self, feed: Feed | None) -> Pipeline:
         return Pipeline(
             self.engine,
             self._assets,
@@ -212,7 +206,7 @@ class Runner:
             poll_interval=self._poll_interval,
             worker_id=f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}",
             clock=self._clock,
-            on_commit=offer if feed else self._deliver_here,
+            on_commit=feed.offer if feed else self._deliver_here,
         )
 
     def _deliver_here(self, rows: Sequence[EventRow]) -> None:

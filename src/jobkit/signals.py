@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from inspect import iscoroutinefunction
 from typing import Any, TypeVar
 
 from blinker import ANY, NamedSignal
+from blinker.base import ANY_ID
 
 from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
 
@@ -22,6 +23,9 @@ Listener = Callable[[JobEvent], object]
 
 logger = logging.getLogger("jobkit")
 _delivering = threading.local()
+# Connecting, disconnecting and choosing receivers, one at a time: blinker's bookkeeping is not made for threads. An
+# RLock, because a weak receiver may be collected, and thereby disconnected, in the middle of any of them.
+_bookkeeping = threading.RLock()
 
 
 class JobSignal(NamedSignal):
@@ -32,11 +36,29 @@ class JobSignal(NamedSignal):
 
         ``TypeError`` for a coroutine function: nobody would await it.
         """
-        if iscoroutinefunction(receiver) or iscoroutinefunction(getattr(receiver, "__call__", None)):  # noqa: B004
-            raise TypeError(
-                f"{receiver!r} is a coroutine function; signals are sent from a thread, connect a plain function"
-            )
-        return super().connect(receiver, sender if sender is ANY else str(sender), weak)
+        _refuse_coroutine(receiver)
+        with _bookkeeping:
+            return super().connect(receiver, sender if sender is ANY else str(sender), weak)
+
+    def disconnect(self, receiver: Callable[..., Any], sender: Any = ANY) -> None:
+        """As blinker's; the sender's ``str()`` counts here too."""
+        super().disconnect(receiver, sender if sender is ANY else str(sender))
+
+    def _disconnect(self, receiver_id: Hashable, sender_id: Hashable) -> None:
+        # blinker keeps hold of a receiver that is disconnected from its last sender, and of that sender.
+        with _bookkeeping:
+            super()._disconnect(receiver_id, sender_id)
+            if not self._by_receiver.get(receiver_id):
+                super()._disconnect(receiver_id, ANY_ID)
+            for emptied in [sender for sender, receivers in self._by_sender.items() if not receivers]:
+                del self._by_sender[emptied]
+
+
+def _refuse_coroutine(receiver: object) -> None:
+    if iscoroutinefunction(receiver) or iscoroutinefunction(getattr(receiver, "__call__", None)):  # noqa: B004
+        raise TypeError(
+            f"{receiver!r} is a coroutine function; signals are sent from a thread, connect a plain function"
+        )
 
 
 content_job_queued = JobSignal("content_job.queued", "Created, or back in the queue.")
@@ -67,8 +89,7 @@ def subscribe(company_id: object, listener: Listener) -> Callable[[], None]:
 
     The listener is held strongly. ``TypeError`` for a coroutine function.
     """
-    if iscoroutinefunction(listener):
-        raise TypeError(f"{listener!r} is a coroutine function; signals are sent from a thread, pass a plain function")
+    _refuse_coroutine(listener)
 
     def receive(_company_id: str, *, event: JobEvent) -> None:
         listener(event)
@@ -78,7 +99,7 @@ def subscribe(company_id: object, listener: Listener) -> Callable[[], None]:
 
     def unsubscribe() -> None:
         for signal in _SIGNALS.values():
-            signal.disconnect(receive, sender=str(company_id))
+            signal.disconnect(receive)
 
     return unsubscribe
 
@@ -116,9 +137,5 @@ def _send(event: JobEvent) -> None:
 
 
 def _receivers(signal: JobSignal, company_id: str) -> list[Callable[..., Any]]:
-    # blinker walks live sets; a receiver that connects meanwhile on another thread makes that walk fail, not wrong.
-    while True:
-        try:
-            return list(signal.receivers_for(company_id))
-        except RuntimeError:
-            continue
+    with _bookkeeping:
+        return list(signal.receivers_for(company_id))

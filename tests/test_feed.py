@@ -1,0 +1,358 @@
+"""The feed: nothing is skipped, nothing comes twice, and one job's events come in order, however commits interleave."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+import jobkit
+from jobkit import AssetStore, JobStore, Relay, Runner, feed
+from jobkit._dialects.base import EventRow, Position, Start
+from jobkit._dialects.postgresql import Postgresql
+from jobkit.clock import utcnow
+from jobkit.feed import Feed, Memory
+from jobkit.tables import content_job_events
+from tests.support.databases import Database
+from tests.support.recorder import Recorder
+from tests.support.runners import only, until
+
+Create = Callable[..., jobkit.Job]
+
+
+@pytest.fixture
+def pg(postgres_database: Database) -> sa.Engine:
+    return postgres_database.engine
+
+
+@pytest.fixture
+def by_hand(engine: sa.Engine) -> Iterator[Feed]:
+    """A feed without its thread: the test says when it scans."""
+    made = Feed(engine, Memory())
+    made._begin(made._connect())
+    yield made
+    made._disconnect()
+
+
+def taking_a_number(session: Session) -> Session:
+    """Begin the transaction's writing: PostgreSQL numbers it now."""
+    session.execute(sa.text("SELECT pg_current_xact_id()"))
+    return session
+
+
+def row(number: int, seq: int = 1) -> EventRow:
+    return EventRow(number, 0, seq, "acme", "content_job.queued", uuid4(), utcnow(), {})
+
+
+# --- the cursor on PostgreSQL
+
+
+class ById(Postgresql):
+    """Planted: the cursor is the id."""
+
+    def scan(self, connection: sa.Connection, after: Position, start: Start, limit: int) -> Any:
+        found = sa.select(content_job_events).where(content_job_events.c.id > after.id)
+        rows = connection.execute(found.order_by(content_job_events.c.id)).all()
+        events = [EventRow(r.id, 0, r.seq, r.company_id, r.type, r.job_id, r.created_at, r.payload) for r in rows]
+        return events, Position(0, events[-1].id) if events else after
+
+
+class ByIdBelowTheHorizon(ById):
+    """Planted: the cursor is the id, of transactions below the horizon."""
+
+    def scan(self, connection: sa.Connection, after: Position, start: Start, limit: int) -> Any:
+        horizon = connection.execute(
+            sa.text("SELECT CAST(CAST(pg_snapshot_xmin(pg_current_snapshot()) AS text) AS bigint)")
+        ).scalar_one()
+        events, _ = super().scan(connection, after, start, limit)
+        numbers = dict(
+            connection.execute(sa.text("SELECT id, CAST(CAST(xid AS text) AS bigint) FROM content_job_events")).all()
+        )
+        below = [event for event in events if numbers[event.id] < horizon]
+        return below, Position(0, below[-1].id) if below else after
+
+
+def late_commit(engine: sa.Engine, look: Callable[[], None]) -> int:
+    """The smaller event id is committed last."""
+    with Session(engine) as slow, Session(engine) as quick:
+        JobStore(slow).create("acme", job_type="slow")
+        JobStore(quick).create("acme", job_type="quick")
+        quick.commit()
+        look()
+        slow.commit()
+    return 2
+
+
+def late_commit_of_a_late_number(engine: sa.Engine, look: Callable[[], None]) -> int:
+    """The smaller event id is committed last, and by the younger transaction."""
+    with Session(engine) as old, Session(engine) as young:
+        taking_a_number(old)
+        JobStore(young).create("acme", job_type="young")
+        JobStore(old).create("acme", job_type="old")
+        old.commit()
+        look()
+        young.commit()
+    return 2
+
+
+def early_number_late_event(engine: sa.Engine, look: Callable[[], None]) -> int:
+    """The oldest transaction appends and commits last; a third one is open all the time."""
+    with Session(engine) as old, Session(engine) as young, Session(engine) as idle:
+        taking_a_number(old)
+        taking_a_number(idle)
+        JobStore(young).create("acme", job_type="young")
+        young.commit()
+        look()
+        JobStore(old).create("acme", job_type="old")
+        old.commit()
+        look()
+    return 2
+
+
+def rolled_back(engine: sa.Engine, look: Callable[[], None]) -> int:
+    with Session(engine) as lost, Session(engine) as kept:
+        JobStore(lost).create("acme", job_type="lost")
+        JobStore(kept).create("acme", job_type="kept")
+        kept.commit()
+        look()
+        lost.rollback()
+    return 1
+
+
+INTERLEAVINGS = [late_commit, late_commit_of_a_late_number, early_number_late_event, rolled_back]
+
+
+def heard(engine: sa.Engine, statements: Postgresql, interleaving: Any) -> tuple[list[str], int]:
+    """What a reader with these statements gets, looking whenever the interleaving says so, and how many are right."""
+    ids: list[str] = []
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        start = statements.start(connection)
+        position = start.position
+
+        def look() -> None:
+            nonlocal position
+            rows, position = statements.scan(connection, position, start, 500)
+            ids.extend(str(row.job_id) for row in rows)
+
+        committed = interleaving(engine, look)
+        look()
+    return ids, committed
+
+
+@pytest.mark.parametrize("interleaving", INTERLEAVINGS)
+def test_a_scan_skips_nothing_and_repeats_nothing(pg: sa.Engine, interleaving: Any) -> None:
+    ids, committed = heard(pg, Postgresql(), interleaving)
+    assert (len(ids), len(set(ids))) == (committed, committed)
+
+
+@pytest.mark.parametrize(
+    ("naive", "interleaving"), [(ById, late_commit), (ByIdBelowTheHorizon, late_commit_of_a_late_number)]
+)
+def test_the_interleavings_catch_a_naive_cursor(pg: sa.Engine, naive: type[Postgresql], interleaving: Any) -> None:
+    ids, committed = heard(pg, naive(), interleaving)
+    assert len(set(ids)) < committed
+
+
+@pytest.mark.parametrize("interleaving", INTERLEAVINGS)
+def test_a_relay_tells_every_committed_event_once(pg: sa.Engine, interleaving: Any, recorder: Recorder) -> None:
+    with Relay(pg):
+        committed = interleaving(pg, lambda: None)
+        recorder.wait(lambda types: len(types) == committed)
+    assert len(recorder.events) == committed
+
+
+def test_foreign_events_wait_for_the_oldest_writer_and_own_ones_do_not(
+    pg: sa.Engine, disk: AssetStore, recorder: Recorder, postgres_database: Database
+) -> None:
+    writer = postgres_database.connect()
+    with Runner(pg, AssetStore(disk._storage.root), only(), poll_interval=0.05) as runner, Session(writer) as open_one:
+        taking_a_number(open_one)
+        with Session(writer) as session, session.begin():
+            foreign = JobStore(session).create("acme", job_type="by hand")
+            JobStore(session).transition(foreign.id, status="cancelled")
+        own = runner.submit("acme", job_type="note")
+        recorder.wait(lambda _: recorder.types(own.id) == ["queued", "running", "done"])
+        assert recorder.types(foreign.id) == []
+        open_one.commit()
+        recorder.wait(lambda _: recorder.types(foreign.id) == ["queued", "cancelled"])
+    assert len(recorder.events) == 5
+
+
+@pytest.fixture
+def disk(tmp_path: Any) -> AssetStore:
+    return AssetStore(tmp_path / "assets")
+
+
+# --- the order within a job
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("restored", [True, False])
+def test_seq_restores_the_order_that_transaction_numbers_turn_round(
+    between: bool, restored: bool, pg: sa.Engine, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``between``: the horizon lies between the two. ``restored=False`` plants its absence."""
+    if not restored:
+        monkeypatch.setattr(feed, "_by_seq", list)
+        monkeypatch.setattr(Feed, "_earlier", lambda *_: [])
+    with Session(pg) as session, session.begin():
+        job = JobStore(session).create("acme", job_type="note")
+    with Relay(pg), Session(pg) as idle, Session(pg) as old, Session(pg) as young:
+        if not between:
+            taking_a_number(idle)
+        taking_a_number(old)
+        if between:
+            taking_a_number(idle)
+        JobStore(young).transition(job.id, status="running")
+        young.commit()
+        JobStore(old).transition(job.id, status="failed")
+        old.commit()
+        if between:
+            recorder.wait(lambda types: "failed" in types)
+        idle.commit()
+        recorder.wait(lambda types: len(types) == 2)
+    assert (recorder.types() == ["running", "failed"]) is restored
+
+
+# --- scan and offer meet
+
+
+def test_an_event_that_the_scan_told_before_it_was_offered_comes_once(
+    engine: sa.Engine, disk: AssetStore, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = Feed.offer
+
+    def late(self: Feed, rows: Any) -> bool:
+        told = {row.id for row in rows}
+        until(lambda: told <= {event.id for event in recorder.events}, "the scan")
+        until(lambda: not told & self._ahead)
+        return original(self, rows)
+
+    monkeypatch.setattr(Feed, "offer", late)
+    with Runner(engine, disk, only()) as runner:
+        jobs = [runner.submit("acme", job_type="note") for _ in range(3)]
+        recorder.wait(lambda types: types.count("done") == 3)
+        runner.run_until_idle(timeout=20)
+    assert [recorder.types(job.id) for job in jobs] == [["queued", "running", "done"]] * 3
+
+
+def test_an_event_that_was_offered_is_skipped_by_the_scan(by_hand: Feed, create: Create, recorder: Recorder) -> None:
+    jobs = [create() for _ in range(3)]
+    rows, _ = by_hand._statements.scan(by_hand._connect(), by_hand.cursor, by_hand._started, 500)
+    by_hand._deliver_offered(rows[1:2])
+    assert [event.job_id for event in recorder.events] == [jobs[1].id]
+    by_hand._scan()
+    assert [event.job_id for event in recorder.events] == [jobs[1].id, jobs[0].id, jobs[2].id]
+    assert by_hand._ahead == set()
+
+
+def test_a_cursor_is_a_position_below_which_nothing_is_missing(
+    by_hand: Feed, create: Create, recorder: Recorder
+) -> None:
+    create()
+    by_hand._scan()
+    create()
+    by_hand._scan()
+    cursor = Position(*map(int, recorder.events[-1].cursor.split("-")))
+    rows, _ = by_hand._statements.scan(by_hand._connect(), cursor, by_hand._started, 500)
+    assert recorder.events[-1].id in {row.id for row in rows}
+
+
+# --- what is remembered
+
+
+def test_ten_thousand_events_that_nobody_hears_leave_nothing(by_hand: Feed) -> None:
+    by_hand.start()
+    by_hand.offer([row(number) for number in range(1, 10_001)])
+    assert by_hand.flush(20)
+    by_hand.close(20)
+    left = (by_hand._ahead, by_hand._last, by_hand._offered, by_hand._memory._seen)
+    assert [len(each) for each in left] == [0, 0, 0, 0]
+
+
+def test_what_is_remembered_of_jobs_and_events_is_bounded(
+    by_hand: Feed, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "REMEMBERED_JOBS", 10)
+    monkeypatch.setattr(feed, "REMEMBERED_EVENTS", 20)
+    by_hand._deliver_offered([row(number) for number in range(1, 101)])
+    assert len(recorder.events) == 100
+    assert (len(by_hand._last), len(by_hand._memory._seen)) == (10, 20)
+
+
+def test_what_was_told_ahead_is_forgotten_once_scanned(
+    engine: sa.Engine, disk: AssetStore, create: Create, recorder: Recorder
+) -> None:
+    with Runner(engine, disk, only(), concurrency=8) as runner:
+        for _ in range(100):
+            create()
+        runner.run_until_idle(timeout=30)
+        running = jobkit.relay.running_feed(engine)
+        assert running is not None
+        until(lambda: not running._ahead, "an empty set of events told ahead")
+    assert len(recorder.events) == 300
+
+
+def test_events_of_a_time_when_nobody_listened_are_owed_to_nobody(by_hand: Feed, create: Create) -> None:
+    create()
+    by_hand._scan()
+    with Recorder() as late:
+        by_hand._scan()
+        job = create()
+        by_hand._scan()
+        assert [event.job_id for event in late.events] == [job.id]
+
+
+def test_more_events_than_a_batch_come_all_and_in_order(
+    engine: sa.Engine, by_hand: Feed, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "BATCH", 7)
+    with Session(engine) as session, session.begin():
+        jobs = [JobStore(session).create("acme", job_type="note") for _ in range(50)]
+    by_hand._scan()
+    assert [event.job_id for event in recorder.events] == [job.id for job in jobs]
+
+
+def test_ids_are_not_used_again_after_the_log_was_pruned(
+    engine: sa.Engine, by_hand: Feed, create: Create, recorder: Recorder
+) -> None:
+    create()
+    by_hand._scan()
+    with engine.begin() as connection:
+        connection.execute(content_job_events.delete())
+    job = create()
+    by_hand._scan()
+    assert [event.job_id for event in recorder.events][1:] == [job.id]
+
+
+# --- trouble
+
+
+def test_the_feed_survives_a_lost_connection_and_says_so_once(
+    pg: sa.Engine, postgres_database: Database, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "jobkit"), Relay(pg):
+        for number in range(1, 4):
+            terminate_others(postgres_database)
+            with Session(pg) as session, session.begin():
+                job = JobStore(session).create("acme", job_type="note")
+            recorder.wait(lambda types, number=number: len(types) == number)
+            assert recorder.events[-1].job_id == job.id
+    errors = [record for record in caplog.records if "could not be read" in record.message]
+    assert 1 <= len(errors) <= 3
+
+
+def terminate_others(database: Database) -> None:
+    database.engine.dispose()
+    with database.connect(isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(
+            sa.text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+                "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            )
+        )
