@@ -118,8 +118,9 @@ class AssetStore:
         )
         try:
             yield draft.spool
-            stored = draft.seal(recorded=self.engine is not None)
-            self._record(draft)
+            engine = self.engine
+            stored = draft.seal(recorded=engine is not None)
+            self._record(draft, engine)
             draft.publish()
             draft.spool.stored = stored
         finally:
@@ -158,13 +159,13 @@ class AssetStore:
         check_key(owner, stored.object_key)
         if source_task_id is not None:
             storable(source_task_id, "source_task_id", blank=True)
+        agent, user = _text(created_by_agent_id, "created_by_agent_id"), _text(created_by_user_id, "created_by_user_id")
         parent = parse_id(job_id)
         if job_id is not None and parent is None:
             raise ValueError(f"job_id is not a UUID: {job_id!r:.80}")
         connection = connection_of(session)
         require_configured(connection)
-        if stored.recorded:
-            self._forget_intent(connection, stored)
+        self._take(connection, owner, stored)
         now = self._clock()
         asset = Asset(
             id=new_id(),
@@ -175,8 +176,8 @@ class AssetStore:
             byte_size=stored.byte_size,
             sha256=stored.sha256,
             original_filename=stored.original_filename,
-            created_by_agent_id=None if created_by_agent_id is None else str(created_by_agent_id),
-            created_by_user_id=None if created_by_user_id is None else str(created_by_user_id),
+            created_by_agent_id=agent,
+            created_by_user_id=user,
             source_task_id=source_task_id,
             created_at=now,
             updated_at=now,
@@ -208,15 +209,17 @@ class AssetStore:
         self, session: Host, company_id: object, *, limit: int | None = None, before: Asset | UUID | str | None = None
     ) -> list[Asset]:
         """A company's assets, newest first, ties broken by id. ``before``: the last one of the page before this one."""
-        query = sa.select(assets).where(_c.company_id == str(company_id))
+        connection = connection_of(session)
+        place = (_c.created_at, _sortable_id(connection))
+        query = sa.select(assets).where(_of(company_id))
         if before is not None:
             last = before if isinstance(before, Asset) else self.get_by_id(session, before, company_id=company_id)
             if last is None:
                 raise AssetNotFound(f"no asset {before}")
-            place = sa.tuple_(sa.literal(last.created_at, _c.created_at.type), sa.literal(last.id, _c.id.type))
-            query = query.where(sa.tuple_(_c.created_at, _c.id) < place)
-        query = query.order_by(_c.created_at.desc(), _c.id.desc()).limit(page_size(limit))
-        return [Asset(*row) for row in connection_of(session).execute(query)]
+            after = (sa.literal(last.created_at, _c.created_at.type), sa.literal(last.id, _c.id.type))
+            query = query.where(sa.tuple_(*place) < sa.tuple_(*after))
+        query = query.order_by(*(column.desc() for column in place)).limit(page_size(limit))
+        return [Asset(*row) for row in connection.execute(query)]
 
     def open(self, asset: Asset, *, start: int | None = None, end: int | None = None) -> BinaryIO:
         """The bytes ``[start, end)`` as a binary file to read and close, streamed; a range beyond the asset is cut to
@@ -251,19 +254,18 @@ class AssetStore:
         """
         connection = connection_of(session)
         require_configured(connection)
-        row = (_has_id(connection, asset.id), _c.company_id == asset.company_id)
-        gone = connection.execute(assets.delete().where(*row)).rowcount
-        if not gone:
+        # The object that goes is the one the row names, whatever the caller made of ``asset``.
+        gone = connection.execute(
+            assets.delete()
+            .where(_has_id(connection, asset.id), _of(asset.company_id))
+            .returning(_c.company_id, _c.provider, _c.object_key)
+        ).one_or_none()
+        if gone is None:
             raise AssetNotFound(f"no asset {asset.id}")
-        tombstone = {
-            "id": new_id(),
-            "company_id": asset.company_id,
-            "provider": asset.provider,
-            "object_key": asset.object_key,
-            "state": "tombstone",
-            "not_before": self._clock(),
-        }
-        connection.execute(asset_intents.insert(), tombstone)
+        connection.execute(
+            asset_intents.insert(),
+            {"id": new_id(), **gone._mapping, "state": "tombstone", "not_before": self._clock()},
+        )
 
     def _open(self, asset: Asset) -> BinaryIO:
         if asset.provider != self.provider:
@@ -271,22 +273,29 @@ class AssetStore:
         check_key(asset.company_id, asset.object_key)
         try:
             return self._storage.open(asset.object_key)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise AssetCorrupt(f"asset {asset.id} has no object in storage {asset.provider!r}") from None
 
-    def _record(self, draft: Draft) -> None:
-        if self.engine is None:
+    def _record(self, draft: Draft, engine: sa.Engine | None) -> None:
+        if engine is None:
             if not self._warned:
                 logger.warning("%r has no engine: objects of a process that dies are found by nobody", self)
             self._warned = True
             return
-        with self.engine.begin() as connection:
+        self._refuse_deadlock()  # again: the block of writer() may have written
+        with engine.begin() as connection:
             record_intents(connection, [Intent(draft.company_id, self.provider, draft.key)])
 
-    def _forget_intent(self, connection: sa.Connection, stored: StoredObject) -> None:
-        i = asset_intents.c
-        which = (i.provider == stored.provider, i.object_key == stored.object_key, i.state == "pending")
-        if connection.execute(asset_intents.delete().where(*which)).rowcount != 1:
+    def _take(self, connection: sa.Connection, owner: str, stored: StoredObject) -> None:
+        """Remove the intent of an object that gets a row now."""
+        if stored.recorded:
+            i = asset_intents.c
+            which = (i.provider == stored.provider, i.object_key == stored.object_key, i.state == "pending")
+            free = connection.execute(asset_intents.delete().where(*which)).rowcount == 1
+        else:
+            taken = sa.select(_c.id).where(_c.company_id == owner, _c.object_key == stored.object_key)
+            free = connection.execute(taken).first() is None
+        if not free:
             raise AssetNotFound(f"{stored.object_key!r} was swept already, or has a row: store the file again")
 
     def _refuse_deadlock(self) -> None:
@@ -304,5 +313,22 @@ def _has_id(connection: sa.Connection, asset_id: UUID) -> sa.ColumnElement[bool]
     return sa.type_coerce(_c.id, sa.Text).in_([asset_id.hex, str(asset_id)])
 
 
+def _sortable_id(connection: sa.Connection) -> sa.ColumnElement[UUID]:
+    if connection.dialect.name != "sqlite":
+        return _c.id
+    return sa.func.replace(sa.type_coerce(_c.id, sa.Text), "-", "", type_=_c.id.type)
+
+
 def _scoped(query: sa.Select[Any], company_id: object) -> sa.Select[Any]:
-    return query if company_id is None else query.where(_c.company_id == str(company_id))
+    return query if company_id is None else query.where(_of(company_id))
+
+
+def _of(company_id: object) -> sa.ColumnElement[bool]:
+    try:
+        return _c.company_id == company(company_id)
+    except ValueError:  # no company can have this id, and the database may refuse to hear it
+        return sa.false()
+
+
+def _text(value: object, field: str) -> str | None:
+    return None if value is None else storable(str(value), field, blank=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import logging
 import tempfile
-from collections.abc import Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncIterable, Callable, Coroutine, Generator, Iterable
+from concurrent.futures import CancelledError
 from contextlib import closing
 from typing import Any, BinaryIO
 from uuid import UUID
@@ -130,12 +130,8 @@ class Attempt:
                 self._spool(rendered)
 
     def _iterate(self, result: Any) -> Generator[Any]:
-        if inspect.isasyncgen(result):
-            try:
-                while True:
-                    yield self._run_coroutine(_awaited(anext(result)))
-            except StopAsyncIteration:
-                return
+        if isinstance(result, AsyncIterable):
+            yield from self._iterate_async(aiter(result))
         elif isinstance(result, Iterable) and not isinstance(result, str | bytes | dict):
             yield from result
         else:
@@ -144,17 +140,35 @@ class Attempt:
                 "not Rendered or an iterable of them"
             )
 
+    def _iterate_async(self, iterator: Any) -> Generator[Any]:
+        try:
+            while True:
+                try:
+                    rendered = self._run_coroutine(_awaited(anext(iterator)))
+                except StopAsyncIteration:
+                    return
+                yield rendered
+        except CancelledError:  # the loop has ended, and has closed its generators
+            raise
+        except BaseException:
+            if hasattr(iterator, "aclose"):
+                self._run_coroutine(_awaited(iterator.aclose()))
+            raise
+
     def _spool(self, rendered: Rendered) -> None:
-        draft = self._context.add(rendered.filename, rendered.content_type)
-        draft.spool.fill(rendered.body)
+        # Closed at once: a job of many files would run out of descriptors.
+        with closing(self._context.add(rendered.filename, rendered.content_type).spool) as spool:
+            spool.fill(rendered.body)
 
 
-def render_alone(find: Find, services: Any, job_type: str, input: dict[str, Any] | None) -> list[Rendered]:
+def render_alone(
+    find: Find, services: Any, job_type: str, input: dict[str, Any] | None, *, run_coroutine: RunCoroutine
+) -> list[Rendered]:
     """The files of one job type and input, each with its body as bytes, without a database."""
-    claim = Claim(new_id(), "render", job_type, canonical(input or {})[1], None, 1, 1)
-    with tempfile.TemporaryDirectory(prefix="jobkit-render-") as folder, asyncio.Runner() as loop:
+    claim = Claim(new_id(), "render", job_type, canonical({} if input is None else input)[1], None, 1, 1)
+    with tempfile.TemporaryDirectory(prefix="jobkit-render-") as folder:
         attempt = Attempt(
-            claim, find, AssetStore(folder), services=services, open_asset=_nothing, run_coroutine=loop.run
+            claim, find, AssetStore(folder), services=services, open_asset=_nothing, run_coroutine=run_coroutine
         )
         attempt.render()
         return [Rendered(d.filename or "file", d.content_type, d.spool.path.read_bytes()) for d in attempt.drafts]

@@ -83,12 +83,13 @@ class RenderContext:
         try:
             yield draft.spool
         except BaseException:
-            if (
-                not draft.spool.refused
-            ):  # one that went over the limit stays, to fail the job even when this is swallowed
+            # One that went over the limit stays, to fail the job even when this is swallowed.
+            if not draft.spool.refused:
                 self.drafts.remove(draft)
                 draft.discard()
             raise
+        finally:
+            draft.spool.close()
 
     def add(self, filename: str, content_type: str) -> Draft:
         """Begin an output."""

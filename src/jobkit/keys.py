@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from datetime import datetime
+from datetime import UTC, datetime
 from posixpath import basename, splitext
 from uuid import UUID
 
@@ -27,17 +27,18 @@ _DEVICES = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?", re.IGNO
 def company_prefix(company_id: str) -> str:
     """The first segment of every key of a company, different for different companies.
 
-    Plain ids stay readable; any other id becomes ``~`` and 160 bits of its SHA-256, which no plain id can be.
+    Plain ids stay readable; any other id becomes ``~`` and 160 bits of its SHA-256, which no plain id can be. Where a
+    file system ignores case, ids that differ only in case share a folder; never an object, whose name has a UUID.
     """
     if len(company_id) <= 64 and _PLAIN_COMPANY.fullmatch(company_id) and not _DEVICES.fullmatch(company_id):
         return company_id
-    return "~" + hashlib.sha256(company_id.encode()).hexdigest()[:40]
+    return "~" + hashlib.sha256(company_id.encode(errors="surrogatepass")).hexdigest()[:40]
 
 
 def object_key(company_id: str, namespace: str, filename: str | None, *, unique: UUID, at: datetime) -> str:
-    """A new key. ``at`` is an aware UTC time; ``unique`` makes the key one that was never used."""
+    """A new key. ``at`` is an aware time, its day is that of UTC; ``unique`` makes the key one that was never used."""
     stem, extension = _split(filename)
-    folder = "/".join([company_prefix(company_id), _namespace(namespace), f"{at:%Y/%m/%d}"])
+    folder = "/".join([company_prefix(company_id), _namespace(namespace), f"{at.astimezone(UTC):%Y/%m/%d}"])
     return f"{folder}/{unique}-{stem}{extension}"
 
 
@@ -62,7 +63,7 @@ def _sanitise(text: str) -> str:
 
 def _namespace(namespace: str) -> str:
     parts = [_sanitise(part) for part in namespace.split("/") if part.strip()]
-    return "/".join(part if not _DEVICES.fullmatch(part) else f"{part}_" for part in parts[:8]) or "misc"
+    return "/".join(part if not _DEVICES.fullmatch(part) else f"_{part}" for part in parts[:8]) or "misc"
 
 
 def _split(filename: str | None) -> tuple[str, str]:

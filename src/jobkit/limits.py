@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ def parse_limit(text: str) -> int | float | None:
     """``Number(text)`` as ECMAScript has it, where that is a usable limit; None where it is 0, empty or blank.
 
     ``ValueError`` where the expression would be a trap: text, NaN, a negative number, forms that only Python reads.
-    ``math.inf`` stands for no limit; a fraction is cut to whole bytes.
+    ``math.inf`` stands for no limit; a fraction is kept, and admits as many bytes as its whole part.
     """
     trimmed = _TRIM.sub("", text)
     if not trimmed:
@@ -37,9 +36,7 @@ def parse_limit(text: str) -> int | float | None:
     number = float(trimmed)
     if number < 0:
         raise ValueError("it is negative")
-    if math.isinf(number):
-        return math.inf
-    return max(1, int(number)) if number else None
+    return (int(number) if number.is_integer() else number) or None
 
 
 def configured_limit(environment: Mapping[str, str]) -> tuple[int | float, str]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, TypeVar
 
 from jobkit.attempt import render_alone
 from jobkit.context import Registration, RenderContext, Renderer
 from jobkit.errors import UnknownJobType
+from jobkit.pools import LoopThread
 from jobkit.text import storable
 from jobkit.types import Rendered
 
@@ -25,7 +27,7 @@ class Renderers:
 
     def __init__(self, *, default: Renderer | None = None, services: Any = None) -> None:
         self.services = services
-        self._default = None if default is None else Registration(default)
+        self._default = None if default is None else Registration(_checked(default))
         self._by_type: dict[str, Registration] = {}
 
     def register(self, job_type: str, *, input: Any = None) -> Callable[[R], R]:
@@ -38,11 +40,9 @@ class Renderers:
         storable(job_type, "job_type", limit=255)
 
         def keep(renderer: R) -> R:
-            if not callable(renderer):
-                raise TypeError(f"a renderer must be callable, {type(renderer).__name__} is not")
             if job_type in self._by_type:
                 raise ValueError(f"job_type {job_type!r} has a renderer already")
-            self._by_type[job_type] = Registration(renderer, input)
+            self._by_type[job_type] = Registration(_checked(renderer), input)
             return renderer
 
         return keep
@@ -60,4 +60,11 @@ class Renderers:
         Raises what the renderer raises, and what would fail the job. ``ctx.open_asset`` finds nothing.
         """
         self.find(job_type)
-        return render_alone(self.find, self.services, job_type, input)
+        with closing(LoopThread()) as loop:
+            return render_alone(self.find, self.services, job_type, input, run_coroutine=loop.run)
+
+
+def _checked(renderer: R) -> R:
+    if not callable(renderer):
+        raise TypeError(f"a renderer must be callable, {type(renderer).__name__} is not")
+    return renderer

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ class Spool(io.RawIOBase):
         self._limit, self._limit_source = limit, limit_source
         self._hash: Any = hashlib.sha256()
         self._hashed = 0
-        self._refusal: AssetError | None = None
+        self._refusal: AssetError | OSError | None = None
         self._file = io.FileIO(self.path, "x+", opener=_private)
         self.size = 0
 
@@ -47,8 +48,11 @@ class Spool(io.RawIOBase):
 
     def write(self, data: Any, /) -> int:
         """Append or overwrite at the current position. All of ``data`` is written."""
-        view = memoryview(data).cast("B")
+        view = _view(data)
         position = self._file.tell()
+        if not view:
+            self._check(self.size)
+            return 0
         self._check(position + len(view))
         if position == self._hashed:
             self._hash.update(view)
@@ -56,8 +60,12 @@ class Spool(io.RawIOBase):
         else:
             self._hashed = -1  # written out of order: hashed from the file at the end
         written = 0
-        while written < len(view):
-            written += self._file.write(view[written:])
+        try:
+            while written < len(view):
+                written += self._file.write(view[written:])
+        except OSError as error:  # a full disk: what is missing must not be shipped when this is swallowed
+            self._refusal = error
+            raise
         self.size = max(self.size, position + written)
         return written
 
@@ -71,6 +79,7 @@ class Spool(io.RawIOBase):
         return self._file.tell()
 
     def truncate(self, size: int | None = None, /) -> int:
+        self._check(self._file.tell() if size is None else size)
         new = self._file.truncate(size)
         self._hashed = -1
         self.size = new
@@ -78,25 +87,26 @@ class Spool(io.RawIOBase):
 
     def fill(self, body: Body) -> None:
         """Write everything that ``body`` is or yields. ``TypeError`` when that is not bytes."""
-        for chunk in chunks(body):
-            self.write(chunk)
+        with closing(chunks(body)) as pieces:
+            for piece in pieces:
+                self.write(piece)
 
     @property
     def refused(self) -> bool:
-        """Whether the file ever went over its limit."""
+        """Whether a write ever failed: over the limit, or no room on the disk."""
         return self._refusal is not None
 
     def seal(self) -> str:
-        """The sha256 of the whole file. ``AssetEmpty`` when it has no bytes, ``AssetTooLarge`` when it ever had too
-        many.
+        """The sha256 of the whole file, which may be closed already. ``AssetEmpty`` when it has no bytes,
+        ``AssetTooLarge`` when it ever had too many.
         """
         if self._refusal is not None:
             raise self._refusal
         if self.size == 0:
             raise AssetEmpty(self.filename)
         if self._hashed != self.size:
-            self._file.seek(0)
-            self._hash = hashlib.file_digest(self._file, "sha256")
+            with open(self.path, "rb", buffering=0) as file:
+                self._hash = hashlib.file_digest(file, "sha256")
             self._hashed = self.size
         digest: str = self._hash.hexdigest()
         return digest
@@ -119,10 +129,10 @@ class Spool(io.RawIOBase):
             raise self._refusal
 
 
-def chunks(body: Body) -> Iterator[bytes | memoryview]:
+def chunks(body: Body) -> Generator[bytes | memoryview]:
     """``body`` in pieces: bytes-like, a path, a binary file (read, not closed), or an iterable of bytes."""
     if isinstance(body, bytes | bytearray | memoryview):
-        view = memoryview(body).cast("B")
+        view = _view(body)
         for start in range(0, len(view), CHUNK):
             yield view[start : start + CHUNK]
     elif isinstance(body, os.PathLike):
@@ -144,8 +154,15 @@ def _private(path: str, flags: int) -> int:
 
 
 def _read(file: Any) -> Iterator[bytes]:
-    while chunk := file.read(CHUNK):
-        yield _bytes(chunk, "body's read() returns")
+    while len(chunk := _bytes(file.read(CHUNK), "body's read() returns")):
+        yield chunk
+
+
+def _view(data: Any) -> memoryview:
+    view = memoryview(data)
+    if not view.nbytes:
+        return memoryview(b"")
+    return view.cast("B") if view.c_contiguous else memoryview(view.tobytes())
 
 
 def _bytes(chunk: object, what: str) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
@@ -21,6 +22,9 @@ LOCAL = "local_disk"
 # 8 MiB parts, four at a time: the default of s3fs (ten of 50 MiB) takes a gigabyte of memory for a file of 500 MiB.
 _PART = 8 << 20
 _PARTS_AT_ONCE = 4
+_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+._-]+):(//)?")
+# Where the first part of the path is the bucket: without one, a company's prefix would name it.
+_BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
 
 
 class Storage(Protocol):
@@ -58,8 +62,8 @@ class LocalStorage:
 
     def publish(self, source: Path, key: str, content_type: str) -> None:
         target = self._path(key)
-        _make_folders(self.root, target.parent)
         self._inside(target)
+        _make_folders(self.root, target.parent)
         with open(source, "rb") as file:
             os.fsync(file.fileno())
         os.replace(source, target)
@@ -74,7 +78,11 @@ class LocalStorage:
             if path.is_symlink():
                 raise AssetKeyRefused(f"object {key!r} is a symbolic link") from error
             raise
-        return os.fdopen(descriptor, "rb")
+        try:
+            return os.fdopen(descriptor, "rb")
+        except OSError:  # a folder: Python has not taken the descriptor over
+            os.close(descriptor)
+            raise
 
     def remove(self, key: str) -> None:
         path = self._path(key)
@@ -96,14 +104,14 @@ class FsspecStorage:
     """Any other fsspec filesystem, made on first use in each process, never with a cache of listings."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        self.protocol = self.provider = urlsplit(url).scheme
+        self.protocol = self.provider = url.partition("://")[0].lower()
         self._url, self._options = url, dict(options)
         self._opened: tuple[int, Any, str] | None = None
         self._spool: tuple[int, Path] | None = None
 
     def __repr__(self) -> str:
-        parts = urlsplit(self._url)
-        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        # Not by urlsplit: a password with a slash or a number sign in it would count as part of the host.
+        return f"{self.protocol}://{self._url.partition('://')[2].rpartition('@')[2].partition('?')[0]}"
 
     def spool_folder(self) -> Path:
         if self._spool is None or self._spool[0] != os.getpid():
@@ -144,26 +152,52 @@ class FsspecStorage:
 
     def _filesystem(self) -> tuple[Any, str]:
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = os.getpid(), *_open_filesystem(self._url, self._options)
+            self._opened = os.getpid(), *self._open_filesystem()
         return self._opened[1], self._opened[2]
+
+    def _open_filesystem(self) -> tuple[Any, str]:
+        import fsspec
+
+        defaults: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        if self.protocol in ("s3", "s3a"):
+            defaults["config_kwargs"] = {"signature_version": "s3v4"}
+        try:
+            filesystem, root = fsspec.core.url_to_fs(self._url, **{**defaults, **self._options})
+        except Exception as error:
+            # Neither the driver's words nor its traceback: they may quote a password.
+            names = ", ".join(sorted(self._options)) or "none"
+            raise ConfigurationError(
+                f"the driver of {self!r} cannot be set up, options {names}: {type(error).__name__}"
+            ) from None
+        return filesystem, str(root).rstrip("/")
 
 
 def open_storage(url: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Storage:
-    """The storage a URL names: ``file://`` or a path is a local folder, everything else goes to fsspec, on first use.
+    """The storage a URL names: ``file://`` or a path is a local folder, everything else goes to fsspec, which connects
+    on first use.
 
-    ``ConfigurationError`` for a URL that chains protocols, or options for a local folder.
+    ``ConfigurationError`` for a URL that chains protocols, names a host or no folder, a protocol that fsspec does not
+    know or whose package is missing, or options for a local folder.
     """
     text = os.fspath(url)
-    if "::" in text:
+    if isinstance(url, str) and "::" in text:
         raise ConfigurationError(
             "a storage URL that chains protocols with '::' is refused: it could read from elsewhere"
         )
-    scheme = urlsplit(text).scheme if "://" in text else "file"
-    if scheme in ("file", "local"):
+    match = _PROTOCOL.match(text) if isinstance(url, str) else None
+    protocol = match[1].lower() if match else "file"
+    if protocol in ("file", "local"):
         if options:
             raise ConfigurationError(f"a local folder takes no storage options, got {', '.join(sorted(options))}")
-        path = unquote(urlsplit(text).path) if "://" in text else text
+        path = _local_path(text) if match else text
+        if not path:
+            raise ConfigurationError("a storage URL needs a folder: file:///srv/assets, or a path")
         return LocalStorage(Path(os.path.abspath(path)))
+    if match and not match[2]:
+        raise ConfigurationError(f"a storage URL begins with {protocol}://, or it is a path: pass a pathlib.Path")
+    _require_driver(protocol)
+    if protocol in _BUCKETS and not text.partition("://")[2].strip("/"):
+        raise ConfigurationError(f"storage {protocol}:// needs a bucket: {protocol}://bucket/prefix")
     return FsspecStorage(text, options or {})
 
 
@@ -176,8 +210,7 @@ class _Window(io.RawIOBase):
     def __init__(self, file: BinaryIO, start: int, end: int) -> None:
         self._file, self._start, self._end = file, start, end
         self._position = start
-        if start:
-            file.seek(start)
+        self._moved = start > 0
 
     def readable(self) -> bool:
         return True
@@ -186,16 +219,25 @@ class _Window(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        data = self._file.read(min(len(buffer), self._end - self._position))
+        wanted = min(len(buffer), self._end - self._position)
+        if wanted <= 0:
+            return 0
+        if self._moved:
+            self._file.seek(self._position)
+            self._moved = False
+        data = self._file.read(wanted)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
-        base = (self._start, self._position, self._end)[whence]
-        self._position = min(max(base + offset, self._start), self._end)
-        self._file.seek(self._position)
-        return self._position - self._start
+        if whence not in (io.SEEK_SET, io.SEEK_CUR, io.SEEK_END):
+            raise ValueError(f"whence must be 0, 1 or 2, not {whence!r}")
+        position = (self._start, self._position, self._end)[whence] + offset
+        if position < self._start:
+            raise ValueError(f"cannot seek before the first byte, to {position - self._start}")
+        self._position, self._moved = position, True
+        return position - self._start
 
     def tell(self) -> int:
         return self._position - self._start
@@ -206,20 +248,26 @@ class _Window(io.RawIOBase):
         super().close()
 
 
-def _open_filesystem(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+def _local_path(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost"):
+        raise ConfigurationError(
+            f"file://{parts.netloc} names a host: an absolute folder has three slashes, a relative one is a plain path"
+        )
+    if parts.query or parts.fragment:
+        raise ConfigurationError("a file:// URL must write '?' as %3F and '#' as %23")
+    return unquote(parts.path)
+
+
+def _require_driver(protocol: str) -> None:
     import fsspec
 
-    protocol = urlsplit(url).scheme
-    defaults: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-    if protocol in ("s3", "s3a"):
-        defaults["config_kwargs"] = {"signature_version": "s3v4"}
     try:
-        filesystem, root = fsspec.core.url_to_fs(url, **{**defaults, **options})
+        fsspec.get_filesystem_class(protocol)
     except ImportError as error:
         raise ConfigurationError(f"storage {protocol}:// needs another package: {error}") from error
-    except ValueError as error:
-        raise ConfigurationError(f"storage {protocol}:// is not known to fsspec: {error}") from error
-    return filesystem, str(root).rstrip("/")
+    except ValueError:
+        raise ConfigurationError(f"storage {protocol}:// is not known to fsspec") from None
 
 
 def _make_folders(root: Path, folder: Path) -> None:

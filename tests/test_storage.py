@@ -1,0 +1,415 @@
+"""Storages: what a URL names, when an object is visible, and that nothing leads out of the root."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import subprocess
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jobkit.errors import AssetError, AssetKeyRefused, ConfigurationError
+from jobkit.storage import FsspecStorage, LocalStorage, Storage, limited, open_storage
+
+REGISTRY = importlib.import_module("fsspec.registry")  # fsspec.registry is the mapping in it
+KEY = "acme/generated/2026/03/01/0198c0de-report.txt"
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> LocalStorage:
+    return LocalStorage(tmp_path / "root")
+
+
+@pytest.fixture(params=["disk", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return open_storage(tmp_path / "root" if request.param == "disk" else f"memory://{uuid.uuid4()}/prefix", None)
+
+
+def put(storage: Storage, content: bytes, key: str = KEY) -> None:
+    source = storage.spool_folder() / f"{uuid.uuid4()}.part"
+    source.write_bytes(content)
+    storage.publish(source, key, "text/plain")
+    source.unlink(missing_ok=True)
+
+
+def read(storage: Storage, key: str = KEY) -> bytes:
+    with storage.open(key) as file:
+        return file.read()
+
+
+# --- what a URL names
+
+
+@pytest.mark.parametrize(
+    ("url", "folder"),
+    [
+        ("/srv/assets", "/srv/assets"),
+        ("/srv/my assets/100%41", "/srv/my assets/100%41"),
+        ("file:///srv/my%20assets", "/srv/my assets"),
+        ("file:///srv/my assets", "/srv/my assets"),
+        ("FILE:///srv/a", "/srv/a"),
+        ("local:///srv/a", "/srv/a"),
+        ("file:/srv/a", "/srv/a"),
+        ("file://localhost/srv/a", "/srv/a"),
+        ("file:///srv/a%23b%3Fc%25", "/srv/a#b?c%"),
+        ("file:///srv/../srv/a/", "/srv/a"),
+        (Path("/srv/a::b"), "/srv/a::b"),
+        (Path("/srv/s3:a"), "/srv/s3:a"),
+        ("assets/here", "CWD/assets/here"),
+        ("./a:b", "CWD/a:b"),
+        (Path("assets"), "CWD/assets"),
+    ],
+    ids=repr,
+)
+def test_a_path_or_file_url_names_a_folder(url: Any, folder: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    storage = open_storage(url, None)
+    monkeypatch.chdir("/")
+    assert isinstance(storage, LocalStorage)
+    assert storage.provider == "local_disk"
+    assert str(storage.root) == folder.replace("CWD", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "message"),
+    [
+        ("simplecache::s3://bucket", None, "chains protocols with '::'"),
+        ("zip://a.zip::file:///srv", None, "chains protocols with '::'"),
+        ("file://assets", None, "file://assets names a host"),
+        ("file://server/share", None, "file://server names a host"),
+        ("file://", None, "needs a folder"),
+        ("", None, "needs a folder"),
+        ("file:///srv/a?b", None, "%3F"),
+        ("file:///srv/a#b", None, "%23"),
+        ("file:///srv/a", {"auto_mkdir": True}, "takes no storage options, got auto_mkdir"),
+        ("nope://x", None, "storage nope:// is not known to fsspec"),
+        ("no_pe://x", None, "storage no_pe:// is not known to fsspec"),
+        ("s3:bucket/prefix", None, "begins with s3://"),
+        ("memory:x", None, "begins with memory://"),
+    ],
+)
+def test_a_url_that_cannot_be_meant_is_refused(url: str, options: Any, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        open_storage(url, options)
+
+
+def test_a_driver_whose_package_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {**REGISTRY.known_implementations["s3"], "class": "not_installed_s3fs.S3FileSystem"}
+    monkeypatch.setitem(REGISTRY.known_implementations, "missing", known)
+    with pytest.raises(ConfigurationError, match="storage missing:// needs another package: Install s3fs"):
+        open_storage("missing://bucket", None)
+
+
+def test_an_object_store_needs_a_bucket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(REGISTRY._registry, "s3", MemoryFileSystem)
+    with pytest.raises(ConfigurationError, match="s3://bucket/prefix"):
+        open_storage("s3:///", None)
+    assert open_storage("S3://bucket", None).provider == "s3"
+
+
+SECRET = "hunter2secret"
+
+
+class Locked(MemoryFileSystem):
+    """A filesystem whose driver refuses to start, and says with what."""
+
+    protocol = "locked"
+    cachable = False
+
+    def __init__(self, **options: Any) -> None:
+        raise ValueError(f"cannot log in with {options}")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [f"locked://u:{SECRET}@host/x", f"locked://u:{SECRET}/a@host/x", f"locked://u:{SECRET}#a@host/x?{SECRET}"],
+)
+def test_secrets_are_in_no_repr_and_no_message(url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(REGISTRY._registry, "locked", Locked)
+    storage = open_storage(url, {"key": "me", "secret": SECRET})
+    assert repr(storage) == "locked://host/x"
+    with pytest.raises(ConfigurationError, match="cannot be set up, options key, secret: ValueError") as refused:
+        storage.open(KEY)
+    assert SECRET not in str(refused.value)
+    assert refused.value.__suppress_context__
+
+
+# --- publishing
+
+
+def test_what_is_published_is_read_back_and_removed_alone(storage: Storage) -> None:
+    other = KEY.replace("report", "other")
+    put(storage, b"content")
+    put(storage, b"other", other)
+    assert read(storage) == b"content"
+    storage.remove(KEY)
+    storage.remove(KEY)
+    with pytest.raises(FileNotFoundError):
+        storage.open(KEY)
+    assert read(storage, other) == b"other"
+
+
+def test_an_object_is_visible_only_when_it_is_whole(storage: Storage) -> None:
+    content = os.urandom(1 << 20) * 48
+    seen: set[int] = set()
+    stop = threading.Event()
+
+    def observe() -> None:
+        while not stop.is_set():
+            try:
+                with storage.open(KEY) as file:
+                    seen.add(file.seek(0, io.SEEK_END))
+            except FileNotFoundError:
+                seen.add(-1)
+
+    observer = threading.Thread(target=observe)
+    observer.start()
+    try:
+        put(storage, content)
+        assert len(read(storage)) == len(content)
+    finally:
+        stop.set()
+        observer.join(20)
+    assert seen <= {-1, len(content)}
+    assert -1 in seen
+
+
+def test_bytes_and_names_are_on_the_disk_before_a_local_object_is_visible_and_when_publish_returns(
+    local: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = local.spool_folder() / "x.part"
+    source.write_bytes(b"content")
+    target = local.root / KEY
+    steps: list[tuple[str, str]] = []
+    sync, replace = os.fsync, os.replace
+
+    def spy_sync(descriptor: int) -> None:
+        steps.append(("sync", os.path.realpath(f"/proc/self/fd/{descriptor}")))
+        sync(descriptor)
+
+    def spy_replace(old: Any, new: Any) -> None:
+        steps.append(("rename", str(new)))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", spy_sync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    local.publish(source, KEY, "text/plain")
+    made = [str(folder) for folder in list(target.parents)[: len(KEY.split("/"))][::-1]]
+    assert steps == [
+        *[("sync", folder) for folder in made[:-1]],
+        ("sync", str(source)),
+        ("rename", str(target)),
+        ("sync", made[-1]),
+    ]
+    assert not source.exists()
+
+
+def test_a_local_object_and_its_folders_are_private(local: LocalStorage) -> None:
+    put(local, b"content")
+    assert (local.root / KEY).parent.stat().st_mode & 0o077 == 0
+
+
+def test_a_storage_that_kept_less_than_it_was_given_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cut(MemoryFileSystem):
+        protocol = "cut"
+
+        def put_file(self, lpath: str, rpath: str, **_: Any) -> None:
+            self.pipe_file(rpath, Path(lpath).read_bytes()[:-1])
+
+    monkeypatch.setitem(REGISTRY._registry, "cut", Cut)
+    storage = open_storage(f"cut://{uuid.uuid4()}", None)
+    with pytest.raises(AssetError, match="kept 6 of 7 bytes"):
+        put(storage, b"content")
+
+
+class Recording(MemoryFileSystem):
+    """Writes down every method that is called on it from outside fsspec."""
+
+    protocol = "recording"
+    cachable = False
+    calls: list[str] = []  # noqa: RUF012
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if callable(found) and not name.startswith("__") and caller == "jobkit.storage":
+            Recording.calls.append(name)
+        return found
+
+
+@pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.setitem(REGISTRY._registry, "recording", Recording)
+    Recording.calls.clear()
+    return Recording.calls
+
+
+def test_only_single_literal_keys_are_ever_asked_of_a_filesystem(recording: list[str]) -> None:
+    storage = open_storage(f"recording://{uuid.uuid4()}", None)
+    put(storage, b"content")
+    assert read(storage) == b"content"
+    storage.remove(KEY)
+    storage.remove(KEY)
+    assert recording == ["put_file", "info", "open", "rm_file", "rm_file"]
+
+
+def test_a_filesystem_is_made_on_first_use_once_and_without_shared_or_cached_state(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made: list[dict[str, Any]] = []
+
+    class Counted(MemoryFileSystem):
+        protocol = "counted"
+
+        def __init__(self, **options: Any) -> None:
+            made.append(options)
+            super().__init__(**options)
+
+    monkeypatch.setitem(REGISTRY._registry, "counted", Counted)
+    url = f"counted://{uuid.uuid4()}"
+    first, second = open_storage(url, {"flag": 1}), open_storage(url, {"flag": 1})
+    assert made == []
+    put(first, b"content")
+    assert read(first) == b"content"
+    assert read(second) == b"content"
+    assert made == [{"flag": 1, "use_listings_cache": False}] * 2
+
+
+def test_a_forked_child_makes_a_filesystem_of_its_own(storage: Storage) -> None:
+    put(storage, b"parent")
+    filesystem = storage._filesystem()[0] if isinstance(storage, FsspecStorage) else None
+    child = os.fork()
+    if not child:
+        try:
+            put(storage, b"child", KEY + "2")
+            assert read(storage) == b"parent"
+            assert read(storage, KEY + "2") == b"child"
+            if isinstance(storage, FsspecStorage):
+                assert storage._filesystem()[0] is not filesystem
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    if isinstance(storage, FsspecStorage):
+        assert storage._filesystem()[0] is filesystem
+
+
+def test_the_spool_folder_of_a_remote_storage_must_be_our_own(tmp_path: Path) -> None:
+    (tmp_path / f"jobkit-spool-{os.getuid()}").symlink_to("/var")
+    code = "import jobkit; jobkit.AssetStore('memory://x').spool_folder()"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "set TMPDIR to a folder of your own" in run.stderr
+
+
+# --- nothing leads out of the root
+
+
+@pytest.mark.parametrize("key", ["../x", "acme/../../x", "acme/../..", "x"])
+@pytest.mark.parametrize("method", ["open", "remove", "publish"])
+def test_a_local_storage_refuses_a_key_that_leaves_its_root(method: str, key: str, local: LocalStorage) -> None:
+    outside = local.root.parent / "x"
+    local.root.mkdir()
+    outside.write_bytes(b"outside")
+    with pytest.raises(AssetKeyRefused, match="leaves the storage root"):
+        put(local, b"evil", key) if method == "publish" else getattr(local, method)(key)
+    assert outside.read_bytes() == b"outside"
+
+
+@pytest.mark.parametrize("depth", range(1, 6))
+@pytest.mark.parametrize("method", ["open", "remove", "publish"])
+def test_a_symbolic_link_to_a_folder_outside_is_not_followed(method: str, depth: int, local: LocalStorage) -> None:
+    segments = KEY.split("/")
+    outside = local.root.parent / "outside"
+    secret = outside.joinpath(*segments[depth:])
+    if method != "publish":
+        secret.parent.mkdir(parents=True)
+        secret.write_bytes(b"secret")
+    else:
+        outside.mkdir()
+    link = local.root.joinpath(*segments[:depth])
+    link.parent.mkdir(parents=True)
+    link.symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    with pytest.raises(AssetKeyRefused, match="leaves the storage root"):
+        put(local, b"evil") if method == "publish" else getattr(local, method)(KEY)
+    assert sorted(outside.rglob("*")) == before
+
+
+def test_a_symbolic_link_to_a_file_outside_is_neither_read_nor_written(local: LocalStorage) -> None:
+    secret = local.root.parent / "secret"
+    secret.write_bytes(b"secret")
+    link = local.root / KEY
+    link.parent.mkdir(parents=True)
+    link.symlink_to(secret)
+    with pytest.raises(AssetKeyRefused, match="symbolic link"):
+        local.open(KEY)
+    put(local, b"content")
+    assert (read(local), secret.read_bytes()) == (b"content", b"secret")
+    link.unlink()
+    link.symlink_to(secret)
+    local.remove(KEY)
+    assert (link.is_symlink(), secret.read_bytes()) == (False, b"secret")
+
+
+def test_the_root_itself_may_be_a_symbolic_link(local: LocalStorage, tmp_path: Path) -> None:
+    (tmp_path / "disk2").mkdir()
+    local.root.symlink_to(tmp_path / "disk2")
+    put(local, b"content")
+    assert read(local) == b"content"
+
+
+# --- reading a part
+
+
+@given(st.binary(max_size=40), st.data())
+def test_a_window_behaves_like_a_file_of_just_those_bytes(content: bytes, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(content)))
+    end = data.draw(st.integers(start, len(content)))
+    window, model = limited(io.BytesIO(content), start, end), io.BytesIO(content[start:end])
+    steps = st.lists(st.tuples(st.sampled_from(["read", "set", "here", "end"]), st.integers(-50, 50)), max_size=12)
+    for step, number in data.draw(steps):
+        assert window.tell() == model.tell()
+        if step == "read":
+            assert window.read(number if number >= 0 else -1) == model.read(number if number >= 0 else -1)
+            continue
+        whence = {"set": 0, "here": 1, "end": 2}[step]
+        target = number + (0, model.tell(), end - start)[whence]
+        if target < 0:
+            with pytest.raises(ValueError, match="before the first byte"):
+                window.seek(number, whence)
+        else:
+            assert window.seek(number, whence) == model.seek(target)
+    window.close()
+
+
+def test_closing_a_window_closes_the_file_under_it() -> None:
+    file = io.BytesIO(b"content")
+    window = limited(file, 1, 3)
+    window.close()
+    window.close()
+    assert file.closed
+    with pytest.raises(ValueError, match="closed"):
+        window.read()
+
+
+@pytest.mark.parametrize("call", [lambda f: f.write(b"x"), lambda f: f.truncate(0)])
+def test_a_window_cannot_be_written(call: Callable[[Any], Any]) -> None:
+    with limited(io.BytesIO(b"content"), 0, 3) as window, pytest.raises(io.UnsupportedOperation):
+        call(window)
