@@ -28,25 +28,41 @@ class DaemonPool:
         self._idle = threading.Semaphore(0)
 
     def submit(self, task: Task) -> None:
-        """Run ``task`` on a thread. Called from one thread only; a task that raises is logged."""
+        """Run ``task`` on a thread; in this one when there is none and none can be started. A task that raises is logged.
+
+        Called from one thread only.
+        """
         if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
-            thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
-            thread.start()
-        self._tasks.put(task)
+            self._start_thread()
+        if self._threads:
+            self._tasks.put(task)
+        else:
+            self._run(task)
 
     def close(self) -> None:
         """Let every thread end once the tasks before this call are through. Waits for none."""
         for _ in self._threads:
             self._tasks.put(None)
 
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # there are too many, or the host stops its runner at the exit of Python 3.12
+            logger.warning("%s goes on with %d threads: %s", self._name, len(self._threads), error)
+        else:
+            self._threads.append(thread)
+
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            try:
-                task()
-            except BaseException:
-                logger.exception("a task of %s failed", self._name)
+            self._run(task)
             self._idle.release()
+
+    def _run(self, task: Task) -> None:
+        try:
+            task()
+        except BaseException:
+            logger.exception("a task of %s failed", self._name)
 
 
 class InlinePool:
