@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from datetime import datetime
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -20,12 +21,16 @@ from jobkit.payload import MAX_INPUT_BYTES, canonical
 from jobkit.sqlite import require_configured
 from jobkit.tables import content_jobs
 from jobkit.text import company, sanitise, storable
-from jobkit.types import Job, JobStatus
+from jobkit.types import Job, JobRequest, JobStatus
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
     Host = Session | scoped_session[Session] | sa.Connection
+
+# How much one statement of ``create_many`` carries: enough that round trips do not count, little enough for memory.
+MAX_CHUNK_JOBS = 5_000
+MAX_CHUNK_CHARACTERS = 8 << 20
 
 _PATCHABLE = frozenset({"status", "result_asset_id", "error_message", "source_task_id", "started_at", "finished_at"})
 _c = content_jobs.c
@@ -69,10 +74,7 @@ class JobStore:
     ) -> tuple[Job, int]:
         """``create``, with the id of the event it appended."""
         owner = company(company_id)
-        storable(job_type, "job_type", limit=255)
-        if source_task_id is not None:
-            storable(source_task_id, "source_task_id", blank=True)
-        text, copy = canonical({} if input is None else input, max_bytes=self._max_input_bytes)
+        text, copy = self._checked_request(job_type, input, source_task_id)
         connection = self._writable()
         job_id, now = new_id(), self._clock()
         values = {
@@ -87,6 +89,28 @@ class JobStore:
         event_id = statements_for(connection).insert_job(connection, values, notify=self._notify)
         job = _queued(job_id=job_id, owner=owner, job_type=job_type, input=copy, source_task_id=source_task_id, now=now)
         return job, event_id
+
+    def create_many(self, company_id: object, requests: Iterable[JobRequest]) -> list[Job]:
+        """Insert many queued jobs of one company, each with its event; return them in the order of ``requests``.
+
+        All of them or none: every request is checked before the first is written, and a ``ValueError`` says which one
+        and which field. One statement for some thousands of jobs: far faster than ``create`` in a loop.
+        """
+        owner = company(company_id)
+        drafts = [self._checked_draft(position, request) for position, request in enumerate(requests)]
+        connection = self._writable()
+        now = self._clock()
+        chunks = list(_chunks(drafts))
+        # A host may catch the error of a later chunk and commit; the savepoint takes the earlier ones back.
+        with connection.begin_nested() if len(chunks) > 1 else nullcontext():
+            for chunk in chunks:
+                statements_for(connection).insert_jobs(
+                    connection, owner, f"[{','.join(chunk)}]", now=now, notify=self._notify
+                )
+        return [
+            _queued(job_id=d.job_id, owner=owner, job_type=d.job_type, input=d.input, source_task_id=d.task, now=now)
+            for d in drafts
+        ]
 
     def get_by_id(self, job_id: UUID | str, *, company_id: object = None) -> Job | None:
         """The job, or None: unknown, malformed, or another company's when ``company_id`` is given."""
@@ -174,6 +198,24 @@ class JobStore:
             outbox.append(connection, changed)
         return changed
 
+    def _checked_request(
+        self, job_type: str, input: dict[str, Any] | None, source_task_id: str | None
+    ) -> tuple[str, dict[str, Any]]:
+        """The input as JSON text and as a copy; ``ValueError`` naming the field that cannot be stored."""
+        storable(job_type, "job_type", limit=255)
+        if source_task_id is not None:
+            storable(source_task_id, "source_task_id", blank=True)
+        return canonical({} if input is None else input, max_bytes=self._max_input_bytes)
+
+    def _checked_draft(self, position: int, request: JobRequest) -> _Draft:
+        if not isinstance(request, JobRequest):
+            raise TypeError(f"requests[{position}] must be a JobRequest, not {type(request).__name__}")
+        try:
+            text, copy = self._checked_request(request.job_type, request.input, request.source_task_id)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"requests[{position}]: {error}") from None
+        return _Draft(new_id(), request.job_type, copy, request.source_task_id, text)
+
     def _connection(self) -> sa.Connection:
         return connection_of(self._session)
 
@@ -187,6 +229,36 @@ class JobStore:
                 'use a connection without isolation_level="AUTOCOMMIT"'
             )
         return connection
+
+
+class _Draft(NamedTuple):
+    """A checked request, with the id it gets."""
+
+    job_id: UUID
+    job_type: str
+    input: dict[str, Any]
+    task: str | None
+    input_text: str
+
+    def document(self) -> str:
+        """The job as ``Statements.insert_jobs`` reads it; its input is JSON text already."""
+        rest = json.dumps({"id": str(self.job_id), "type": self.job_type, "task": self.task})
+        return f'{rest[:-1]},"input":{self.input_text}}}'
+
+
+def _chunks(drafts: list[_Draft]) -> Iterator[list[str]]:
+    """The drafts as JSON, in pieces that a statement can carry."""
+    chunk: list[str] = []
+    size = 0
+    for draft in drafts:
+        document = draft.document()
+        if chunk and (len(chunk) == MAX_CHUNK_JOBS or size + len(document) > MAX_CHUNK_CHARACTERS):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(document)
+        size += len(document)
+    if chunk:
+        yield chunk
 
 
 def connection_of(session: Host) -> sa.Connection:

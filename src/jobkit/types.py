@@ -73,6 +73,15 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class JobRequest:
+    """A job to be made by ``JobStore.create_many``; the fields are the arguments of ``create``."""
+
+    job_type: str
+    input: dict[str, Any] | None = None
+    source_task_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Asset:
     """A row of ``assets`` as it was read. Its bytes are in the storage ``provider``, under ``object_key``."""
 

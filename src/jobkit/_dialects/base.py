@@ -76,6 +76,13 @@ class Statements(Protocol):
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
         """Insert a queued job with its first event; return the event's id."""
 
+    def insert_jobs(
+        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
+    ) -> None:
+        """Insert a company's queued jobs, each with its first event; ``jobs`` is a JSON array of ``{id, type, input,
+        task}``.
+        """
+
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         """Append one event to the log; return its id."""
 
@@ -159,6 +166,7 @@ EVENT = (
     sa.column("created_at", UtcDateTime()),
     sa.column("payload", JsonObject()),
 )
+MANY_PARAMETERS: dict[str, Any] = {"company_id": sa.Text(), "jobs": sa.Text(), "now": UtcDateTime()}
 JOB_PARAMETERS: dict[str, Any] = {
     "id": sa.Uuid(),
     "company_id": sa.Text(),

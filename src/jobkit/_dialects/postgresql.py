@@ -13,6 +13,7 @@ from jobkit._dialects.base import (
     CLAIMED,
     EVENT,
     JOB_PARAMETERS,
+    MANY_PARAMETERS,
     TOLD,
     Claimed,
     Document,
@@ -37,6 +38,20 @@ WITH job AS (
 # One notification without a payload: PostgreSQL folds equal ones of a transaction into one, and it is only a hint.
 INSERT_NOTIFY = Sql(_INSERT + "SELECT id, pg_notify('jobkit', '') FROM told", **JOB_PARAMETERS)
 INSERT = Sql(_INSERT + "SELECT id FROM told", **JOB_PARAMETERS)
+
+_INSERT_MANY = """
+WITH r AS (
+    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS r(id uuid, type text, input jsonb, task text)
+), job AS (
+    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, event_seq, created_at, updated_at)
+    SELECT id, :company_id, type, input, task, 1, :now, :now FROM r
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT :company_id, id, 1, 'content_job.queued', jsonb_build_object('jobId', id), :now FROM r
+)
+"""
+INSERT_MANY_NOTIFY = Sql(_INSERT_MANY + "SELECT pg_notify('jobkit', '')", **MANY_PARAMETERS)
+INSERT_MANY = Sql(_INSERT_MANY + "SELECT 1", **MANY_PARAMETERS)
 
 APPEND = Sql(
     """
@@ -199,6 +214,12 @@ class Postgresql:
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
         statement = INSERT_NOTIFY if notify else INSERT
         return int(connection.execute(statement(connection), values).one()[0])
+
+    def insert_jobs(
+        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
+    ) -> None:
+        statement = INSERT_MANY_NOTIFY if notify else INSERT_MANY
+        connection.execute(statement(connection), {"company_id": company_id, "jobs": jobs, "now": now})
 
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         return int(connection.execute(APPEND(connection), values).scalar_one())

@@ -16,6 +16,7 @@ from jobkit._dialects.base import (
     CLAIMED,
     EVENT,
     JOB_PARAMETERS,
+    MANY_PARAMETERS,
     TOLD,
     Claimed,
     Document,
@@ -33,6 +34,26 @@ INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, ev
 VALUES (:id, :company_id, :job_type, :input, :source_task_id, 1, :now, :now)
 """,
     **{name: kind for name, kind in JOB_PARAMETERS.items() if name != "payload"},
+)
+
+INSERT_MANY = Sql(
+    """
+INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, event_seq, created_at, updated_at)
+SELECT replace(json_extract(value, '$.id'), '-', ''), :company_id, json_extract(value, '$.type'),
+    json_extract(value, '$.input'), json_extract(value, '$.task'), 1, :now, :now
+FROM json_each(:jobs) WHERE true
+""",
+    **MANY_PARAMETERS,
+)
+
+TELL_MANY = Sql(
+    """
+INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+SELECT :company_id, replace(json_extract(value, '$.id'), '-', ''), 1, 'content_job.queued',
+    json_object('jobId', json_extract(value, '$.id')), :now
+FROM json_each(:jobs) WHERE true
+""",
+    **MANY_PARAMETERS,
 )
 
 APPEND = Sql(
@@ -189,6 +210,13 @@ class Sqlite:
         event = {"job_id": values["id"], "seq": 1, "type": "content_job.queued"}
         shared = {name: values[name] for name in ("company_id", "payload", "now")}
         return self.append_event(connection, {**event, **shared})
+
+    def insert_jobs(
+        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
+    ) -> None:
+        values = {"company_id": company_id, "jobs": jobs, "now": now}
+        connection.execute(INSERT_MANY(connection), values)
+        connection.execute(TELL_MANY(connection), values)
 
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         return int(connection.execute(APPEND(connection), values).scalar_one())
