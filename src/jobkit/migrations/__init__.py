@@ -2,7 +2,8 @@
 
     jobkit.migrations.upgrade(engine)
 
-In a host that uses Alembic, one line of ``env.py`` keeps its autogenerate from proposing to drop these tables::
+A host that uses Alembic may call it in a revision, ``jobkit.migrations.upgrade(op.get_bind())``. Its autogenerate
+would propose to drop every table it does not know; one line of ``env.py`` keeps it off jobkit's::
 
     context.configure(..., include_name=jobkit.migrations.include_name)
 """
@@ -10,157 +11,135 @@ In a host that uses Alembic, one line of ``env.py`` keeps its autogenerate from 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import logging
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sqlalchemy as sa
 
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
+from jobkit.migrations.transaction import exclusive, supported
 from jobkit.tables import metadata
-
-if TYPE_CHECKING:
-    from alembic.runtime.environment import EnvironmentContext
-    from alembic.script import ScriptDirectory
 
 VERSION_TABLE = "jobkit_alembic_version"
 
-# Any number will do, as long as every version of jobkit takes the same: the first 8 bytes of SHA-256("jobkit"), as a
-# signed integer.
-_LOCK = -5676339625223235709
-# DDL that waits for a lock makes every later query on the table wait behind it, so it gives up rather soon.
-_LOCK_TIMEOUT = "10s"
+logger = logging.getLogger("jobkit")
 
 
 def upgrade(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> None:
     """Bring the database to this version of jobkit. Safe to call from several processes at once, and again.
 
     An Engine: one transaction of its own. A Connection: its transaction, which the caller commits, or one of its own.
+    Whatever this raises, nothing of it stays. ``schema`` (PostgreSQL) is created when it is not there; without it,
+    the one that a ``schema_translate_map`` of ``bind`` names for tables without a schema.
 
     Tables of the same name that jobkit did not make are looked at first. The product jobkit descends from had
     ``assets`` and ``content_jobs`` tables: such a table is adopted, with every row and value. **Foreign keys on its
     ``company_id`` and ``created_by_agent_id`` are dropped, both columns become text, ``byte_size`` becomes bigint**,
-    and the log says so. Anything else is ``SchemaOutOfDate``, naming what differs, with nothing changed.
+    and the log says so. On SQLite times and UUIDs are spelled as jobkit spells them: an asset's id stays as it is, a
+    company's id reads as ``str(uuid)`` where its column is declared as a UUID or CHAR(32). Foreign keys of other
+    tables to an adopted one, its other constraints, its triggers, views and indexes stay.
+
+    Anything else is ``SchemaOutOfDate``, naming what differs, with nothing changed; so is a table that something of
+    the host's, a view on PostgreSQL for instance, keeps from being changed. ``ConfigurationError`` when the database
+    is read-only or the user may not change it. On PostgreSQL a table that stays locked for 10 seconds is
+    ``sqlalchemy.exc.OperationalError``: call again.
     """
     _migrate(bind, schema, "head", up=True)
 
 
 def downgrade(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> None:
-    """Remove everything ``upgrade`` made. **Jobs and assets go with their tables.** An adopted table keeps its rows and
-    stays.
+    """Remove everything ``upgrade`` made, except a schema. **Jobs and assets go with their tables.** An adopted table
+    stays, with its rows and its changed types.
 
-    Objects in storage are not touched.
+    ``ConfigurationError`` when something of the host's refers to a table or column that would go. Objects in storage
+    are not touched.
     """
     _migrate(bind, schema, "base", up=False)
 
 
 def current(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> str | None:
     """The revision the database is at, None without jobkit's tables."""
-    from alembic.runtime.migration import MigrationContext
-
+    supported(bind)
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(bind.connect()) if isinstance(bind, sa.Engine) else bind
-        options = {"version_table": VERSION_TABLE, "version_table_schema": schema}
-        return MigrationContext.configure(connection, opts=options).get_current_revision()
+        revision: str | None = _context(connection, _schema(connection, schema)).get_current_revision()
+        return revision
 
 
 def include_name(name: str | None, type_: str, parent_names: Any) -> bool:
-    """For ``context.configure(include_name=...)`` in a host's ``env.py``: everything but jobkit's own tables."""
+    """For ``context.configure(include_name=...)`` in a host's ``env.py``: everything but jobkit's own tables.
+
+    A host that had a model of an adopted table takes it out of its own metadata, or autogenerate proposes to create
+    that table. With jobkit in a schema of its own this is needed only beside ``include_schemas=True``.
+    """
     return not (type_ == "table" and name is not None and (name in metadata.tables or name == VERSION_TABLE))
 
 
 def _migrate(bind: sa.Engine | sa.Connection, schema: str | None, target: str, *, up: bool) -> None:
+    from alembic.runtime.migration import HeadMaintainer
+    from alembic.script import ScriptDirectory
     from alembic.util.exc import CommandError
 
-    with _transaction(bind, schema) as connection:
-        script = _script()
-        steps = script._upgrade_revs if up else script._downgrade_revs
-        try:
-            with _environment(script, lambda revision, _context: steps(target, revision)) as environment:
-                environment.configure(
-                    connection=connection,
-                    version_table=VERSION_TABLE,
-                    version_table_schema=schema,
-                    transactional_ddl=True,
-                )
-                environment.run_migrations()
-        except CommandError as error:
-            raise SchemaOutOfDate(f"this database was migrated by another version of jobkit: {error}") from error
-
-
-def _script() -> ScriptDirectory:
-    from alembic.script import ScriptDirectory
-
-    return ScriptDirectory(str(Path(__file__).parent))
-
-
-def _environment(script: ScriptDirectory, steps: Callable[[Any, Any], Any]) -> EnvironmentContext:
-    from alembic.config import Config
-    from alembic.runtime.environment import EnvironmentContext
-
-    return EnvironmentContext(Config(), script, fn=steps)
-
-
-@contextlib.contextmanager
-def _transaction(bind: sa.Engine | sa.Connection, schema: str | None) -> Iterator[sa.Connection]:
-    """A connection in a transaction that no other migration shares."""
-    if isinstance(bind, sa.Engine):
-        with bind.connect() as connection, _transaction(connection, schema):
-            yield connection
-        return
-    if not isinstance(bind, sa.Connection):
-        raise ConfigurationError(
-            f"migrations need an Engine or Connection, not {type(bind).__name__}; "
-            "with an async engine: await connection.run_sync(jobkit.migrations.upgrade)"
-        )
-    lock = {"sqlite": _lock_sqlite, "postgresql": _lock_postgresql}.get(bind.dialect.name)
-    if lock is None:
-        raise ConfigurationError(f"jobkit works on SQLite and PostgreSQL, not on {bind.dialect.name}")
-    with lock(bind, schema):
-        yield bind
-
-
-@contextlib.contextmanager
-def _lock_sqlite(connection: sa.Connection, schema: str | None) -> Iterator[None]:
-    if connection.in_transaction():
-        driver: Any = connection.connection.driver_connection
-        if not driver.in_transaction:
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-        yield
-        return
-    # Rebuilding a table that others refer to would fire their ON DELETE. The pragma is ignored within a transaction.
-    enforced = _foreign_keys(connection, "")
-    _foreign_keys(connection, "= OFF")
-    try:
-        with connection.begin():
-            connection.exec_driver_sql("BEGIN IMMEDIATE")
-            yield
-    finally:
-        if enforced:
-            _foreign_keys(connection, "= ON")
-
-
-def _foreign_keys(connection: sa.Connection, change: str) -> Any:
-    cursor = connection.connection.cursor()
-    try:
-        cursor.execute(f"PRAGMA foreign_keys {change}")
-        row = cursor.fetchone()
-        return row and row[0]
-    finally:
-        cursor.close()
-
-
-@contextlib.contextmanager
-def _lock_postgresql(connection: sa.Connection, schema: str | None) -> Iterator[None]:
-    with contextlib.nullcontext() if connection.in_transaction() else connection.begin():
-        connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
-        before = connection.execute(sa.text("SHOW lock_timeout")).scalar_one()
-        _set_lock_timeout(connection, _LOCK_TIMEOUT)
+    supported(bind)
+    script = ScriptDirectory(str(Path(__file__).parent))
+    with _explained(), exclusive(bind) as connection:
+        schema = _schema(connection, schema)
         if schema is not None and not sa.inspect(connection).has_schema(schema):
             connection.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
+        # Not EnvironmentContext.run_migrations: it takes alembic's global `op` away from a host's migration that calls
+        # this, and from other threads.
+        context = _context(connection, schema)
+        heads = context.get_current_heads()
+        if not heads:
+            context._ensure_version_table()
+        maintainer = HeadMaintainer(context, heads)
+        try:
+            steps: Any = script._upgrade_revs(target, heads) if up else script._downgrade_revs(target, heads)
+        except CommandError as error:
+            raise SchemaOutOfDate(f"this database was migrated by another version of jobkit: {error}") from error
+        with warnings.catch_warnings():
+            # The host's own indexes on expressions, which SQLAlchemy says it skips.
+            warnings.filterwarnings("ignore", "Skipped unsupported reflection", sa.exc.SAWarning)
+            for step in steps:
+                logger.info("%s", step)
+                step.migration_fn(connection, schema)
+                maintainer.update_to_step(step)
+        if not up:
+            context._version.drop(connection)
+
+
+def _context(connection: sa.Connection, schema: str | None) -> Any:
+    from alembic.runtime.migration import MigrationContext
+
+    options = {"version_table": VERSION_TABLE, "version_table_schema": schema}
+    return MigrationContext.configure(connection, opts=options)
+
+
+def _schema(connection: sa.Connection, schema: str | None) -> str | None:
+    if schema is None:
+        translated: dict[str | None, str | None] = connection.get_execution_options().get("schema_translate_map") or {}
+        schema = translated.get(None)
+    if schema is not None and connection.dialect.name == "sqlite":
+        raise ConfigurationError(f"SQLite has no schemas: there is no {schema!r} to keep the tables in")
+    return schema
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """What a database says that refuses a change, as ``ConfigurationError``."""
+    try:
         yield
-        _set_lock_timeout(connection, before)
-
-
-def _set_lock_timeout(connection: sa.Connection, value: str) -> None:
-    connection.execute(sa.text("SELECT set_config('lock_timeout', :value, true)"), {"value": value})
+    except sa.exc.DBAPIError as error:
+        reason = str(error.orig).strip().replace("\n", "; ")
+        state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+        if state in ("42501", "25006") or "readonly database" in reason:
+            raise ConfigurationError(
+                f"the database lets nothing be changed here: {reason}. Migrate as a user who may create and alter "
+                "jobkit's tables"
+            ) from error
+        if state == "2BP01":
+            raise ConfigurationError(f"something of the host's depends on what would go: {reason}") from error
+        raise

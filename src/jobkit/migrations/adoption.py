@@ -1,204 +1,146 @@
-"""Tables that were there before jobkit: recognised and adopted, or refused before anything is changed."""
+"""Turning a table that was there before jobkit into ours, and giving it back."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import sqlalchemy as sa
 
+from jobkit.columns import SQLITE_NOW
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
+from jobkit.migrations import spelling
+from jobkit.migrations.examination import Found, uniques
+from jobkit.migrations.transaction import pragma
 
 logger = logging.getLogger("jobkit")
 
-# The columns of the tables jobkit descends from, by kind; "?" marks one that may be NULL, "*" one that may be missing.
-SEED: dict[str, dict[str, str]] = {
-    "assets": {
-        "id": "uuid",
-        "company_id": "uuid|text",
-        "provider": "text",
-        "object_key": "text",
-        "content_type": "text",
-        "byte_size": "integer",
-        "sha256": "text",
-        "original_filename": "text?",
-        "created_by_agent_id": "uuid|text?",
-        "created_by_user_id": "text?",
-        "source_task_id": "text?*",
-        "created_at": "time",
-        "updated_at": "time",
-    },
-    "content_jobs": {
-        "id": "uuid",
-        "company_id": "uuid|text",
-        "job_type": "text",
-        "status": "text",
-        "input": "json?",
-        "result_asset_id": "uuid?",
-        "error_message": "text?",
-        "source_task_id": "text?",
-        "started_at": "time?",
-        "finished_at": "time?",
-        "created_at": "time?",
-        "updated_at": "time?",
-    },
-}
 # Foreign keys on these are dropped: their tables, and their types, are the host's.
 LOOSE = {"company_id", "created_by_agent_id", "source_task_id", "result_asset_id"}
+# What the seed left open and jobkit needs, from the rest of the row.
+_FILLED = {
+    "input": "COALESCE(input, '{{}}')",
+    "created_at": "COALESCE(created_at, started_at, finished_at, updated_at, {now})",
+    "updated_at": "COALESCE(updated_at, finished_at, started_at, created_at, {now})",
+}
+
+Added = dict[str, list[str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A table that is there already: ours, or one to adopt."""
+def adopt(connection: sa.Connection, found: Found) -> Added:
+    """Turn the table into ours: types, foreign keys, missing columns, indexes. Every row and value stays.
 
-    table: sa.Table
-    columns: dict[str, Any]
-    ours: bool
-
-    @property
-    def missing(self) -> list[sa.Column[Any]]:
-        """Our columns that it does not have yet."""
-        return [column for column in self.table.columns if column.name not in self.columns]
-
-
-def examine(connection: sa.Connection, table: sa.Table) -> Found | None:
-    """What is there under this table's name, or None; ``SchemaOutOfDate`` when it is neither ours nor one to adopt."""
-    inspector = sa.inspect(connection)
-    if not inspector.has_table(table.name, schema=table.schema):
-        return None
-    columns = {column["name"]: column for column in inspector.get_columns(table.name, schema=table.schema)}
-    ours = _differences(connection, columns, {c.name: _described(c) for c in table.columns})
-    if not ours:
-        return Found(table, columns, ours=True)
-    seed = SEED.get(table.name)
-    differences = ours if seed is None else _differences(connection, columns, seed)
-    if differences:
-        raise SchemaOutOfDate(
-            f"table {table.fullname!r} exists and is not jobkit's: {'; '.join(differences)}. Nothing was changed; "
-            "rename that table, or give jobkit a schema of its own with schema="
-        )
-    _refuse_duplicates(connection, table)
-    if connection.dialect.name == "sqlite" and connection.exec_driver_sql("PRAGMA foreign_keys").scalar():
-        raise ConfigurationError(
-            f"adopting table {table.name!r} rebuilds it, which foreign keys must not notice: call upgrade with "
-            "the Engine, or with a Connection that has no open transaction"
-        )
-    return Found(table, columns, ours=False)
-
-
-def adopt(connection: sa.Connection, found: Found) -> None:
-    """Turn the table into ours: types, foreign keys, missing columns. Every row and value stays."""
+    What was added, for ``give_back``. ``SchemaOutOfDate`` when something of the host's keeps it from being changed.
+    """
+    loose = [key for key in _foreign_keys(connection, found.table) if LOOSE.intersection(key["constrained_columns"])]
+    columns = [column.name for column in found.missing]
     logger.warning(
-        "adopting table %s: foreign keys on company_id and created_by_agent_id are dropped, both become text, "
-        "byte_size bigint; added: %s",
+        "adopting table %s: foreign keys on company_id and created_by_agent_id are dropped (here: %s), both columns "
+        "become text, byte_size bigint; added: %s",
         found.table.fullname,
-        ", ".join(column.name for column in found.missing) or "nothing",
+        ", ".join(f"{', '.join(key['constrained_columns'])} -> {key['referred_table']}" for key in loose) or "none",
+        ", ".join(columns) or "nothing",
     )
-    if connection.dialect.name == "sqlite":
-        _rebuild(connection, found)
-    else:
-        _alter(connection, found)
+    with _refused(SchemaOutOfDate, f"table {found.table.fullname!r} cannot be adopted, nothing was changed"):
+        if connection.dialect.name == "sqlite":
+            _rebuild(connection, found)
+        else:
+            _alter(connection, found, loose)
+        return {"columns": columns, "indexes": create_indexes(connection, found.table)}
 
 
-def create_indexes(connection: sa.Connection, table: sa.Table) -> None:
-    """Create those of the table's indexes that are not there."""
+def give_back(connection: sa.Connection, table: sa.Table, added: Added, storage: str | None) -> None:
+    """Take what ``adopt`` added off an adopted table; its rows stay, and so do the changed types."""
+    name = connection.dialect.identifier_preparer.format_table(table)
+    with _refused(ConfigurationError, f"table {table.fullname!r} cannot be given back, nothing was changed"):
+        for index in table.indexes:
+            if index.name in added["indexes"]:
+                index.drop(connection, checkfirst=True)
+        for column in added["columns"]:
+            quoted = connection.dialect.identifier_preparer.quote(column)
+            connection.exec_driver_sql(f"ALTER TABLE {name} DROP COLUMN {quoted}")
+        if storage is not None and connection.dialect.name == "postgresql":
+            names = ", ".join(part.partition("=")[0].strip() for part in storage.split(","))
+            connection.exec_driver_sql(f"ALTER TABLE {name} RESET ({names})")
+
+
+def drop(connection: sa.Connection, table: sa.Table) -> None:
+    """Drop a table of ours; ``ConfigurationError`` when a table of the host's refers to it."""
+    # PostgreSQL refuses by itself; SQLite, with foreign keys off, would not.
+    children = _children(connection, table.name) if connection.dialect.name == "sqlite" else set()
+    if children:
+        raise ConfigurationError(f"table {table.name!r} is referred to by {', '.join(sorted(children))}")
+    table.drop(connection, checkfirst=True)
+
+
+def create_indexes(connection: sa.Connection, table: sa.Table) -> list[str]:
+    """Create those of the table's indexes that are not there; their names."""
     present = {index["name"] for index in sa.inspect(connection).get_indexes(table.name, schema=table.schema)}
-    for index in sorted(table.indexes, key=lambda index: str(index.name)):
-        if index.name not in present:
-            index.create(connection)
+    absent = {str(index.name): index for index in table.indexes if index.name not in present}
+    for name in sorted(absent):
+        absent[name].create(connection)
+    return sorted(absent)
 
 
-def remember(connection: sa.Connection, version_table: str, schema: str | None, adopted: list[Found]) -> None:
+def remember(connection: sa.Connection, version_table: str, schema: str | None, added: dict[str, Added]) -> None:
     """Note what was adopted, for ``downgrade``, as the default of a column of the version table, whose row is yet to
     come.
     """
-    note = json.dumps({found.table.name: [column.name for column in found.missing] for found in adopted})
-    quoted = connection.dialect.identifier_preparer
-    name = quoted.format_table(sa.table(version_table, schema=schema))
-    connection.exec_driver_sql(f"ALTER TABLE {name} ADD COLUMN adopted TEXT DEFAULT '{note}'")
+    name = connection.dialect.identifier_preparer.format_table(sa.table(version_table, schema=schema))
+    connection.exec_driver_sql(f"ALTER TABLE {name} ADD COLUMN adopted TEXT DEFAULT '{json.dumps(added)}'")
 
 
-def recall(connection: sa.Connection, version_table: str, schema: str | None) -> dict[str, list[str]]:
-    """What ``remember`` noted: the adopted tables with the columns that were added."""
+def recall(connection: sa.Connection, version_table: str, schema: str | None) -> dict[str, Added]:
+    """What ``remember`` noted: the adopted tables with what was added."""
     columns = {column["name"] for column in sa.inspect(connection).get_columns(version_table, schema=schema)}
     if "adopted" not in columns:
         return {}
     table = sa.table(version_table, sa.column("adopted"), schema=schema)
     note = connection.execute(sa.select(table.c.adopted)).scalar()
-    result: dict[str, list[str]] = json.loads(note) if note else {}
+    result: dict[str, Added] = json.loads(note) if note else {}
     return result
 
 
-def _described(column: sa.Column[Any]) -> str:
-    kind = {"Uuid": "uuid", "Text": "text", "BigInteger": "integer", "Integer": "integer", "Float": "float"}
-    kind |= {"UtcDateTime": "time", "JsonObject": "json"}
-    return kind[type(column.type).__name__] + ("?" if column.nullable else "")
+@contextlib.contextmanager
+def _refused(kind: type[ConfigurationError], what: str) -> Iterator[None]:
+    """What the database says of something in the way, as ``kind``. Locks and rights are another matter."""
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None) or ""
+        if state[:2] in ("25", "40", "53", "55", "57", "58") or state == "42501" or "lock" in str(error.orig):
+            raise
+        reason = str(error.orig).strip().replace("\n", "; ")
+        raise kind(f"{what}: {reason}") from error
 
 
-def _differences(connection: sa.Connection, columns: dict[str, Any], expected: dict[str, str]) -> list[str]:
-    missing = [name for name, kind in expected.items() if name not in columns and "*" not in kind]
-    unknown = [name for name in columns if name not in expected]
-    found = [f"column {name} is missing" for name in missing] + [f"column {name} is unknown" for name in unknown]
-    for name, kind in expected.items():
-        if name not in columns:
-            continue
-        column = columns[name]
-        if connection.dialect.name == "postgresql" and _kind(column["type"]) not in kind.strip("?*").split("|"):
-            found.append(f"column {name} is {column['type']}, not {kind.strip('?*').replace('|', ' or ')}")
-        if column["nullable"] and "?" not in kind and name != "id":
-            found.append(f"column {name} may be NULL")
-    return found
+def _foreign_keys(connection: sa.Connection, table: sa.Table) -> list[Any]:
+    return list(sa.inspect(connection).get_foreign_keys(table.name, schema=table.schema))
 
 
-def _kind(type_: Any) -> str:
-    for kind, types in {
-        "uuid": sa.Uuid,
-        "json": sa.JSON,
-        "integer": sa.Integer,
-        "float": sa.Float,
-        "text": sa.String,
-    }.items():
-        if isinstance(type_, types):
-            return kind
-    return "time" if isinstance(type_, sa.DateTime) and type_.timezone else str(type_)
-
-
-def _refuse_duplicates(connection: sa.Connection, table: sa.Table) -> None:
-    for index in table.indexes:
-        names = [column.name for column in index.columns if isinstance(column, sa.Column)]
-        if not index.unique or "idempotency_key" in names:
-            continue
-        columns: list[sa.ColumnClause[Any]] = [sa.column(name) for name in names]
-        source = sa.table(table.name, *columns, schema=table.schema)
-        twice = sa.select(*columns).select_from(source).group_by(*columns).having(sa.func.count() > 1).limit(1)
-        if (row := connection.execute(twice).first()) is not None:
-            raise SchemaOutOfDate(
-                f"table {table.fullname!r} has several rows with the same {', '.join(names)}: {tuple(row)!r}"
-            )
-
-
-def _alter(connection: sa.Connection, found: Found) -> None:
-    """PostgreSQL: one ALTER TABLE, so that the rows are rewritten once."""
-    table, quoted = found.table, connection.dialect.identifier_preparer
-    actions = []
-    for key in sa.inspect(connection).get_foreign_keys(table.name, schema=table.schema):
-        if LOOSE.intersection(key["constrained_columns"]):
-            actions.append(f"DROP CONSTRAINT {quoted.quote(key['name'] or '')}")
+def _alter(connection: sa.Connection, found: Found, loose: list[Any]) -> None:
+    """PostgreSQL: one ALTER TABLE, so that the rows are rewritten once. Defaults are converted with their columns."""
+    table, quoted, dialect = found.table, connection.dialect.identifier_preparer, connection.dialect
+    actions = [f"DROP CONSTRAINT {quoted.quote(key['name'])}" for key in loose]
+    compiler: Any = dialect.ddl_compiler(dialect, None)  # type: ignore[arg-type]
     for column in table.columns:
         name = quoted.quote(column.name)
         present = found.columns.get(column.name)
         if present is None:
-            actions.append(f"ADD COLUMN {sa.schema.CreateColumn(column).compile(dialect=connection.dialect)}")
+            actions.append(f"ADD COLUMN {sa.schema.CreateColumn(column).compile(dialect=dialect)}")
             continue
-        wanted = column.type.compile(dialect=connection.dialect)
-        if present["type"].compile(dialect=connection.dialect) != wanted:
-            # A default of the old type would stop the change; the ids' own default stays, they keep their type.
-            actions += [f"ALTER COLUMN {name} DROP DEFAULT"] if present["default"] and wanted != "JSONB" else []
-            actions.append(f"ALTER COLUMN {name} TYPE {wanted} USING {name}::{wanted}")
-        if not column.nullable and present["nullable"]:
+        wanted = column.type.compile(dialect=dialect)
+        closes = present["nullable"] and not column.nullable
+        if closes or found.declared[column.name] != wanted:
+            value = _FILLED[column.name].format(now="now()") if closes else name
+            actions.append(f"ALTER COLUMN {name} TYPE {wanted} USING ({value})::{wanted}")
+        if closes:
             actions.append(f"ALTER COLUMN {name} SET NOT NULL")
+        if column.server_default is not None and present["default"] is None:
+            actions.append(f"ALTER COLUMN {name} SET DEFAULT {compiler.get_column_default_string(column)}")
     connection.exec_driver_sql(f"ALTER TABLE {quoted.format_table(table)} {', '.join(actions)}")
 
 
@@ -206,44 +148,77 @@ def _rebuild(connection: sa.Connection, found: Found) -> None:
     """SQLite: a new table, the rows copied, the old one gone; indexes and triggers of the host made again."""
     table = found.table
     master = sa.text(
-        "SELECT sql FROM sqlite_master WHERE tbl_name = :name AND type IN ('index', 'trigger') AND sql IS NOT NULL"
+        "SELECT sql FROM sqlite_master WHERE lower(tbl_name) = :name AND type IN ('index', 'trigger') "
+        "AND sql IS NOT NULL ORDER BY rowid"
     )
     extras = connection.execute(master, {"name": table.name}).scalars().all()
-    copy = table.to_metadata(sa.MetaData(), name=f"jobkit_new_{table.name}")
-    copy.indexes.clear()
+    children = _children(connection, table.name)
+    dangling = _dangling(connection, children)
+    copy = _like(connection, found)
     copy.create(connection)
     shared = [column.name for column in table.columns if column.name in found.columns]
-    source = ", ".join(_copied(table.name, name, str(found.columns[name]["type"]).upper()) for name in shared)
-    connection.exec_driver_sql(f'INSERT INTO {copy.name} ({", ".join(shared)}) SELECT {source} FROM "{table.name}"')
-    connection.exec_driver_sql(f'DROP TABLE "{table.name}"')
-    connection.exec_driver_sql(f'ALTER TABLE {copy.name} RENAME TO "{table.name}"')
+    source = ", ".join(
+        f"{_FILLED[name].format(now=SQLITE_NOW)} AS {name}"
+        if table.name == "content_jobs" and name in _FILLED
+        else name
+        for name in shared
+    )
+    target = ", ".join(spelling.copied(table, name, found.declared[name]) for name in shared)
+    connection.exec_driver_sql(
+        f'INSERT INTO {copy.name} ({", ".join(shared)}) SELECT {target} FROM (SELECT {source} FROM "{table.name}")'
+    )
+    # The new behaviour of RENAME stops at a view of the table that is away for this moment.
+    with pragma(connection, "legacy_alter_table", 1):
+        connection.exec_driver_sql(f'DROP TABLE "{table.name}"')
+        connection.exec_driver_sql(f'ALTER TABLE {copy.name} RENAME TO "{table.name}"')
     for statement in extras:
         connection.exec_driver_sql(statement)
-
-
-def _copied(table: str, name: str, declared: str) -> str:
-    if (table, name) == ("content_jobs", "id"):
-        return "lower(replace(id, '-', ''))"  # as jobkit's statements compare it; an asset's id may have dashes
-    # SQLAlchemy keeps a UUID as 32 digits in CHAR(32); as text, a company's id is what str(uuid) gives.
-    if name in ("company_id", "created_by_agent_id") and declared in ("CHAR(32)", "UUID"):
-        groups = ((1, 8), (9, 4), (13, 4), (17, 4), (21, 12))
-        dashed = " || '-' || ".join(f"substr({name}, {start}, {length})" for start, length in groups)
-        return (
-            f"CASE WHEN length({name}) = 32 AND {name} NOT GLOB '*[^0-9a-fA-F]*' THEN lower({dashed}) ELSE {name} END"
+    if lost := sorted(_dangling(connection, children) - dangling):
+        raise SchemaOutOfDate(
+            f"table {table.name!r} cannot be adopted, nothing was changed: its ids are not spelled as 32 digits, and "
+            f"{lost[0][0]} refers to them"
         )
-    return f"COALESCE({name}, '{{}}')" if name == "input" else name
 
 
-def give_back(connection: sa.Connection, table: sa.Table, added: list[str]) -> None:
-    """Take what ``adopt`` added off an adopted table; its rows stay, and so do the changed types."""
-    columns = set(added)
-    for index in table.indexes:
-        if columns.intersection(column.name for column in index.columns if isinstance(column, sa.Column)) or any(
-            name in str(expression) for expression in index.expressions for name in added
-        ):
-            index.drop(connection, checkfirst=True)
-    name = connection.dialect.identifier_preparer.format_table(table)
-    for column in added:
-        connection.exec_driver_sql(
-            f"ALTER TABLE {name} DROP COLUMN {connection.dialect.identifier_preparer.quote(column)}"
+def _like(connection: sa.Connection, found: Found) -> sa.Table:
+    """Our table under another name, with the defaults and constraints of the host's that ours does not have."""
+    table, inspector = found.table, sa.inspect(connection)
+    copy = table.to_metadata(sa.MetaData(), name=f"jobkit_new_{table.name}")
+    copy.indexes.clear()
+    for column in copy.columns:
+        default = found.columns.get(column.name, {}).get("default")
+        if column.server_default is None and default is not None:
+            column.server_default = sa.DefaultClause(sa.text(default.replace(":", r"\:")))
+    for unique in inspector.get_unique_constraints(table.name):
+        if tuple(unique["column_names"]) not in uniques(table):
+            copy.append_constraint(sa.UniqueConstraint(*unique["column_names"], name=unique["name"]))
+    for check in inspector.get_check_constraints(table.name):
+        copy.append_constraint(sa.CheckConstraint(sa.text(check["sqltext"].replace(":", r"\:")), name=check["name"]))
+    for key in _foreign_keys(connection, table):
+        if LOOSE.intersection(key["constrained_columns"]):
+            continue
+        others = [sa.Column(name) for name in key["referred_columns"]]
+        sa.Table(key["referred_table"], copy.metadata, *others, extend_existing=True)
+        referred = [f"{key['referred_table']}.{name}" for name in key["referred_columns"]]
+        copy.append_constraint(
+            sa.ForeignKeyConstraint(key["constrained_columns"], referred, name=key["name"], **key["options"])
         )
+    return copy
+
+
+def _children(connection: sa.Connection, name: str) -> set[str]:
+    """SQLite: the tables with a foreign key to this one."""
+    query = sa.text(
+        "SELECT DISTINCT m.name FROM sqlite_master m, pragma_foreign_key_list(m.name) f "
+        """WHERE m.type = 'table' AND lower(f."table") = :name"""
+    )
+    return set(connection.execute(query, {"name": name}).scalars())
+
+
+def _dangling(connection: sa.Connection, children: set[str]) -> set[tuple[str, int]]:
+    """SQLite: the rows of these tables whose foreign keys find nothing."""
+    return {
+        (child, row[1])
+        for child in children
+        for row in connection.exec_driver_sql(f'PRAGMA foreign_key_check("{child}")')
+    }

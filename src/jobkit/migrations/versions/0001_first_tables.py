@@ -8,10 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
-from alembic import op
 
 from jobkit.columns import JsonObject, UtcDateTime, now, transaction_id
-from jobkit.migrations import adoption
+from jobkit.migrations import VERSION_TABLE, adoption
+from jobkit.migrations.examination import examine
 
 revision = "0001"
 down_revision = None
@@ -28,38 +28,32 @@ _STORAGE = {
 }
 
 
-def upgrade() -> None:
-    connection, (version_table, schema) = op.get_bind(), _version_table()
+def upgrade(connection: sa.Connection, schema: str | None) -> None:
     tables = _tables(schema).sorted_tables
-    found = [(table, adoption.examine(connection, table)) for table in tables]
-    adopted = [there for _, there in found if there is not None and not there.ours]
+    # All are looked at before anything is changed.
+    found = [(table, examine(connection, table)) for table in tables]
+    adopted: dict[str, adoption.Added] = {}
     for table, there in found:
         if there is None:
             table.create(connection)
-        elif not there.ours:
-            adoption.adopt(connection, there)
-        if there is not None:
+        elif there.ours:
             adoption.create_indexes(connection, table)
+        else:
+            adopted[table.name] = adoption.adopt(connection, there)
         if connection.dialect.name == "postgresql" and table.name in _STORAGE:
             name = connection.dialect.identifier_preparer.format_table(table)
             connection.exec_driver_sql(f"ALTER TABLE {name} SET ({_STORAGE[table.name]})")
     if adopted:
-        adoption.remember(connection, version_table, schema, adopted)
+        adoption.remember(connection, VERSION_TABLE, schema, adopted)
 
 
-def downgrade() -> None:
-    connection, (version_table, schema) = op.get_bind(), _version_table()
-    adopted = adoption.recall(connection, version_table, schema)
+def downgrade(connection: sa.Connection, schema: str | None) -> None:
+    adopted = adoption.recall(connection, VERSION_TABLE, schema)
     for table in reversed(_tables(schema).sorted_tables):
         if table.name in adopted:
-            adoption.give_back(connection, table, adopted[table.name])
+            adoption.give_back(connection, table, adopted[table.name], _STORAGE.get(table.name))
         else:
-            table.drop(connection)
-
-
-def _version_table() -> tuple[str, str | None]:
-    options = op.get_context().opts
-    return options["version_table"], options["version_table_schema"]
+            adoption.drop(connection, table)
 
 
 def _times() -> list[sa.Column[Any]]:
