@@ -333,6 +333,30 @@ def test_ids_are_not_used_again_after_the_log_was_pruned(
 # --- trouble
 
 
+def test_while_the_log_cannot_be_read_own_events_wait_rather_than_overtake(
+    engine: sa.Engine, disk: AssetStore, create: Create, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures: list[int] = []
+    earlier, scan = Feed._earlier, Feed._scan
+
+    def unreadable(method: Any) -> Any:
+        def call(self: Feed, *args: Any) -> Any:
+            if len(failures) < 3:
+                failures.append(1)
+                raise sa.exc.OperationalError("SELECT", {}, OSError("gone"))
+            return method(self, *args)
+
+        return call
+
+    with Runner(engine, disk, only(), poll_interval=0.01) as runner:
+        monkeypatch.setattr(Feed, "_earlier", unreadable(earlier))
+        monkeypatch.setattr(Feed, "_scan", unreadable(scan))
+        jobs = [create() for _ in range(3)]
+        recorder.wait(lambda types: types.count("done") == 3)
+        runner.run_until_idle(timeout=20)
+    assert [recorder.types(job.id) for job in jobs] == [["queued", "running", "done"]] * 3
+
+
 def test_the_feed_survives_a_lost_connection_and_says_so_once(
     pg: sa.Engine, postgres_database: Database, recorder: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,6 +70,7 @@ class Feed:
         self._cursor: Position
         self._wake = threading.Condition()
         self._offered: list[EventRow] = []
+        self._held_back = False
         self._catching_up = 0
         self._accepted = self._delivered = 0
         self._closing = False
@@ -139,8 +140,9 @@ class Feed:
     def _run(self) -> None:
         while True:
             offered, closing = self._wait()
+            delivered = len(offered)
             try:
-                self._deliver_offered(offered)
+                delivered = self._deliver_offered(offered)
                 if closing:
                     break
                 if time.monotonic() >= self._next_scan:
@@ -150,14 +152,14 @@ class Feed:
                 self._trouble(error)
             finally:
                 with self._wake:
-                    self._delivered += len(offered)
+                    self._delivered += delivered
                     self._wake.notify_all()
         self._disconnect()
 
     def _wait(self) -> tuple[list[EventRow], bool]:
         with self._wake:
             timeout = max(0.0, self._next_scan - time.monotonic())
-            self._wake.wait_for(lambda: self._offered or self._closing, timeout)
+            self._wake.wait_for(lambda: (self._offered and not self._held_back) or self._closing, timeout)
             offered, self._offered = self._offered, []
             return offered, self._closing
 
@@ -170,18 +172,31 @@ class Feed:
 
     # --- events of this process
 
-    def _deliver_offered(self, offered: list[EventRow]) -> None:
+    def _deliver_offered(self, offered: list[EventRow]) -> int:
+        """Deliver them with what is due before them; how many of them need no more care."""
+        self._held_back = False
         if not offered or not signals.any_receivers():
-            return
+            return len(offered)
         self._active_until = time.monotonic() + ACTIVE_FOR
         fresh = [row for row in offered if self._is_due(row)]  # the scan may have been faster
         try:
             earlier = self._earlier(fresh)
-        except Exception as error:  # the events themselves are at hand: better a gap in order than silence
+        except Exception as error:
             self._trouble(error)
+            if self._hold_back(offered):
+                return 0
             earlier = []
         self._deliver([*earlier, *fresh])
         self._ahead.update(row.id for row in [*earlier, *fresh])
+        return len(offered)
+
+    def _hold_back(self, offered: list[EventRow]) -> bool:
+        """Keep events until the log can be read; False when the feed ends: better a gap in order than silence."""
+        with self._wake:
+            if not self._closing:
+                self._held_back = True
+                self._offered[:0] = offered
+            return not self._closing
 
     def _earlier(self, rows: Sequence[EventRow]) -> list[EventRow]:
         """The events of the same jobs that come before ``rows`` or between them, and were not delivered yet."""
