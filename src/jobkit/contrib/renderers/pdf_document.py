@@ -1,0 +1,165 @@
+"""``pdf-document``: Markdown typeset as a paginated PDF. Needs ``jobkit[pdf]``.
+
+The job's input::
+
+    {"markdown": "# Report\\n…", "title": "…", "author": "…", "filename": "report.pdf", "paper": "a4", "language": "en"}
+
+Only ``markdown`` is needed. ``title``: printed above the text and kept as the PDF's title; without it a heading of the
+first level that opens the text is the title. ``author``: a name, or a list of names. ``filename``: by default made of
+the title. ``paper``: ``a4`` or ``us-letter``. ``language``: a code such as ``en`` or ``pt-BR``, for hyphenation, the
+direction of the text and screen readers; without it nothing is hyphenated.
+
+CommonMark, tables, strikethrough and task lists are understood; HTML is shown as text, an image as its description.
+Nothing in the text can read a file, reach the network or run code: it reaches the typesetter as data. The same input
+gives the same bytes on every machine, set in the fonts inside the typesetter: Latin, Greek and Cyrillic. Characters
+they lack (Chinese, Japanese, Korean, emoji) are drawn as empty boxes.
+
+Refused with ``ValueError``: more than 1,048,576 characters, quotes and lists nested deeper than 12 levels, more than
+20,000 blocks, 50,000 table cells, 100,000 changes of style, a table of more than 40 columns.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jobkit.context import RenderContext
+from jobkit.contrib.renderers._breaks import pieces
+from jobkit.contrib.renderers._markdown import MAX_CHARACTERS, MAX_NESTING, Reader, clean, plain
+from jobkit.errors import ConfigurationError
+from jobkit.renderers import Renderers
+from jobkit.text import storable
+from jobkit.types import Rendered
+
+JOB_TYPE = "pdf-document"
+PAPERS = {"a4": 28, "us-letter": 31}
+"""Side margins in millimetres: the line is as long on both papers."""
+
+_FIELDS = ("markdown", "title", "author", "filename", "paper", "language")
+_LANGUAGE = re.compile(r"[a-zA-Z]{2,3}(?:-[a-zA-Z]{2})?")
+_UNFIT_FOR_NAME = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]+')
+_RUNNING_TITLE = 90
+
+
+def register(renderers: Renderers) -> None:
+    """Make ``render`` the renderer of ``pdf-document``; ``ConfigurationError`` without ``jobkit[pdf]``."""
+    _libraries()
+    renderers.register(JOB_TYPE)(render)
+
+
+def render(ctx: RenderContext) -> Rendered:
+    """The PDF of the job's ``markdown``. ``ValueError``, naming the field, when the input is not right."""
+    document = Document.of(ctx.input)
+    markdown_it, typst, fonts = _libraries()
+    parser = markdown_it.MarkdownIt("commonmark", {"html": False, "maxNesting": MAX_NESTING})
+    parser.enable(["table", "strikethrough"])
+    for ruler in (parser.block.ruler, parser.inline.ruler):  # the parser asks at every step whether to go on
+        ruler.before(ruler.get_active_rules()[0], "jobkit_check", lambda *_: ctx.check())
+    data = document.typeset(Reader(parser.parse(document.markdown), ctx.check))
+    compiler = typst.Compiler(
+        input=_template(),
+        root=ctx.workdir,  # empty: nothing to read even if the template were to ask
+        font_paths=fonts,
+        ignore_system_fonts=True,
+        sys_inputs={"document": json.dumps(data)},
+    )
+    ctx.check()
+    pdf: bytes = compiler.compile(format="pdf")
+    return Rendered(data["filename"], "application/pdf", pdf)
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A job's input, checked."""
+
+    markdown: str
+    title: str | None
+    authors: tuple[str, ...]
+    filename: str | None
+    paper: str
+    language: str | None
+
+    @classmethod
+    def of(cls, value: Any) -> Document:
+        if not isinstance(value, dict):
+            raise ValueError(f"input must be an object with markdown in it, not {type(value).__name__}")
+        if unknown := sorted(set(value) - set(_FIELDS)):
+            raise ValueError(f"{unknown[0]!r:.80} is not a field of {JOB_TYPE}: {', '.join(_FIELDS)}")
+        markdown = _text(value, "markdown", limit=MAX_CHARACTERS)
+        if markdown is None:
+            raise ValueError("markdown is missing")
+        author = value.get("author")
+        names = author if isinstance(author, list) else [] if author is None else [author]
+        if len(names) > 50:
+            raise ValueError(f"author has {len(names)} names, the limit is 50")
+        paper = value.get("paper", "a4")
+        if paper not in list(PAPERS):
+            raise ValueError(f"paper {paper!r:.80} is not one of {', '.join(PAPERS)}")
+        language = _text(value, "language", limit=10)
+        if language is not None and not _LANGUAGE.fullmatch(language):
+            raise ValueError(f"language {language!r} is not a code such as 'en' or 'pt-BR'")
+        filename = _text(value, "filename", limit=200)
+        if filename is not None and _UNFIT_FOR_NAME.search(filename):
+            raise ValueError(f"filename {filename!r} has a character that file names do not have everywhere")
+        if None in names:
+            raise ValueError("author must be text, not NoneType")
+        authors = tuple(_text({"author": name}, "author", limit=200) or "" for name in names)
+        return cls(markdown, _text(value, "title", limit=500), authors, filename, paper, language)
+
+    def typeset(self, text: Reader) -> dict[str, Any]:
+        """What the template is given, the title taken from the first heading when the input has none."""
+        blocks = text.blocks
+        first = blocks[0] if blocks and blocks[0]["t"] == "heading" and blocks[0]["level"] == 1 else None
+        heading = first
+        if self.title is not None and (first is None or plain(first["runs"]).strip() != self.title):
+            heading = {"t": "heading", "level": 1, "runs": [{"x": pieces(self.title)}], "id": "title"}
+        title = None if heading is None else plain(heading["runs"])
+        return {
+            "title": title,
+            "running": title if title is None or len(title) <= _RUNNING_TITLE else f"{title[: _RUNNING_TITLE - 1]}…",
+            "authors": self.authors,
+            "byline": ", ".join(self.authors),
+            "filename": self._name(title),
+            "paper": self.paper,
+            "margin": PAPERS[self.paper],
+            "lang": (self.language or "en").partition("-")[0].lower(),
+            "region": (self.language or "").partition("-")[2] or None,
+            "hyphenate": self.language is not None,
+            "heading": heading,
+            "anchors": text.anchors,
+            "blocks": blocks[1:] if heading is first and first is not None else blocks,
+        }
+
+    def _name(self, title: str | None) -> str:
+        words = _UNFIT_FOR_NAME.sub(" ", title or "").split()
+        name = self.filename or " ".join(words)[:100].strip(" .") or "document"
+        return name if name.lower().endswith(".pdf") else f"{name}.pdf"
+
+
+def _text(value: dict[str, Any], field: str, *, limit: int) -> str | None:
+    """The field without control characters, None when it is absent; ``ValueError`` naming it when it is not text."""
+    text = value.get(field)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise ValueError(f"{field} must be text, not {type(text).__name__}")
+    return clean(storable(text, field, limit=limit))
+
+
+@cache
+def _libraries() -> tuple[Any, Any, Any]:
+    try:
+        import markdown_it
+        import typst
+    except ImportError as error:
+        raise ConfigurationError(f"{JOB_TYPE} needs {error.name}: pip install jobkit[pdf]") from error
+    return markdown_it, typst, typst.Fonts(include_system_fonts=False)
+
+
+@cache
+def _template() -> bytes:
+    return Path(__file__).with_suffix(".typ").read_bytes()
