@@ -72,8 +72,10 @@ class Report(Base):
 
 def create_engine(url: str | None = None) -> sa.Engine:
     """The host's engine, with the host's tables and jobkit's in its database."""
-    url = url or os.environ.get("DATABASE_URL") or f"sqlite:///{FOLDER}/flask.db"
-    FOLDER.mkdir(exist_ok=True)
+    url = url or os.environ.get("DATABASE_URL")
+    if url is None:
+        FOLDER.mkdir(exist_ok=True)
+        url = f"sqlite:///{FOLDER}/flask.db"
     engine = sa.create_engine(url)
     if engine.dialect.name == "sqlite":
         configure_sqlite(engine)

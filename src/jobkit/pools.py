@@ -28,9 +28,9 @@ class DaemonPool:
         self._idle = threading.Semaphore(0)
 
     def submit(self, task: Task) -> None:
-        """Run ``task`` on a thread; in this one when there is none and none can be started. A task that raises is logged.
+        """Run ``task`` on a thread, or in this one when there is none and none can be started.
 
-        Called from one thread only.
+        Called from one thread only. A task that raises is logged.
         """
         if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
             self._start_thread()
