@@ -253,7 +253,7 @@ def test_triggers_views_and_indexes_of_the_host_survive(engine: sa.Engine) -> No
 
 def test_other_constraints_of_the_host_survive(engine: sa.Engine) -> None:
     plant(engine, rows=False)
-    extra = "CONSTRAINT positive CHECK (byte_size >= 0), CONSTRAINT once UNIQUE (sha256), "
+    extra = "CONSTRAINT positive CHECK (byte_size >= 0),\nCONSTRAINT once UNIQUE (sha256),\n"
     extra += "CONSTRAINT known FOREIGN KEY (created_by_user_id) REFERENCES users (id) ON DELETE SET NULL"
     ddl = seed.sqlite_ddl("sqlalchemy") if engine.dialect.name == "sqlite" else seed.POSTGRESQL
     ddl = ddl.split(";")[2].rstrip().removesuffix(")") + f", {extra})"

@@ -121,7 +121,8 @@ def described(engine: sa.Engine, table: str) -> list[str]:
     with engine.connect() as connection:
         if sqlite:
             rows = connection.exec_driver_sql(f'PRAGMA table_info("{table}")')
-            found = [(row.name, row.type, row.notnull, row.dflt_value) for row in rows]
+            # SQLAlchemy 2.0 writes one more pair of parentheses around an expression than 2.1.
+            found = [(row.name, row.type, row.notnull, _bare(row.dflt_value)) for row in rows]
         else:
             rows = connection.exec_driver_sql(
                 "SELECT attname, format_type(atttypid, atttypmod), attnotnull, pg_get_expr(adbin, adrelid) "
@@ -133,6 +134,10 @@ def described(engine: sa.Engine, table: str) -> list[str]:
         f"{name}: {kind} | {'not null' if required else 'null'}" + ("" if default is None else f" | {default}")
         for name, kind, required, default in found
     ]
+
+
+def _bare(default: str | None) -> str | None:
+    return default[1:-1] if default is not None and default.startswith("(") else default
 
 
 def promised(engine: sa.Engine, table: str) -> list[str]:
@@ -264,9 +269,13 @@ def test_a_disagreement_of_the_tables_and_the_revision_is_seen(
 def test_alembic_finds_no_difference_either(engine: sa.Engine) -> None:
     with engine.connect() as connection:
         options: dict[str, Any] = {"version_table": migrations.VERSION_TABLE}
-        # Alembic takes an Identity for a default that SQLite has lost; there the DDL above is compared.
+        # Alembic, 1.14 even unasked, takes an Identity for a default that SQLite lost; the DDL is compared there.
         options["compare_server_default"] = engine.dialect.name == "postgresql"
-        assert compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
+        found = compare_metadata(MigrationContext.configure(connection, opts=options), metadata)
+    identity = [
+        d for d in found if isinstance(d, list) and d[0][:4] == ("modify_default", None, "content_job_events", "id")
+    ]
+    assert found == (identity if engine.dialect.name == "sqlite" else [])
 
 
 # --- a host with migrations of its own

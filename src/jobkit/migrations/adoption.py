@@ -188,7 +188,8 @@ def _like(connection: sa.Connection, found: Found) -> sa.Table:
     for column in copy.columns:
         default = found.columns.get(column.name, {}).get("default")
         if column.server_default is None and default is not None:
-            column.server_default = sa.DefaultClause(sa.text(default.replace(":", r"\:")))
+            escaped = default.replace(":", r"\:")
+            column.server_default = sa.DefaultClause(sa.text(f"({escaped})"))
     for unique in inspector.get_unique_constraints(table.name):
         if tuple(unique["column_names"]) not in uniques(table):
             copy.append_constraint(sa.UniqueConstraint(*unique["column_names"], name=unique["name"]))
