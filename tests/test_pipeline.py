@@ -206,7 +206,7 @@ def test_a_job_taken_from_a_runner_and_claimed_by_it_again_is_ended_by_the_secon
         assert doors[number].wait(30)
         return Rendered(f"{number}.txt", "text/plain", b"x")
 
-    with Runner(engine, disk, only(render), concurrency=2, poll_interval=0.05):
+    with Runner(engine, disk, only(render), concurrency=2, poll_interval=0.05) as runner:
         job = create()
         assert entered.acquire(timeout=20)
         take(engine, job, "queued")
@@ -219,6 +219,8 @@ def test_a_job_taken_from_a_runner_and_claimed_by_it_again_is_ended_by_the_secon
             recorder.wait(lambda types: "done" in types)
         else:
             until(lambda: list((tmp_path / "assets").rglob("*.part")) == [])
+            with pytest.raises(TimeoutError):
+                runner.run_until_idle(timeout=0.5)
         doors[1 - first_out].set()
         recorder.wait(lambda types: "done" in types)
     assert (seen(engine, job).status, seen(engine, job).fence) == ("done", 2)
@@ -276,6 +278,22 @@ def test_a_result_that_the_database_refuses_fails_alone(
     assert violations(engine, tmp_path / "assets") == []
 
 
+def test_a_job_whose_failure_cannot_even_be_written_is_left_to_its_lease_alone(
+    engine: sa.Engine, disk: AssetStore, create: Create
+) -> None:
+    rule = {
+        "postgresql": "ALTER TABLE content_jobs ADD CHECK (job_type <> 'cursed' OR status IN ('queued', 'running'))",
+        "sqlite": "CREATE TRIGGER t BEFORE UPDATE ON content_jobs WHEN NEW.job_type = 'cursed' "
+        "AND NEW.status NOT IN ('queued', 'running') BEGIN SELECT RAISE(ABORT, 'cursed'); END",
+    }
+    with engine.begin() as connection:
+        connection.exec_driver_sql(rule[engine.dialect.name])
+    for job_type in ("note", "cursed", "note"):
+        create(job_type)
+    assert Runner(engine, disk, only()).run_until_idle(timeout=20) == 2
+    assert statuses(engine) == ["done", "running", "done"]
+
+
 def test_a_file_that_was_swept_before_the_finish_fails_its_job_alone(
     engine: sa.Engine, disk: AssetStore, create: Create, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,18 +317,21 @@ def test_a_file_that_was_swept_before_the_finish_fails_its_job_alone(
 # --- slots and connections
 
 
-@pytest.mark.parametrize("concurrency", [1, 32])
+@pytest.mark.parametrize(("concurrency", "pool_size"), [(1, 5), (32, 5), (32, 40)])
 def test_at_most_four_connections_are_used_at_any_concurrency(
-    concurrency: int, database: Database, tmp_path: Path, create: Create
+    concurrency: int, pool_size: int, database: Database, tmp_path: Path, create: Create
 ) -> None:
-    engine = database.connect(pool_size=5, max_overflow=0, pool_timeout=1)
+    engine = database.connect(pool_size=pool_size, max_overflow=0, pool_timeout=1)
     store = AssetStore(tmp_path / "assets", engine=engine)
     with engine.connect() as connection:
         stored = store.put_file("acme", original_filename="in.txt", content_type="text/plain", body=b"input")
         asset = store.create(connection, "acme", stored, source_task_id=None)
         connection.commit()
 
+    together = threading.Barrier(concurrency)
+
     def render(ctx: jobkit.RenderContext) -> Rendered:
+        together.wait(30)
         with ctx.open_asset(asset.id) as file:
             return Rendered("out.txt", "text/plain", file.read())
 
@@ -329,10 +350,10 @@ def test_at_most_four_connections_are_used_at_any_concurrency(
         host.execute(sa.select(content_jobs)).all()
         sa.event.listen(engine.pool, "checkout", count(1))
         sa.event.listen(engine.pool, "checkin", count(-1))
-        for _ in range(100):
+        for _ in range(96):
             create()
-        assert Runner(engine, store, only(render), concurrency=concurrency).run_until_idle(timeout=60) == 100
-    assert statuses(engine) == ["done"] * 100
+        assert Runner(engine, store, only(render), concurrency=concurrency).run_until_idle(timeout=60) == 96
+    assert statuses(engine) == ["done"] * 96
     assert most[0] <= 4
 
 

@@ -141,10 +141,16 @@ def test_a_job_becomes_files_with_rows_in_any_storage(engine: sa.Engine, assets:
 def test_submit_commits_signals_and_dispatches(
     started: bool, engine: sa.Engine, disk: AssetStore, recorder: Recorder
 ) -> None:
+    def where(_: str, *, event: JobEvent) -> None:
+        threads.append(threading.current_thread().name)
+
+    threads: list[str] = []
     runner = Runner(engine, disk, only())
     if started:
         runner.start()
-    job = runner.submit("acme", job_type="note", input={"a": 1}, source_task_id="t")
+    with signals.content_job_queued.connected_to(where):
+        job = runner.submit("acme", job_type="note", input={"a": 1}, source_task_id="t")
+    assert threads == ["jobkit-relay" if started else threading.current_thread().name]
     assert recorder.types(job.id)[:1] == ["queued"]
     assert (job.status, job.input, job.source_task_id, job.event_seq) == ("queued", {"a": 1}, "t", 1)
     if not started:

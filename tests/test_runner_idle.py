@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import AssetStore, JobEvent, Relay, Runner, signals
+from jobkit.pipeline import Pipeline
 from tests.support.databases import Database
 from tests.support.invariants import violations
 from tests.support.recorder import Recorder
@@ -59,6 +60,27 @@ def test_run_until_idle_includes_jobs_that_renderers_and_receivers_create(
         assert Runner(engine, disk, only(parent)).run_until_idle(timeout=30) == 7 + 5
     assert statuses(engine) == ["done"] * 12
     assert sorted(recorder.types()) == sorted(WHOLE * 12)
+
+
+def test_a_job_that_a_receiver_creates_after_the_last_look_is_done_too(
+    engine: sa.Engine, disk: AssetStore, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, original = threading.Event(), Pipeline.wait_idle
+
+    def wait_idle(self: Pipeline, asked: int, timeout: float | None) -> bool:
+        idle = original(self, asked, timeout)
+        looked.set()
+        return idle
+
+    def late(_: str, *, event: JobEvent) -> None:
+        if event.job_id == first.id:
+            assert looked.wait(20)
+            create("late")
+
+    monkeypatch.setattr(Pipeline, "wait_idle", wait_idle)
+    first = create()
+    with signals.content_job_done.connected_to(late):
+        assert Runner(engine, disk, only()).run_until_idle(timeout=30) == 2
 
 
 def test_run_until_idle_on_a_started_runner_waits_for_its_jobs(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -119,7 +120,13 @@ def test_an_ended_subscription_lets_go_of_its_listener_and_leaves_nothing() -> N
         signals.subscribe(company_id, heard.append)()
         return weakref.ref(heard)
 
-    left = [subscribed(f"company-{number}") for number in range(100)]
+    def connected(company_id: str) -> weakref.ref[Heard]:
+        heard = Heard()
+        signals.content_job_done.connect(heard, sender=company_id, weak=False)
+        signals.content_job_done.disconnect(heard, sender=company_id)
+        return weakref.ref(heard)
+
+    left = [made(f"company-{number}") for number in range(100) for made in (subscribed, connected)]
     gc.collect()
     assert [ref() for ref in left if ref() is not None] == []
     signal = signals.content_job_done
@@ -209,6 +216,8 @@ def test_receivers_may_come_and_go_on_other_threads_while_events_are_sent() -> N
             failures.append(error)
 
     signals.content_job_running.connect(steady)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
     threads = [threading.Thread(target=churn, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
@@ -216,6 +225,7 @@ def test_receivers_may_come_and_go_on_other_threads_while_events_are_sent() -> N
     stop.set()
     for thread in threads:
         thread.join(20)
+    sys.setswitchinterval(interval)
     signals.content_job_running.disconnect(steady)
     assert failures == []
     assert len(steady) == 3_000
