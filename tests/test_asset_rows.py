@@ -233,12 +233,16 @@ def test_a_negative_range_is_refused(disk: AssetStore, engine: sa.Engine, range_
 
 
 def test_two_opened_files_are_independent(assets: AssetStore, engine: sa.Engine) -> None:
-    asset = keep(assets, engine, b"0123456789")
-    with assets.open(asset) as one, assets.open(asset, start=5) as two:
-        assert (one.read(2), two.read(2), one.read(2), two.read()) == (b"01", b"56", b"23", b"789")
+    content = os.urandom(300_000)  # more than a buffer holds
+    asset = keep(assets, engine, content)
+    with assets.open(asset) as one, assets.open(asset, start=100_000) as two:
+        assert (one.read(2), two.read(2)) == (content[:2], content[100_000:100_002])
+        assert one.read(150_000) == content[2:150_002]
+        assert two.read(150_000) == content[100_002:250_002]
+        assert one.read() == content[150_002:]
         one.close()
         two.seek(0)
-        assert two.read() == b"56789"
+        assert two.read() == content[100_000:]
 
 
 def test_closing_releases_the_descriptor(disk: AssetStore, engine: sa.Engine) -> None:

@@ -230,10 +230,16 @@ def test_a_large_file_is_stored_and_read_with_flat_memory(disk: AssetStore, engi
 
 @pytest.mark.parametrize("how", ["put_file", "the block of writer"])
 def test_put_file_inside_a_transaction_that_has_written(assets: AssetStore, session: Session, how: str) -> None:
+    read: list[bytes] = []
+
+    def body() -> Iterator[bytes]:
+        read.append(b"x")
+        yield b"x"
+
     def act() -> None:
         if how == "put_file":
             jobkit.JobStore(session).create(COMPANY, job_type="note")
-            put(assets)
+            put(assets, body())
         else:
             with assets.writer(COMPANY, original_filename="a", content_type="text/csv") as out:
                 out.write(b"x")
@@ -242,6 +248,7 @@ def test_put_file_inside_a_transaction_that_has_written(assets: AssetStore, sess
     if session.get_bind().dialect.name == "sqlite":
         with pytest.raises(jobkit.ConfigurationError, match="call put_file before the first write"):
             act()
+        assert read == []  # refused before anything was done
         session.rollback()
         put(assets)
     else:

@@ -117,6 +117,7 @@ def test_a_whole_number_is_an_int() -> None:
     [
         ({JOBKIT: "5", PAPERCLIP: "7"}, (5, JOBKIT)),
         ({PAPERCLIP: "7"}, (7, PAPERCLIP)),
+        ({JOBKIT: "", PAPERCLIP: "7"}, (DEFAULT_MAX_BYTES, "the default")),
         ({JOBKIT: "0", PAPERCLIP: "7"}, (DEFAULT_MAX_BYTES, "the default")),
         ({}, (DEFAULT_MAX_BYTES, "the default")),
     ],

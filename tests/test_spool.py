@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobkit.errors import AssetEmpty, AssetTooLarge
@@ -245,6 +245,8 @@ STEPS = st.lists(
 
 
 @given(STEPS, st.booleans())
+@example([("write", b"abcd"), ("seek", 2), ("write", b"efgh"), ("seek", 8), ("write", b"x")], False)
+@example([("seek", 1), ("write", b"")], False)
 def test_it_behaves_like_a_file_and_its_hash_is_that_of_the_whole(
     tmp_path_factory: pytest.TempPathFactory, steps: list[Step], closed: bool
 ) -> None:
