@@ -251,6 +251,17 @@ def test_an_event_that_was_offered_is_skipped_by_the_scan(by_hand: Feed, create:
     assert by_hand._ahead == set()
 
 
+def test_a_scan_after_a_scan_tells_nothing_again(
+    engine: sa.Engine, by_hand: Feed, create: Create, recorder: Recorder
+) -> None:
+    job = create()
+    with engine.begin() as connection:
+        JobStore(connection).transition(job.id, status="cancelled")
+    for _ in range(3):
+        by_hand._scan()
+    assert recorder.types() == ["queued", "cancelled"]
+
+
 def test_a_cursor_is_a_position_below_which_nothing_is_missing(
     by_hand: Feed, create: Create, recorder: Recorder
 ) -> None:
