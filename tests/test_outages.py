@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, Rendered, Runner
+from jobkit.pipeline import Pipeline
 from jobkit.tables import content_jobs
 from tests.support.databases import Database
 from tests.support.invariants import violations
@@ -135,6 +136,46 @@ def test_connections_that_are_cut_again_and_again_lose_no_job(
     assert Counter(rendered) == {job.id: 1 for job in jobs}
     assert Counter(event.job_id for event in recorder.events if event.type == "content_job.done") == Counter(rendered)
     assert violations(postgres_database.engine, tmp_path / "assets") == []
+
+
+@pytest.mark.parametrize("lost", ["claim", "end"])
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_commit_whose_reply_is_lost_is_neither_lost_nor_done_twice(
+    lost: str,
+    stopped: bool,
+    engine: sa.Engine,
+    disk: AssetStore,
+    create: Create,
+    recorder: Recorder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = Pipeline._commit
+    replies: list[str] = []
+
+    def commit(self: Pipeline, turn: Any) -> Any:
+        events, taken = original(self, turn)
+        if not replies and (taken if lost == "claim" else turn.ends):
+            replies.append("lost")
+            if stopped:
+                self.stop()
+            raise sa.exc.OperationalError("COMMIT", {}, OSError("server closed the connection unexpectedly"))
+        return events, taken
+
+    monkeypatch.setattr(Pipeline, "_commit", commit)
+    gate = Gate()
+    gate.open()
+    runner = Runner(engine, disk, only(gate), poll_interval=0.02).start()
+    job = create()
+    runner.dispatch(job)
+    put_back = stopped and lost == "claim"
+    told = {"claim": ["queued", "running", *(["queued"] if put_back else WHOLE)], "end": WHOLE}
+    recorder.wait(lambda types: types == told[lost])
+    runner.stop()
+    row = seen(engine, job)
+    assert (row.status, row.attempt, len(gate.jobs)) == (("queued", 0, 0) if put_back else ("done", 1, 1))
+    assert recorder.types() == told[lost]
+    assert violations(engine, tmp_path / "assets") == []
 
 
 def test_stop_returns_while_the_database_is_away(database: Database, tmp_path: Path, create: Create) -> None:

@@ -29,6 +29,7 @@ from jobkit.clock import Clock, pause_after
 from jobkit.errors import AssetNotFound, LeaseLost
 from jobkit.pools import LoopThread, Task
 from jobkit.renderers import Renderers
+from jobkit.tables import content_jobs
 from jobkit.text import describe
 
 logger = logging.getLogger("jobkit")
@@ -98,6 +99,8 @@ class Pipeline:
         self._hungry, self._next_poll, self._active_until = True, 0.0, 0.0
         self._stopping = self._abandoned = False
         self._failures = 0
+        # Whether a claim may have been committed without this runner knowing: its reply was lost.
+        self._unsure = False
         self._asking = threading.Condition()
         self._asked = self._answered = 0
         self._over = False
@@ -138,7 +141,7 @@ class Pipeline:
                 turn, self._turn = self._plan(), Turn()
                 if turn:
                     self._take(turn)
-            if self._abandoned:
+            if self._abandoned or self._unsure:
                 self._release_all()
         finally:
             self._disconnect()
@@ -230,6 +233,7 @@ class Pipeline:
         if self._failures:
             logger.warning("the database answers again")
         self._failures = 0
+        self._unsure = self._unsure and not turn.limit
         self._after(turn, events, taken)
 
     def _commit(self, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
@@ -237,6 +241,7 @@ class Pipeline:
         if (
             turn.limit
             and self._statements.claim_locks
+            and not self._unsure
             and not (turn.ends or turn.rendered)
             and not self._queued(connection)
         ):
@@ -251,6 +256,8 @@ class Pipeline:
                 claims.record_intents(
                     connection, [intent for attempt in turn.rendered for intent in self._intents(attempt)]
                 )
+            if turn.limit and self._unsure:
+                events += claims.release(connection, self._unknown(connection), now=now)
             if turn.limit:
                 taken, running = claims.claim(
                     connection, limit=turn.limit, worker_id=self._worker_id, lease=self._lease, now=now
@@ -261,6 +268,15 @@ class Pipeline:
     def _queued(self, connection: sa.Connection) -> bool:
         with connection.begin():
             return self._statements.has_queued(connection)
+
+    def _unknown(self, connection: sa.Connection) -> list[Claim]:
+        """What is claimed in this runner's name and not in its books."""
+        c = content_jobs.c
+        rows = connection.execute(
+            sa.select(c.id, c.company_id, c.fence).where(c.worker_id == self._worker_id, c.status == "running")
+        )
+        found = [Claim(row.id, row.company_id, "", {}, None, row.fence, 0) for row in rows]
+        return [claim for claim in found if not self._holds(claim)]
 
     def _intents(self, attempt: Attempt) -> list[Intent]:
         return [Intent(attempt.claim.company_id, file.provider, file.object_key) for file in attempt.stored]
@@ -329,6 +345,7 @@ class Pipeline:
         self._turn.ends[:0] = turn.ends
         self._turn.rendered[:0] = turn.rendered
         self._hungry = self._hungry or bool(turn.limit)
+        self._unsure = self._unsure or bool(turn.limit)
 
     def _connect(self) -> sa.Connection:
         if self._connection is None or self._connection.closed:
@@ -387,14 +404,16 @@ class Pipeline:
         for attempt in self._attempts.values():
             attempt.interrupt(LeaseLost(f"the runner stopped before job {attempt.claim.job_id} ended"))
         held = [attempt.claim for attempt in self._attempts.values()]
-        if not held:
+        if not held and not self._unsure:
             return
         try:
             connection = self._connect()
             with connection.begin():
-                events = claims.release(connection, held, now=self._clock())
+                unknown = self._unknown(connection) if self._unsure else []
+                events = claims.release(connection, held + unknown, now=self._clock())
             self._on_commit(events)
-            logger.warning("stopped with %d jobs unfinished; they are queued again", len(events))
+            if events:
+                logger.warning("stopped with %d jobs unfinished; they are queued again", len(events))
         except Exception as error:
             logger.error("stopped with %d jobs unfinished, and could not release them: %s", len(held), describe(error))
 
