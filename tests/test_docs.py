@@ -187,7 +187,10 @@ def test_a_page_can_be_followed_word_by_word(
         str(page), CodeBlockParser("python", reader.python), CodeBlockParser("console", reader.console)
     )
     document.namespace["__name__"] = "docs"
-    for example in document.examples():
+    examples = list(document.examples())
+    hidden = document.text.count("<!--- invisible-code-block: python\n")
+    assert len(examples) == hidden + len(re.findall(r"^```(?:python|console)$", document.text, re.MULTILINE))
+    for example in examples:
         example.evaluate()
     reader.stop()
 
