@@ -280,7 +280,7 @@ def test_verify_finds_out_what_is_wrong_with_an_object(
         with pytest.raises(jobkit.AssetCorrupt, match=message):
             store.open(asset)
     elif content == b"content+":
-        assert store.open(asset).read() == b"content"
+        assert store.open(asset).read() == store.open(asset, end=99).read() == b"content"
 
 
 def test_a_folder_or_a_file_in_the_way_counts_as_a_missing_object(
