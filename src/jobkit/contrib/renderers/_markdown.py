@@ -28,6 +28,7 @@ MAX_NESTING = 2 * MAX_DEPTH + 8
 
 _MAX_HIGHLIGHTED = 60_000  # characters of code in a document: the highlighter takes up to 60 µs for each
 _MAX_CODE_LINE = 1_000  # characters
+_MAX_WHOLE_CODE = 16  # lines on the page: a block of so many is not split
 _MAX_PIECES = 1_000  # in a paragraph of the template: the typesetter's time grows with their square
 _LINK = re.compile(r"(?:https?://|mailto:).", re.IGNORECASE)
 _TASK = re.compile(r"\[([ xX])\] ")
@@ -140,7 +141,9 @@ class Reader:
         language = words[0] if words and re.fullmatch(r"[\w#+-]{1,30}", words[0]) else None
         if len(text) > _MAX_CODE_LINE:
             text = _LONG_CODE_LINE.sub(r"\g<0>\n", text)
-        return {"t": "code", "text": text, "lang": language}
+        widths = [len(line) for line in text.split("\n")]
+        whole = sum(1 + width // 80 for width in widths) <= _MAX_WHOLE_CODE
+        return {"t": "code", "text": text, "lang": language, "whole": whole, "keep": 3 if max(widths) <= 200 else 0}
 
     def _anchor(self, text: str) -> str:
         """A label for the heading, found under the name GitHub gives it: a repeated heading gets -1, -2."""

@@ -7,12 +7,13 @@ The job's input::
 Only ``markdown`` is needed. ``title``: printed above the text and kept as the PDF's title; without it a heading of the
 first level that opens the text is the title. ``author``: a name, or a list of names. ``filename``: by default made of
 the title. ``paper``: ``a4`` or ``us-letter``. ``language``: a code such as ``en`` or ``pt-BR``, for hyphenation, the
-direction of the text and screen readers; without it nothing is hyphenated.
+direction of the text and screen readers; without it lines are neither hyphenated nor justified.
 
 CommonMark, tables, strikethrough and task lists are understood; HTML is shown as text, an image as its description.
-Nothing in the text can read a file, reach the network or run code: it reaches the typesetter as data. The same input
-gives the same bytes on every machine, set in the fonts inside the typesetter: Latin, Greek and Cyrillic. Characters
-they lack (Chinese, Japanese, Korean, emoji) are drawn as empty boxes.
+Nothing in the text can read a file, reach the network or run code: it reaches the typesetter as data. Only the fonts
+inside the typesetter are used, so that the same input gives the same bytes on every machine with the same versions of
+typst and markdown-it-py. They cover European scripts, Hebrew, Arabic and Devanagari; characters they lack (Chinese,
+Japanese, Korean, Thai, emoji) are drawn as empty boxes.
 
 Refused with ``ValueError``: more than 1,048,576 characters, quotes and lists nested deeper than 12 levels, more than
 20,000 blocks, 50,000 table cells, 100,000 changes of style, a table of more than 40 columns.
@@ -96,7 +97,8 @@ class Document:
         names = author if isinstance(author, list) else [] if author is None else [author]
         if len(names) > 50:
             raise ValueError(f"author has {len(names)} names, the limit is 50")
-        paper = value.get("paper", "a4")
+        paper = value.get("paper")
+        paper = "a4" if paper is None else paper
         if paper not in list(PAPERS):
             raise ValueError(f"paper {paper!r:.80} is not one of {', '.join(PAPERS)}")
         language = _text(value, "language", limit=10)
@@ -120,9 +122,9 @@ class Document:
         title = None if heading is None else plain(heading["runs"])
         return {
             "title": title,
-            "running": title if title is None or len(title) <= _RUNNING_TITLE else f"{title[: _RUNNING_TITLE - 1]}…",
+            "running": pieces(_shortened(title or "")),
             "authors": self.authors,
-            "byline": ", ".join(self.authors),
+            "byline": pieces(", ".join(self.authors)),
             "filename": self._name(title),
             "paper": self.paper,
             "margin": PAPERS[self.paper],
@@ -138,6 +140,10 @@ class Document:
         words = _UNFIT_FOR_NAME.sub(" ", title or "").split()
         name = self.filename or " ".join(words)[:100].strip(" .") or "document"
         return name if name.lower().endswith(".pdf") else f"{name}.pdf"
+
+
+def _shortened(title: str) -> str:
+    return title if len(title) <= _RUNNING_TITLE else f"{title[: _RUNNING_TITLE - 1]}…"
 
 
 def _text(value: dict[str, Any], field: str, *, limit: int) -> str | None:
