@@ -134,17 +134,24 @@ def _prepare(connection: sa.Connection) -> None:
     settings = _settings[connection.dialect]
     if connection.info.get("jobkit.prepared") == settings:
         return
+    try:
+        _set_pragmas(connection, *settings)
+    except BaseException:
+        connection.close()  # nobody gets it, and an asynchronous pool cannot take back what is merely dropped
+        raise
+    connection.info["jobkit.prepared"] = settings
+
+
+def _set_pragmas(connection: sa.Connection, milliseconds: int, synchronous: str) -> None:
     driver = _driver(connection)
     if getattr(getattr(driver, "_conn", driver), "autocommit", -1) != -1:  # aiosqlite keeps the connection in _conn
         raise ConfigurationError(
             "jobkit needs sqlite3's legacy transaction control: remove autocommit= from connect_args"
         )
-    milliseconds, synchronous = settings
     with closing(connection.connection.cursor()) as cursor:
         cursor.execute(f"PRAGMA busy_timeout = {milliseconds}")
         cursor.execute(f"PRAGMA synchronous = {synchronous}")
         _use_wal(cursor, time.monotonic() + milliseconds / 1000)
-    connection.info["jobkit.prepared"] = settings
 
 
 def _use_wal(cursor: Any, deadline: float) -> None:
