@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from queue import SimpleQueue
 
 import sqlalchemy as sa
 
@@ -103,18 +104,26 @@ def _work(options: argparse.Namespace) -> int:
     """Until the first SIGTERM or SIGINT; then jobs in flight may end. A second one puts them back into the queue."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     runner = _load(options.app)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        runner.start()
-        print(f"working for {options.app}; Ctrl-C stops", flush=True)
-        threading.Event().wait()
-    except KeyboardInterrupt:
-        print(f"stopping: jobs in flight have {options.drain:g} s; once more to put them back now", flush=True)
-    try:
-        runner.stop(timeout=options.drain)
-    except KeyboardInterrupt:
-        print("stopped", flush=True)
+    # The handlers raise nothing, so that no signal hits halfway through a stop; SimpleQueue.put is made to be re-entered.
+    told: SimpleQueue[int | None] = SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: told.put(number))
+    runner.start()
+    print(f"working for {options.app}; Ctrl-C stops", flush=True)
+    told.get()
+    print(f"stopping: jobs in flight have {options.drain:g} s; once more to put them back now", flush=True)
+    threading.Thread(target=_drain, args=(runner, options.drain, told), daemon=True).start()
+    if told.get() is not None:
+        runner.stop(timeout=0)
+    print("stopped", flush=True)
     return 0
+
+
+def _drain(runner: Runner, seconds: float, told: SimpleQueue[int | None]) -> None:
+    try:
+        runner.stop(timeout=seconds)
+    finally:
+        told.put(None)
 
 
 def _load(name: str) -> Runner:

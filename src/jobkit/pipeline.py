@@ -121,6 +121,11 @@ class Pipeline:
         with self._asking:
             return self._asking.wait_for(lambda: self._answered >= asked or self._over, timeout)
 
+    def wait_over(self, timeout: float) -> bool:
+        """Wait until ``run`` has returned; False at the timeout."""
+        with self._asking:
+            return self._asking.wait_for(lambda: self._over, timeout)
+
     def stop(self) -> None:
         """Claim nothing more; ``run`` returns when the jobs in flight have ended."""
         self._stopping = True

@@ -71,7 +71,7 @@ class Runner:
         self._clock = clock
         self._lock = threading.RLock()
         self._pipeline: Pipeline | None = None
-        self._thread: threading.Thread | None = None
+        self._ending: Pipeline | None = None
 
     # --- creating
 
@@ -133,7 +133,7 @@ class Runner:
             if self._pipeline is None:
                 feed = relay.acquire(self.engine)
                 self._pipeline = self._new_pipeline(feed)
-                self._thread = self._spawn(self._pipeline)
+                self._spawn(self._pipeline)
         return self
 
     def stop(self, timeout: timedelta | float = 30.0) -> None:
@@ -141,16 +141,23 @@ class Runner:
 
         What has not ended after ``timeout`` goes back to the queue at once, the attempt not charged; a renderer that
         goes on nevertheless changes nothing. Returns within ``timeout`` and a few seconds, whatever renderers and
-        database do.
+        database do. A second call, from another thread, with a shorter ``timeout`` cuts the first one short.
         """
+        limit = seconds(timeout, "timeout", positive=False)
         with self._lock:
-            pipeline, thread = self._pipeline, self._thread
-            self._pipeline = self._thread = None
-        if pipeline is None or thread is None:
+            pipeline, self._pipeline = self._pipeline, None
+            ending = self._ending
+            if pipeline is not None:
+                self._ending = pipeline
+        if pipeline is None:
+            if ending is not None:
+                _end(ending, limit)
             return
         try:
-            _end(pipeline, thread, seconds(timeout, "timeout", positive=False))
+            _end(pipeline, limit)
         finally:
+            with self._lock:
+                self._ending = None
             relay.release(self.engine, DELIVERY_WAIT)
 
     def __enter__(self) -> Self:
@@ -178,11 +185,11 @@ class Runner:
         try:
             with feed.catching_up():
                 pipeline = self._new_pipeline(feed)
-                thread = self._spawn(pipeline)
+                self._spawn(pipeline)
                 try:
                     return _until_idle(pipeline, feed, limit)
                 finally:
-                    _end(pipeline, thread, 0.0)
+                    _end(pipeline, 0.0)
         finally:
             relay.release(self.engine, DELIVERY_WAIT)
 
@@ -221,10 +228,8 @@ class Runner:
             ]
         relay.deliver_here(self.engine, [*queued, *rows], start.position)
 
-    def _spawn(self, pipeline: Pipeline) -> threading.Thread:
-        thread = threading.Thread(target=pipeline.run, name="jobkit-runner", daemon=True)
-        thread.start()
-        return thread
+    def _spawn(self, pipeline: Pipeline) -> None:
+        threading.Thread(target=pipeline.run, name="jobkit-runner", daemon=True).start()
 
 
 def _until_idle(pipeline: Pipeline, feed: Feed, timeout: float | None) -> int:
@@ -240,13 +245,14 @@ def _until_idle(pipeline: Pipeline, feed: Feed, timeout: float | None) -> int:
             return pipeline.ended - before
 
 
-def _end(pipeline: Pipeline, thread: threading.Thread, timeout: float) -> None:
+def _end(pipeline: Pipeline, timeout: float) -> None:
     pipeline.stop()
+    over = False
     try:
-        thread.join(timeout)
+        over = pipeline.wait_over(timeout)
     finally:  # also when Ctrl-C ends the wait: what is in flight goes back to the queue
-        if thread.is_alive():
+        if not over:
             pipeline.abandon()
-            thread.join(RELEASE_WAIT)
-    if thread.is_alive():
+            over = pipeline.wait_over(RELEASE_WAIT)
+    if not over:
         logger.error("the runner's thread does not answer; its jobs stay claimed until their lease runs out")

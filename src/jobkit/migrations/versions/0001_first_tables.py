@@ -68,6 +68,12 @@ def _tables(schema: str | None) -> sa.MetaData:
             "uq": "%(table_name)s_%(column_0_N_name)s_key",
         },
     )
+    for define in (_content_jobs, _assets, _content_job_events, _asset_intents):
+        define(metadata)
+    return metadata
+
+
+def _content_jobs(metadata: sa.MetaData) -> None:
     jobs = sa.Table(
         "content_jobs",
         metadata,
@@ -117,6 +123,9 @@ def _tables(schema: str | None) -> sa.MetaData:
         postgresql_where=QUEUED,
         sqlite_where=QUEUED,
     )
+
+
+def _assets(metadata: sa.MetaData) -> None:
     sa.Table(
         "assets",
         metadata,
@@ -139,6 +148,8 @@ def _tables(schema: str | None) -> sa.MetaData:
         sa.Index("assets_job_idx", "job_id", "position"),
     )
 
+
+def _content_job_events(metadata: sa.MetaData) -> None:
     sa.Table(
         "content_job_events",
         metadata,
@@ -155,6 +166,8 @@ def _tables(schema: str | None) -> sa.MetaData:
         sqlite_autoincrement=True,
     )
 
+
+def _asset_intents(metadata: sa.MetaData) -> None:
     sa.Table(
         "asset_intents",
         metadata,
@@ -169,4 +182,3 @@ def _tables(schema: str | None) -> sa.MetaData:
         sa.UniqueConstraint("provider", "object_key"),
         sa.Index("asset_intents_not_before_idx", "not_before"),
     )
-    return metadata
