@@ -104,7 +104,7 @@ def _work(options: argparse.Namespace) -> int:
     """Until the first SIGTERM or SIGINT; then jobs in flight may end. A second one puts them back into the queue."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     runner = _load(options.app)
-    # The handlers raise nothing, so that no signal hits halfway through a stop; SimpleQueue.put is made to be re-entered.
+    # The handlers raise nothing, so that no signal hits halfway through a stop; SimpleQueue.put may be re-entered.
     told: SimpleQueue[int | None] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _frame: told.put(number))
