@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 import jobkit
 from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
 from tests.support.postgres import Server, start_server
-from tests.support.recorder import Recorder
+from tests.support.recorder import ALL, Recorder
 
 COMPANY = "acme"
 
@@ -102,6 +102,14 @@ def create(engine: sa.Engine) -> Callable[..., jobkit.Job]:
             return jobkit.JobStore(session).create(company_id, job_type=job_type, **options)  # type: ignore[arg-type]
 
     return create
+
+
+@pytest.fixture(autouse=True)
+def no_receiver_left() -> Iterator[None]:
+    """What a test leaves connected, such as the receivers of an example it loaded, hears nothing of the next test."""
+    yield
+    for signal in ALL:
+        signal._clear_state()
 
 
 @pytest.fixture(autouse=True)
