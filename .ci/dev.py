@@ -81,11 +81,7 @@ def prepare(kind: str) -> None:
         say(f"making {ENVIRONMENT.relative_to(ROOT)} with Python {sys.version.split()[0]}")
         shutil.rmtree(ENVIRONMENT, ignore_errors=True)
         make_environment()
-    installer = find_installer()
-    say(f"installing what the {kind} needs, with {'uv' if installer[0] == BIN / 'uv' else 'pip'}")
-    pinned = REQUIREMENTS / f"{kind}.txt"
-    must([*installer, "--require-hashes", "-r", pinned])
-    must([*installer, "--no-deps", "--no-build-isolation", "-e", ROOT])
+    install(kind)
     stamp.write_text(wanted)
     say(f"ready after {time.monotonic() - start:.1f} s")
 
@@ -104,8 +100,8 @@ def make_environment() -> None:
         must([sys.executable, "-m", "venv", "--without-pip", ENVIRONMENT])
 
 
-def find_installer() -> list[object]:
-    """The command that installs into ``.venv``: uv, which is several times as fast, else pip."""
+def install(kind: str) -> None:
+    """Install what ``kind`` needs with uv, which is several times as fast, or else with pip."""
     python, uv = BIN / "python", BIN / "uv"
     if works(python, "-m", "pip", "--version"):
         pip = [python, "-m", "pip", "install"]
@@ -114,7 +110,17 @@ def find_installer() -> list[object]:
     pip += ["-q", "--disable-pip-version-check"]
     if not uv.exists():
         run(*pip, "--require-hashes", "-r", REQUIREMENTS / "uv.txt")
-    return [uv, "pip", "install", "-q", "--python", python] if works(uv, "--version") else pip
+    # The machine's certificates, because a proxy may have added its own; pip brings some where the machine has none.
+    installers = {"uv": [uv, "pip", "install", "-q", "--system-certs", "--python", python], "pip": pip}
+    for name, installer in installers.items():
+        if name == "uv" and not works(uv, "--version"):
+            continue
+        say(f"installing what the {kind} needs, with {name}")
+        pinned = run(*installer, "--require-hashes", "-r", REQUIREMENTS / f"{kind}.txt")
+        if not (pinned or run(*installer, "--no-deps", "--no-build-isolation", "-e", ROOT)):
+            return
+    say("the packages could not be installed; the messages above say why")
+    raise SystemExit(1)
 
 
 # --- pins
