@@ -118,7 +118,7 @@ def test_one_finish_ends_those_whose_claim_holds_and_keeps_nothing_of_the_others
         engine,
         Completion(done, files=files[done.job_id]),
         Completion(lost, files=files[lost.job_id]),
-        Completion(failed, error="no"),
+        claims.failed(failed, "no"),
         Completion(gone, files=files[gone.job_id]),
     )
     assert {(event.job_id, event.type, event.seq) for event in events} == {

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import JobRequest, JobStore
-from jobkit import jobs as jobs_module
+from jobkit import requests as requests_module
 from jobkit.tables import content_job_events, content_jobs
 from tests.support.recorder import Recorder
 
@@ -43,8 +43,8 @@ def test_jobs_and_events_are_those_that_create_makes(engine: sa.Engine, session:
 def test_order_is_kept_over_chunks_by_number_and_by_size(
     engine: sa.Engine, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs_module, "MAX_CHUNK_JOBS", 7)
-    monkeypatch.setattr(jobs_module, "MAX_CHUNK_CHARACTERS", 1_000)
+    monkeypatch.setattr(requests_module, "MAX_CHUNK_JOBS", 7)
+    monkeypatch.setattr(requests_module, "MAX_CHUNK_CHARACTERS", 1_000)
     requests = [JobRequest("note", {"n": n, "filling": "x" * (n % 5) * 100}) for n in range(60)]
     created = JobStore(session).create_many(COMPANY, iter(requests))
     session.commit()
@@ -76,12 +76,12 @@ def test_one_bad_request_writes_nothing_and_is_named(
 def test_a_chunk_that_the_database_refuses_takes_the_earlier_chunks_with_it(
     engine: sa.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs_module, "MAX_CHUNK_JOBS", 2)
+    monkeypatch.setattr(requests_module, "MAX_CHUNK_JOBS", 2)
     with engine.begin() as connection:
         JobStore(connection).create(COMPANY, job_type="before")
         first = jobkit.ids.new_id()
         ids = iter([first, jobkit.ids.new_id(), jobkit.ids.new_id(), first])
-        monkeypatch.setattr(jobs_module, "new_id", lambda: next(ids))
+        monkeypatch.setattr(requests_module, "new_id", lambda: next(ids))
         with pytest.raises(sa.exc.IntegrityError):
             JobStore(connection).create_many(COMPANY, [JobRequest("note")] * 4)
     assert [job.job_type for job in stored(engine)] == ["before"]

@@ -146,12 +146,6 @@ def test_a_refused_create_names_the_field_and_the_hosts_transaction_goes_on(
     assert session.scalars(sa.select(content_job_events.c.job_id)).all() == [kept.id]
 
 
-@pytest.mark.parametrize("name", ["run_at", "priority", "idempotency_key", "max_attempts"])
-def test_an_argument_that_is_not_built_is_refused_and_not_ignored(jobs: JobStore, name: str) -> None:
-    with pytest.raises(TypeError, match=name):
-        jobs.create("acme", job_type="note", **{name: None})
-
-
 # --- get_by_id
 
 
@@ -387,7 +381,7 @@ def test_leaving_running_by_hand_ends_the_runners_claim(engine: sa.Engine, creat
     file = jobkit.StoredObject("local_disk", "acme/k", "text/plain", 1, "0" * 64, None, recorded=False)
     with engine.begin() as connection:
         assert claims.finish(connection, [claims.Completion(claim, (file,))], now=NOON) == []
-        assert claims.finish(connection, [claims.Completion(claim, error="late")], now=NOON) == []
+        assert claims.finish(connection, [claims.failed(claim, "late")], now=NOON) == []
         assert claims.release(connection, [claim], now=NOON) == []
         assert JobStore(connection).get_by_id(job.id) == left
         assert connection.scalar(sa.select(sa.func.count()).select_from(assets)) == 0
@@ -402,7 +396,7 @@ def test_a_claim_by_hand_outdates_a_claim_that_was_taken_back(engine: sa.Engine,
         mine = JobStore(connection).transition(job.id, expect="queued", status="running")
     assert mine.fence == 2
     with engine.begin() as connection:
-        assert claims.finish(connection, [claims.Completion(claim, error="late")], now=NOON) == []
+        assert claims.finish(connection, [claims.failed(claim, "late")], now=NOON) == []
         assert JobStore(connection).get_by_id(job.id) == mine
 
 
@@ -415,7 +409,7 @@ def test_a_change_made_between_the_look_and_the_write_is_seen(engine: sa.Engine,
         """A runner's next step: claim, or fail, which leaves the fence as it is."""
         with engine.begin() as other:
             if taken:
-                assert claims.finish(other, [claims.Completion(taken[0], error="no font")], now=NOON)
+                assert claims.finish(other, [claims.failed(taken[0], "no font")], now=NOON)
             else:
                 taken.extend(claims.claim(other, limit=1, worker_id="w", lease=60, now=NOON)[0])
 

@@ -13,6 +13,8 @@ from jobkit.errors import (
     AssetNotFound,
     AssetTooLarge,
     ConfigurationError,
+    Discard,
+    IdempotencyConflict,
     InvalidTransition,
     JobCancelled,
     JobkitError,
@@ -20,13 +22,16 @@ from jobkit.errors import (
     JobTimeout,
     LeaseLost,
     RenderInterrupted,
+    Retry,
     SchemaOutOfDate,
+    Snooze,
     UnknownJobType,
 )
 from jobkit.jobs import JobStore
 from jobkit.limits import MAX_GENERATED_ASSET_BYTES
 from jobkit.relay import Relay
 from jobkit.renderers import Renderers
+from jobkit.rescue import RescueReport
 from jobkit.runner import Runner
 from jobkit.sqlite import configure_sqlite
 from jobkit.tables import metadata
@@ -60,6 +65,8 @@ __all__ = [
     "AssetTooLarge",
     "ConfigurationError",
     "ContentJobStatus",
+    "Discard",
+    "IdempotencyConflict",
     "InvalidTransition",
     "Job",
     "JobCancelled",
@@ -76,8 +83,11 @@ __all__ = [
     "RenderInterrupted",
     "Rendered",
     "Renderers",
+    "RescueReport",
+    "Retry",
     "Runner",
     "SchemaOutOfDate",
+    "Snooze",
     "StoredObject",
     "UnknownJobType",
     "configure_sqlite",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import tempfile
+import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError
 from contextlib import closing
@@ -15,7 +16,7 @@ from jobkit.assets import AssetStore
 from jobkit.claims import Claim
 from jobkit.context import Registration, RenderContext
 from jobkit.drafts import Draft
-from jobkit.errors import AssetNotFound, LeaseLost
+from jobkit.errors import AssetNotFound, Discard, RenderInterrupted, Retry, Snooze
 from jobkit.ids import new_id
 from jobkit.payload import canonical
 from jobkit.text import describe
@@ -28,7 +29,7 @@ logger = logging.getLogger("jobkit")
 
 
 class Attempt:
-    """One run of a claimed job's renderer. Afterwards ``error`` says why it failed, or ``stored`` has its files."""
+    """One run of a claimed job's renderer. Afterwards ``failure`` says why it failed, or ``stored`` has its files."""
 
     def __init__(
         self,
@@ -41,7 +42,10 @@ class Attempt:
         run_coroutine: RunCoroutine,
     ) -> None:
         self.claim = claim
-        self.error: str | None = None
+        self.failure: BaseException | None = None
+        self.max_attempts = 1
+        # When the claim's lease was last known to have begun, on this machine's monotonic clock.
+        self.renewed = time.monotonic()
         self.stored: tuple[StoredObject, ...] = ()
         self._find = find
         self._assets = assets
@@ -64,21 +68,26 @@ class Attempt:
 
     def run(self) -> None:
         """Render in this thread. Raises nothing: whatever the renderer raises, ``SystemExit`` too, is this attempt's
-        ``error``.
+        ``failure``.
         """
         try:
             self.render()
         except BaseException as error:  # the thread belongs to the runner: not even SystemExit may end it
-            self.error = describe(error)
-            if not isinstance(error, LeaseLost):
-                logger.warning(
-                    "job %s (%r) failed: %s", self.claim.job_id, self.claim.job_type, self.error, exc_info=error
-                )
+            self.failure = error
+            self._log(error)
+
+    def _log(self, error: BaseException) -> None:
+        if isinstance(error, RenderInterrupted | Snooze | Retry | Discard):
+            logger.info("job %s (%r): %s", self.claim.job_id, self.claim.job_type, describe(error))
+        else:
+            message = "job %s (%r) failed: %s"
+            logger.warning(message, self.claim.job_id, self.claim.job_type, describe(error), exc_info=error)
 
     def render(self) -> None:
         """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk."""
         try:
             registration = self._find(self.claim.job_type)
+            self.max_attempts = registration.max_attempts
             self._context.input = registration.parse(self.claim.input)
             self._read(registration.renderer(self._context))
             if not self.drafts:
@@ -90,9 +99,14 @@ class Attempt:
         finally:
             self._context.clean()
 
-    def interrupt(self, reason: LeaseLost) -> None:
+    def interrupt(self, reason: RenderInterrupted) -> None:
         """Let ``ctx.check()`` raise ``reason`` from now on. Called from other threads."""
         self._context.interruption = reason
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the renderer was asked to stop."""
+        return self._context.interruption is not None
 
     def publish(self) -> None:
         """Store every file under its key; the spool files are gone afterwards, whatever happened."""

@@ -6,22 +6,30 @@ changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
 from jobkit._dialects import statements_for
-from jobkit._dialects.base import EventRow, Told
+from jobkit._dialects.base import Claimed, EventRow, RescueTerms, Terms, Told
 from jobkit.errors import AssetNotFound
 from jobkit.ids import new_id
-from jobkit.types import JobStatus, StoredObject
+from jobkit.types import JobStatus, StoredObject, Verdict
+
+Pick = Callable[[sa.Connection, Terms], list[Claimed]]
 
 # How long nothing sweeps a key whose object may still be on its way.
 INTENT_GRACE = 24 * 3600.0
+# How often a job may lose its worker before it is taken for what kills workers.
+MAX_RESCUES = 5
+
+DONE = Verdict(JobStatus.DONE)
+CANCELLED = Verdict(JobStatus.CANCELLED)
+RELEASED = Verdict(JobStatus.QUEUED, charged=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,35 +56,50 @@ class Intent:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """How a claimed job ends: done with the files that were published for it, or failed with a message."""
+    """How an attempt at a claimed job ends: done with the files that were published for it, or as the verdict says."""
 
     claim: Claim
     files: tuple[StoredObject, ...] = ()
-    error: str | None = None
+    verdict: Verdict = DONE
     asset_ids: tuple[UUID, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "asset_ids", tuple(new_id() for _ in self.files))
 
     @property
-    def status(self) -> JobStatus:
-        return JobStatus.DONE if self.error is None else JobStatus.FAILED
+    def type(self) -> str:
+        """The event that tells of it."""
+        if self.verdict.status is JobStatus.QUEUED and self.verdict.error is not None:
+            return "content_job.retrying"
+        return f"content_job.{self.verdict.status.value}"
 
     @property
     def payload(self) -> dict[str, Any]:
-        job_id = str(self.claim.job_id)
-        if self.error is None:
-            return {"jobId": job_id, "assetId": str(self.asset_ids[0])}
-        return {"jobId": job_id, "errorMessage": self.error}
+        told: dict[str, Any] = {"jobId": str(self.claim.job_id)}
+        if self.verdict.status is JobStatus.DONE:
+            told["assetId"] = str(self.asset_ids[0])
+        if self.type == "content_job.retrying":
+            told["attempt"] = self.claim.attempt
+        if self.verdict.error is not None:
+            told["errorMessage"] = self.verdict.error
+        if self.type == "content_job.retrying":
+            told["runAt"] = None if self.verdict.run_at is None else self.verdict.run_at.isoformat()
+        return told
+
+
+def failed(claim: Claim, message: str) -> Completion:
+    """The end of an attempt that is not repeated."""
+    return Completion(claim, verdict=Verdict(JobStatus.FAILED, error=message))
 
 
 def claim(
-    connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime
+    connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime, pick: Pick | None = None
 ) -> tuple[list[Claim], list[EventRow]]:
     """Take up to ``limit`` queued jobs: running, fence + 1, attempt + 1, leased for ``lease`` seconds; with their
-    events.
+    events. ``pick`` chooses which; without it those of any company.
     """
-    taken = statements_for(connection).claim(connection, limit=limit, worker_id=worker_id, lease=lease, now=now)
+    terms = Terms(limit, worker_id, lease, now)
+    taken = pick(connection, terms) if pick else statements_for(connection).claim(connection, terms=terms)
     claims = [Claim(t.job_id, t.company_id, t.job_type, t.input, t.source_task_id, t.fence, t.attempt) for t in taken]
     events = [
         EventRow(t.event_id, 0, t.seq, t.company_id, "content_job.running", t.job_id, now, {"jobId": str(t.job_id)})
@@ -92,12 +115,19 @@ def record_intents(connection: sa.Connection, intents: Sequence[Intent]) -> None
 
 
 def finish(connection: sa.Connection, completions: Sequence[Completion], *, now: datetime) -> list[EventRow]:
-    """End jobs: their asset rows, their status and their event, their intents gone; nothing of those whose claim was
-    lost.
+    """End attempts: asset rows, status, event, intents gone; nothing of those whose claim was lost.
 
-    Returns the events of the jobs that ended. ``AssetNotFound`` when the sweep took an object first: the caller must
-    then roll back, and the files of that job are lost.
+    A job that would go back into the queue and was asked to stop is cancelled instead. Returns the events of the jobs
+    that ended. ``AssetNotFound`` when the sweep took an object first: the caller must then roll back, and the files of
+    that job are lost.
     """
+    events = _finish(connection, completions, now)
+    ended = {event.job_id for event in events}
+    asked = [c for c in completions if c.verdict.status is JobStatus.QUEUED and c.claim.job_id not in ended]
+    return events + (_finish(connection, [Completion(c.claim, verdict=CANCELLED) for c in asked], now) if asked else [])
+
+
+def _finish(connection: sa.Connection, completions: Sequence[Completion], now: datetime) -> list[EventRow]:
     told, gone = statements_for(connection).finish(
         connection, [_job(c) for c in completions], [row for c in completions for row in _files(c)], now=now
     )
@@ -110,25 +140,45 @@ def finish(connection: sa.Connection, completions: Sequence[Completion], *, now:
 
 def release(connection: sa.Connection, claims: Sequence[Claim], *, now: datetime) -> list[EventRow]:
     """Put claimed jobs back into the queue, the attempt not charged; nothing happens to those whose claim was lost."""
-    told = statements_for(connection).release(
-        connection, [{"job": c.job_id.hex, "fence": c.fence} for c in claims], now=now
-    )
-    company = {c.job_id: c.company_id for c in claims}
-    return [
-        EventRow(t.event_id, 0, t.seq, company[t.job_id], "content_job.queued", t.job_id, now, {"jobId": str(t.job_id)})
-        for t in told
-    ]
+    return finish(connection, [Completion(claim, verdict=RELEASED) for claim in claims], now=now)
+
+
+def renew(connection: sa.Connection, claims: Sequence[Claim], *, lease: float) -> dict[UUID, bool]:
+    """Prolong the claims that still hold; which those are, and whether the job was asked to stop."""
+    return dict(statements_for(connection).renew(connection, _tokens(claims), lease=lease))
+
+
+def look(connection: sa.Connection, claims: Sequence[Claim]) -> dict[UUID, bool]:
+    """As ``renew``, and writes nothing."""
+    return dict(statements_for(connection).look(connection, _tokens(claims)))
+
+
+def rescue(connection: sa.Connection, *, limit: int, now: datetime) -> list[EventRow]:
+    """Take up to ``limit`` jobs from workers whose lease is over: queued again, the attempt not charged; cancelled when
+    asked to stop; failed when that happened ``MAX_RESCUES`` times before. Returns their events.
+    """
+    stopped = f"its worker was lost {MAX_RESCUES + 1} times in a row; perhaps this job is what kills it"
+    terms = RescueTerms(limit, MAX_RESCUES, "the worker was lost", stopped, now)
+    return statements_for(connection).rescue(connection, terms=terms)
+
+
+def _tokens(claims: Sequence[Claim]) -> list[dict[str, Any]]:
+    return [{"job": claim.job_id.hex, "fence": claim.fence} for claim in claims]
 
 
 def _job(completion: Completion) -> dict[str, Any]:
+    verdict = completion.verdict
     return {
         "job": completion.claim.job_id.hex,
         "fence": completion.claim.fence,
-        "status": completion.status.value,
+        "status": verdict.status.value,
         "asset": completion.asset_ids[0].hex if completion.asset_ids else None,
-        "error": completion.error,
-        "type": f"content_job.{completion.status.value}",
+        "error": verdict.error,
+        "type": completion.type,
         "payload": completion.payload,
+        # Of one width, and in the zone of SQLite's texts, which are this less the zone.
+        "run_at": verdict.run_at and verdict.run_at.astimezone(UTC).isoformat(" ", "microseconds"),
+        "refund": int(not verdict.charged),
     }
 
 
@@ -153,5 +203,5 @@ def _files(completion: Completion) -> list[dict[str, Any]]:
 
 
 def _event(completion: Completion, told: Told, now: datetime) -> EventRow:
-    kind = f"content_job.{completion.status.value}"
-    return EventRow(told.event_id, 0, told.seq, completion.claim.company_id, kind, told.job_id, now, completion.payload)
+    claim = completion.claim
+    return EventRow(told.event_id, 0, told.seq, claim.company_id, completion.type, told.job_id, now, completion.payload)

@@ -109,6 +109,7 @@ class Registration:
 
     renderer: Renderer
     input: Any = None
+    max_attempts: int = 1
 
     def parse(self, value: dict[str, Any]) -> Any:
         """``value`` as the renderer's input model has it. Whatever the model raises fails the job."""

@@ -9,6 +9,7 @@
     ├── AssetNotFound (LookupError)
     ├── UnknownJobType (LookupError)
     ├── InvalidTransition
+    ├── IdempotencyConflict
     └── AssetError
         ├── AssetTooLarge
         ├── AssetEmpty
@@ -18,13 +19,17 @@
     ├── JobCancelled
     ├── JobTimeout
     └── LeaseLost
+    Retry, Snooze, Discard (Exception), raised by renderers
 
 Bad arguments are Python's own ``ValueError`` and ``TypeError``, and name the field.
 """
 
 from __future__ import annotations
 
+from datetime import timedelta
 from uuid import UUID
+
+from jobkit.clock import seconds
 
 
 class JobkitError(Exception):
@@ -62,6 +67,13 @@ class InvalidTransition(JobkitError):
 
     def __init__(self, job_id: UUID, status: str, wanted: str) -> None:
         super().__init__(f"job {job_id} is {str(status)!r}: {wanted}")
+
+
+class IdempotencyConflict(JobkitError):
+    """A job with this idempotency key exists, and its input is another."""
+
+    def __init__(self, job_id: UUID, key: str) -> None:
+        super().__init__(f"job {job_id} has the idempotency key {key!r:.80} and another input")
 
 
 class AssetError(JobkitError):
@@ -104,3 +116,26 @@ class JobTimeout(RenderInterrupted):
 
 class LeaseLost(RenderInterrupted):
     """The claim is no longer this runner's: whatever the renderer still does changes nothing."""
+
+
+class Retry(Exception):
+    """Raised by a renderer: this attempt failed, try again ``after`` seconds or a timedelta, if attempts are left."""
+
+    def __init__(self, after: timedelta | float | None = None, reason: str = "") -> None:
+        super().__init__(reason or "the renderer asked for another attempt")
+        self.seconds = None if after is None else seconds(after, "after", positive=False)
+
+
+class Snooze(Exception):
+    """Raised by a renderer: not yet; run again in ``for_`` seconds or a timedelta. The attempt is not charged."""
+
+    def __init__(self, for_: timedelta | float) -> None:
+        super().__init__("the renderer asked to run later")
+        self.seconds = seconds(for_, "for_", positive=False)
+
+
+class Discard(Exception):
+    """Raised by a renderer: fail for good with this ``reason``, whatever attempts are left."""
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason or "the renderer discarded the job")

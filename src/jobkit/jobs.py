@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import datetime
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -15,9 +14,10 @@ import sqlalchemy as sa
 from jobkit import outbox
 from jobkit._dialects import statements_for
 from jobkit.clock import Clock, aware, utcnow
-from jobkit.errors import ConfigurationError, InvalidTransition, JobNotFound
-from jobkit.ids import new_id, parse_id
-from jobkit.payload import MAX_INPUT_BYTES, canonical
+from jobkit.errors import ConfigurationError, IdempotencyConflict, InvalidTransition, JobNotFound
+from jobkit.ids import parse_id
+from jobkit.payload import MAX_INPUT_BYTES
+from jobkit.requests import Draft, checked, checked_many, chunks
 from jobkit.sqlite import require_configured
 from jobkit.tables import content_jobs
 from jobkit.text import company, sanitise, storable
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
     Host = Session | scoped_session[Session] | sa.Connection
-
-# How much one statement of ``create_many`` carries: enough that round trips do not count, little enough for memory.
-MAX_CHUNK_JOBS = 5_000
-MAX_CHUNK_CHARACTERS = 8 << 20
 
 _PATCHABLE = frozenset({"status", "result_asset_id", "error_message", "source_task_id", "started_at", "finished_at"})
 _c = content_jobs.c
@@ -59,58 +55,64 @@ class JobStore:
         job_type: str,
         input: dict[str, Any] | None = None,
         source_task_id: str | None = None,
+        run_at: datetime | None = None,
+        priority: int = 0,
+        idempotency_key: str | None = None,
     ) -> Job:
         """Insert a queued job and its ``content_job.queued`` event; both go with the transaction, savepoints included.
 
+        ``run_at``: not before this time. ``priority``: higher first, within the company. ``idempotency_key``: unique
+        for the company and job type as long as the row exists; a repeat gets the same job back, whatever its status,
+        with no second event, and ``IdempotencyConflict`` when its input is another.
+
         ``input`` is copied. ``ValueError`` naming the field, with nothing written, for: a blank or missing company, a
         blank job type, an input that is not a JSON object both databases can store (see ``jobkit.payload``), text
-        with NUL or lone surrogates. ``ConfigurationError`` for a connection in AUTOCOMMIT, and for an SQLite engine
-        without ``configure_sqlite``.
+        with NUL or lone surrogates, a naive ``run_at``. ``ConfigurationError`` for a connection in AUTOCOMMIT, and for
+        an SQLite engine without ``configure_sqlite``.
         """
-        return self.insert(company_id, job_type=job_type, input=input, source_task_id=source_task_id)[0]
+        request = JobRequest(job_type, input, source_task_id, run_at, priority, idempotency_key)
+        return self.insert(company_id, request)[0]
 
-    def insert(
-        self, company_id: object, *, job_type: str, input: dict[str, Any] | None, source_task_id: str | None
-    ) -> tuple[Job, int]:
-        """``create``, with the id of the event it appended."""
+    def insert(self, company_id: object, request: JobRequest) -> tuple[Job, int | None]:
+        """``create``, with the id of the event it appended: None when the job was there already."""
         owner = company(company_id)
-        text, copy = self._checked_request(job_type, input, source_task_id)
-        connection = self._writable()
-        job_id, now = new_id(), self._clock()
-        values = {
-            "id": job_id,
-            "company_id": owner,
-            "job_type": job_type,
-            "input": text,
-            "source_task_id": source_task_id,
-            "payload": json.dumps({"jobId": str(job_id)}),
-            "now": now,
-        }
-        event_id = statements_for(connection).insert_job(connection, values, notify=self._notify)
-        job = _queued(job_id=job_id, owner=owner, job_type=job_type, input=copy, source_task_id=source_task_id, now=now)
-        return job, event_id
+        draft = checked(request, self._max_input_bytes)
+        return self._insert(self._writable(), owner, draft)
 
     def create_many(self, company_id: object, requests: Iterable[JobRequest]) -> list[Job]:
         """Insert many queued jobs of one company, each with its event; return them in the order of ``requests``.
 
         All of them or none: every request is checked before the first is written, and a ``ValueError`` says which one
-        and which field. One statement for some thousands of jobs: far faster than ``create`` in a loop.
+        and which field. One statement for some thousands of jobs: far faster than ``create`` in a loop. Requests with
+        an ``idempotency_key`` are inserted one by one.
         """
         owner = company(company_id)
-        drafts = [self._checked_draft(position, request) for position, request in enumerate(requests)]
+        drafts = checked_many(requests, self._max_input_bytes)
         connection = self._writable()
+        keyed = [draft for draft in drafts if draft.key is not None]
+        together = list(chunks(draft for draft in drafts if draft.key is None))
         now = self._clock()
-        chunks = list(_chunks(drafts))
-        # A host may catch the error of a later chunk and commit; the savepoint takes the earlier ones back.
-        with connection.begin_nested() if len(chunks) > 1 else nullcontext():
-            for chunk in chunks:
-                statements_for(connection).insert_jobs(
-                    connection, owner, f"[{','.join(chunk)}]", now=now, notify=self._notify
-                )
-        return [
-            _queued(job_id=d.job_id, owner=owner, job_type=d.job_type, input=d.input, source_task_id=d.task, now=now)
-            for d in drafts
-        ]
+        # A host may catch the error of a later statement and commit; the savepoint takes the earlier ones back.
+        with connection.begin_nested() if len(together) + len(keyed) > 1 else nullcontext():
+            for chunk in together:
+                statements_for(connection).insert_jobs(connection, owner, chunk, now=now, notify=self._notify)
+            known = {draft.job_id: self._insert(connection, owner, draft)[0] for draft in keyed}
+        return [known.get(draft.job_id) or draft.job(owner, now) for draft in drafts]
+
+    def _insert(self, connection: sa.Connection, owner: str, draft: Draft) -> tuple[Job, int | None]:
+        now = self._clock()
+        while True:
+            event_id = statements_for(connection).insert_job(connection, draft.values(owner, now), notify=self._notify)
+            if event_id is not None:
+                return draft.job(owner, now), event_id
+            same_key = (_c.company_id == owner, _c.job_type == draft.job_type, _c.idempotency_key == draft.key)
+            row = connection.execute(sa.select(content_jobs).where(*same_key)).one_or_none()
+            if row is None:  # it was deleted just now
+                continue
+            job = job_of(row)
+            if job.input != draft.input:
+                raise IdempotencyConflict(job.id, draft.key or "")
+            return job, None
 
     def get_by_id(self, job_id: UUID | str, *, company_id: object = None) -> Job | None:
         """The job, or None: unknown, malformed, or another company's when ``company_id`` is given."""
@@ -175,6 +177,54 @@ class JobStore:
             if changed is not None:
                 return changed
 
+    def cancel(self, job_id: UUID | str, *, company_id: object = None) -> Job:
+        """Stop a job; return it as it then is. A cancelled job is returned as it is.
+
+        A queued job is cancelled at once, with its event. A running one is asked to stop: ``cancel_requested_at`` is
+        set, its renderer's next ``ctx.check()`` raises ``JobCancelled``, and it may still finish first.
+        ``JobNotFound``, also for another company's; ``InvalidTransition`` when the job is done or failed.
+        """
+        return self._settle(job_id, company_id, self._cancel)
+
+    def retry(self, job_id: UUID | str, *, company_id: object = None) -> Job:
+        """Put a failed or cancelled job back into the queue, as new, and append ``content_job.queued``.
+
+        Clears ``error_message``, ``result_asset_id``, ``started_at``, ``finished_at``, ``attempt``, ``rescues`` and
+        ``run_at``; ``fence`` and ``event_seq`` go on. ``JobNotFound``; ``InvalidTransition`` for any other status.
+        """
+        return self._settle(job_id, company_id, self._retry)
+
+    def _settle(
+        self, job_id: UUID | str, company_id: object, change: Callable[[sa.Connection, Job], Job | None]
+    ) -> Job:
+        """Change a job by compare and set, looking again as long as others change it first."""
+        connection = self._writable()
+        while True:
+            job = self.get_by_id(job_id, company_id=company_id)
+            if job is None:
+                raise JobNotFound(job_id)
+            changed = change(connection, job)
+            if changed is not None:
+                return changed
+
+    def _cancel(self, connection: sa.Connection, job: Job) -> Job | None:
+        now = self._clock()
+        if job.status is JobStatus.RUNNING:
+            return self._set(connection, job, {"cancel_requested_at": job.cancel_requested_at or now})
+        if job.status is JobStatus.QUEUED:
+            return self._set(connection, job, {"status": JobStatus.CANCELLED, "finished_at": now})
+        if job.status is JobStatus.CANCELLED:
+            return job
+        raise InvalidTransition(job.id, job.status, "only a queued or running job can be cancelled")
+
+    def _retry(self, connection: sa.Connection, job: Job) -> Job | None:
+        if job.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
+            raise InvalidTransition(job.id, job.status, "only a failed or cancelled job can be retried")
+        cleared = dict.fromkeys(
+            ("error_message", "result_asset_id", "started_at", "finished_at", "run_at", "progress", "progress_message")
+        )
+        return self._set(connection, job, {**cleared, "status": JobStatus.QUEUED, "attempt": 0, "rescues": 0})
+
     def _move(
         self, connection: sa.Connection, job: Job, values: dict[str, Any], expected: frozenset[JobStatus] | None
     ) -> Job | None:
@@ -183,11 +233,17 @@ class JobStore:
             raise InvalidTransition(job.id, job.status, f"expected {', '.join(sorted(expected)) or 'nothing'}")
         if status != job.status and job.status.terminal and expected is None:
             raise InvalidTransition(job.id, job.status, f"name it in expect= to make it {status.value!r}")
-        now = self._clock()
+        return self._set(connection, job, values)
+
+    def _set(self, connection: sa.Connection, job: Job, values: dict[str, Any]) -> Job | None:
+        """Write ``values`` if the job's status and fence are still those of ``job``; with a new status, its event."""
+        status: JobStatus = values.get("status", job.status)
         update = content_jobs.update().where(_c.id == job.id, _c.status == job.status.value, _c.fence == job.fence)
-        update = update.values({**values, "status": status.value, "updated_at": now})
+        update = update.values({**values, "status": status.value, "updated_at": self._clock()})
         if status != job.status:
-            update = update.values(event_seq=_c.event_seq + 1, lease_until=None, worker_id=None)
+            update = update.values(
+                event_seq=_c.event_seq + 1, lease_until=None, worker_id=None, cancel_requested_at=None
+            )
             if status is JobStatus.RUNNING:
                 update = update.values(fence=_c.fence + 1)
         row = connection.execute(update.returning(content_jobs)).one_or_none()
@@ -197,24 +253,6 @@ class JobStore:
         if status != job.status:
             outbox.append(connection, changed)
         return changed
-
-    def _checked_request(
-        self, job_type: str, input: dict[str, Any] | None, source_task_id: str | None
-    ) -> tuple[str, dict[str, Any]]:
-        """The input as JSON text and as a copy; ``ValueError`` naming the field that cannot be stored."""
-        storable(job_type, "job_type", limit=255)
-        if source_task_id is not None:
-            storable(source_task_id, "source_task_id", blank=True)
-        return canonical({} if input is None else input, max_bytes=self._max_input_bytes)
-
-    def _checked_draft(self, position: int, request: JobRequest) -> _Draft:
-        if not isinstance(request, JobRequest):
-            raise TypeError(f"requests[{position}] must be a JobRequest, not {type(request).__name__}")
-        try:
-            text, copy = self._checked_request(request.job_type, request.input, request.source_task_id)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"requests[{position}]: {error}") from None
-        return _Draft(new_id(), request.job_type, copy, request.source_task_id, text)
 
     def _connection(self) -> sa.Connection:
         return connection_of(self._session)
@@ -229,36 +267,6 @@ class JobStore:
                 'use a connection without isolation_level="AUTOCOMMIT"'
             )
         return connection
-
-
-class _Draft(NamedTuple):
-    """A checked request, with the id it gets."""
-
-    job_id: UUID
-    job_type: str
-    input: dict[str, Any]
-    task: str | None
-    input_text: str
-
-    def document(self) -> str:
-        """The job as ``Statements.insert_jobs`` reads it; its input is JSON text already."""
-        rest = json.dumps({"id": str(self.job_id), "type": self.job_type, "task": self.task})
-        return f'{rest[:-1]},"input":{self.input_text}}}'
-
-
-def _chunks(drafts: list[_Draft]) -> Iterator[list[str]]:
-    """The drafts as JSON, in pieces that a statement can carry."""
-    chunk: list[str] = []
-    size = 0
-    for draft in drafts:
-        document = draft.document()
-        if chunk and (len(chunk) == MAX_CHUNK_JOBS or size + len(document) > MAX_CHUNK_CHARACTERS):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(document)
-        size += len(document)
-    if chunk:
-        yield chunk
 
 
 def connection_of(session: Host) -> sa.Connection:
@@ -286,38 +294,6 @@ def page_size(limit: int | None) -> int | None:
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise ValueError(f"limit must be a count, not {limit!r}")
     return min(limit, (1 << 63) - 1)
-
-
-def _queued(
-    *, job_id: UUID, owner: str, job_type: str, input: dict[str, Any], source_task_id: str | None, now: datetime
-) -> Job:
-    return Job(
-        id=job_id,
-        company_id=owner,
-        job_type=job_type,
-        status=JobStatus.QUEUED,
-        input=input,
-        result_asset_id=None,
-        error_message=None,
-        source_task_id=source_task_id,
-        started_at=None,
-        finished_at=None,
-        created_at=now,
-        updated_at=now,
-        fence=0,
-        attempt=0,
-        rescues=0,
-        lease_until=None,
-        worker_id=None,
-        run_at=None,
-        priority=0,
-        idempotency_key=None,
-        cancel_requested_at=None,
-        progress=None,
-        progress_message=None,
-        event_seq=1,
-        trace=None,
-    )
 
 
 def _position(job: Job) -> list[Any]:

@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import BinaryIO, Protocol
 from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit import claims
+from jobkit import claims, policy
 from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow
 from jobkit.assets import AssetStore
@@ -29,8 +30,10 @@ from jobkit.clock import Clock, pause_after
 from jobkit.errors import AssetNotFound, LeaseLost
 from jobkit.pools import LoopThread, Task
 from jobkit.renderers import Renderers
+from jobkit.rotation import Rotation
 from jobkit.tables import content_jobs
 from jobkit.text import describe
+from jobkit.types import JobStatus
 
 logger = logging.getLogger("jobkit")
 
@@ -44,6 +47,10 @@ FULL_PAUSE = 5.0
 # can be shared without their spool files filling the disk.
 BACKLOG = 16
 TAKEN = "job %s was taken from this runner; its result is dropped"
+
+
+# Events of jobs that will run again.
+BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
 
 
 class Pool(Protocol):
@@ -89,8 +96,9 @@ class Pipeline:
         self._concurrency, self._lease, self._poll_interval = concurrency, lease, poll_interval
         self._worker_id, self._clock, self._on_commit = worker_id, clock, on_commit
         self._statements = statements_for(engine)
+        self._rotation = Rotation(engine)
         self._loop = LoopThread()
-        self._reading = threading.Lock()
+        self.reading = threading.Lock()
         self._connection: sa.Connection | None = None
         self._inbox: SimpleQueue[Attempt | Completion | None] = SimpleQueue()
         self._turn = Turn()
@@ -105,17 +113,27 @@ class Pipeline:
         self._asked = self._answered = 0
         self._over = False
         self.ended = 0
+        #: Ends of attempts that the database did not take, because the claim was lost.
+        self.rejected = 0
 
-    def wake(self) -> int:
-        """Look for jobs now rather than at the next poll; return a number for ``wait_idle``. From any thread."""
+    def wake(self) -> None:
+        """Look for jobs now rather than at the next poll. From any thread."""
+        self._inbox.put(None)
+
+    def ask(self) -> int:
+        """As ``wake``, for every kind of job; return a number for ``wait_idle``."""
         with self._asking:
             self._asked += 1
             asked = self._asked
         self._inbox.put(None)
         return asked
 
+    def attempts(self) -> list[Attempt]:
+        """The attempts in flight. From any thread."""
+        return list(self._attempts.values())
+
     def wait_idle(self, asked: int, timeout: float | None) -> bool:
-        """Wait until a look for jobs that began after that ``wake`` found none and none is in flight, or until ``run``
+        """Wait until a look for jobs that began after that ``ask`` found none and none is in flight, or until ``run``
         has returned; False at the timeout.
         """
         with self._asking:
@@ -197,10 +215,22 @@ class Pipeline:
             self._turn.ends.append(message)
         else:
             self._rendering.discard(message)
-            if message.error is None:
+            if message.failure is None:
                 self._turn.rendered.append(message)
             else:
-                self._turn.ends.append(Completion(message.claim, error=message.error))
+                self._turn.ends.append(self._failed(message, message.failure))
+
+    def _failed(self, attempt: Attempt, failure: BaseException) -> Completion:
+        claim = attempt.claim
+        verdict = policy.verdict(
+            failure,
+            describe(failure),
+            attempt=claim.attempt,
+            max_attempts=attempt.max_attempts,
+            interrupted=attempt.interrupted,
+            now=self._clock(),
+        )
+        return Completion(claim, verdict=verdict)
 
     def _free(self) -> int:
         if self._stopping:
@@ -265,14 +295,19 @@ class Pipeline:
                 events += claims.release(connection, self._unknown(connection), now=now)
             if turn.limit:
                 taken, running = claims.claim(
-                    connection, limit=turn.limit, worker_id=self._worker_id, lease=self._lease, now=now
+                    connection,
+                    limit=turn.limit,
+                    worker_id=self._worker_id,
+                    lease=self._lease,
+                    now=now,
+                    pick=partial(self._rotation.claim, thorough=turn.asked > self._answered),
                 )
                 events += running
         return events, taken
 
     def _queued(self, connection: sa.Connection) -> bool:
         with connection.begin():
-            return self._statements.has_queued(connection)
+            return self._statements.has_queued(connection, now=self._clock())
 
     def _unknown(self, connection: sa.Connection) -> list[Claim]:
         """What is claimed in this runner's name and not in its books."""
@@ -290,12 +325,14 @@ class Pipeline:
         """What follows a commit: signals, then the work that the commit allows."""
         if events:
             self._on_commit(events)
-        ended = {event.job_id for event in events if event.type != "content_job.running"}
+        told = {event.job_id: event.type for event in events if event.type != "content_job.running"}
         for completion in turn.ends:
-            self._attempts.pop(completion.claim.job_id, None)
-            self.ended += completion.claim.job_id in ended
-            if completion.claim.job_id not in ended:
-                logger.warning(TAKEN, completion.claim.job_id)
+            job_id = completion.claim.job_id
+            self._attempts.pop(job_id, None)
+            self.ended += told.get(job_id, BACK_IN_QUEUE[0]) not in BACK_IN_QUEUE
+            if job_id not in told:
+                self.rejected += 1
+                logger.warning(TAKEN, job_id)
         for attempt in turn.rendered:
             self._publishers.submit(lambda attempt=attempt: self._publish(attempt))  # type: ignore[misc]
         for claim in taken:
@@ -305,7 +342,7 @@ class Pipeline:
 
     def _polled(self, turn: Turn, *, found: int) -> None:
         now = time.monotonic()
-        self._hungry = found == turn.limit
+        self._hungry = self._rotation.waiting
         if found:
             self._active_until = now + ACTIVE_FOR
         elif not self._attempts:
@@ -335,11 +372,11 @@ class Pipeline:
         logger.error("job %s could not be finished: %s", claim.job_id, describe(error), exc_info=error)
         if part.rendered:
             part.rendered[0].discard()
-        elif part.ends[0].error is not None:
+        elif part.ends[0].verdict.status is not JobStatus.DONE:
             self._attempts.pop(claim.job_id, None)  # not even its failure can be written: its lease will run out
             return
         message = describe(getattr(error, "orig", None) or error)
-        self._take(Turn(ends=[Completion(claim, error=f"the result could not be recorded: {message}")]))
+        self._take(Turn(ends=[claims.failed(claim, f"the result could not be recorded: {message}")]))
 
     def _pause(self, turn: Turn, error: Exception) -> None:
         """Keep the work, log once, and come back after a while."""
@@ -392,13 +429,13 @@ class Pipeline:
             attempt.publish()
         except BaseException as error:  # storages run event loops, whose CancelledError is no Exception
             logger.warning("job %s: its files could not be stored", attempt.claim.job_id, exc_info=error)
-            self._inbox.put(Completion(attempt.claim, error=describe(error)))
+            self._inbox.put(self._failed(attempt, error))
         else:
             self._inbox.put(Completion(attempt.claim, files=attempt.stored))
 
     def _open_asset(self, company_id: str, asset_id: UUID | str) -> BinaryIO:
         # One at a time: renderers of any number use one connection.
-        with self._reading, self._engine.connect() as connection:
+        with self.reading, self._engine.connect() as connection:
             asset = self._assets.get_by_id(connection, asset_id, company_id=company_id)
         if asset is None:
             raise AssetNotFound(f"no asset {asset_id}")

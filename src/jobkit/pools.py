@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import threading
 from collections.abc import Callable, Coroutine
 from queue import SimpleQueue
 from typing import Any
+
+from jobkit.clock import pause_after
+from jobkit.text import describe
 
 Task = Callable[[], None]
 
@@ -73,6 +77,42 @@ class InlinePool:
 
     def close(self) -> None:
         pass
+
+
+class Periodic:
+    """A daemon thread that does ``task`` every ``interval`` seconds, from now on until stopped.
+
+    The pauses vary by a tenth, so that many processes do not act in step. A task that raises is logged once in a row
+    and tried again after a growing pause. ``after`` is called on the thread when it ends.
+    """
+
+    def __init__(self, name: str, interval: float, task: Task, after: Task = lambda: None) -> None:
+        self._name, self._interval, self._task, self._after = name, interval, task, after
+        self._stopped = threading.Event()
+        self._failures = 0
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+
+    def stop(self) -> None:
+        """Let the thread end. Waits for nothing."""
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._pause()):
+            try:
+                self._task()
+                self._failures = 0
+            except Exception as error:
+                self._failures += 1
+                if self._failures == 1:
+                    logger.error("%s failed and is tried again: %s", self._name, describe(error))
+        self._after()
+
+    def _pause(self) -> float:
+        if self._failures:
+            return min(self._interval, pause_after(self._failures))
+        return self._interval * random.uniform(0.9, 1.1)
 
 
 class LoopThread:

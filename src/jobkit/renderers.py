@@ -30,19 +30,23 @@ class Renderers:
         self._default = None if default is None else Registration(_checked(default))
         self._by_type: dict[str, Registration] = {}
 
-    def register(self, job_type: str, *, input: Any = None) -> Callable[[R], R]:
+    def register(self, job_type: str, *, max_attempts: int = 1, input: Any = None) -> Callable[[R], R]:
         """A decorator that makes a function, plain or ``async``, the renderer of ``job_type``; the function stays as it
         is.
 
-        ``input``: a pydantic model, msgspec struct, dataclass or callable that turns the job's input into
-        ``ctx.input``. ``ValueError`` when the type is blank or taken.
+        ``max_attempts``: how often it may run before its error fails the job; the pauses between grow exponentially
+        from five seconds to an hour. A worker that is lost does not count. ``input``: a pydantic model, msgspec struct,
+        dataclass or callable that turns the job's input into ``ctx.input``. ``ValueError`` when the type is blank or
+        taken.
         """
         storable(job_type, "job_type", limit=255)
+        if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
+            raise ValueError(f"max_attempts must be a count above zero, not {max_attempts!r}")
 
         def keep(renderer: R) -> R:
             if job_type in self._by_type:
                 raise ValueError(f"job_type {job_type!r} has a renderer already")
-            self._by_type[job_type] = Registration(_checked(renderer), input)
+            self._by_type[job_type] = Registration(_checked(renderer), input, max_attempts)
             return renderer
 
         return keep

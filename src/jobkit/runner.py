@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,12 +23,14 @@ from jobkit.errors import ConfigurationError
 from jobkit.feed import Feed
 from jobkit.ids import new_id
 from jobkit.jobs import JobStore
+from jobkit.leases import LeaseKeeper
 from jobkit.pipeline import Pipeline
 from jobkit.pools import DaemonPool, InlinePool
 from jobkit.renderers import Renderers
+from jobkit.rescue import Rescuer, RescueReport, rescue
 from jobkit.schema import require_schema
 from jobkit.sqlite import is_memory, writing_in_this_thread
-from jobkit.types import Job
+from jobkit.types import Job, JobRequest
 
 logger = logging.getLogger("jobkit")
 
@@ -82,6 +84,9 @@ class Runner:
         job_type: str,
         input: dict[str, Any] | None = None,
         source_task_id: str | None = None,
+        run_at: datetime | None = None,
+        priority: int = 0,
+        idempotency_key: str | None = None,
     ) -> Job:
         """Create a job in a transaction of its own, commit, signal ``content_job.queued``, dispatch; return the job as
         created.
@@ -94,22 +99,26 @@ class Runner:
                 "submit would wait for this thread's own SQLite transaction, which has written: use "
                 "JobStore(session).create in it, then dispatch after the commit"
             )
+        request = JobRequest(job_type, input, source_task_id, run_at, priority, idempotency_key)
         position = Position(0, 0)
         with self.engine.begin() as connection:
             if relay.running_feed(self.engine) is None and signals.any_receivers():
                 position = statements_for(connection).start(connection).position
             store = JobStore(connection, clock=self._clock)
-            job, event_id = store.insert(company_id, job_type=job_type, input=input, source_task_id=source_task_id)
-        row = EventRow(
-            event_id, 0, 1, job.company_id, "content_job.queued", job.id, job.created_at, {"jobId": str(job.id)}
-        )
+            job, event_id = store.insert(company_id, request)
+        if event_id is not None:
+            self._tell_queued(job, event_id, position)
+        self.dispatch(job)
+        return job
+
+    def _tell_queued(self, job: Job, event_id: int, position: Position) -> None:
+        payload = {"jobId": str(job.id)}
+        row = EventRow(event_id, 0, 1, job.company_id, "content_job.queued", job.id, job.created_at, payload)
         feed = relay.running_feed(self.engine)  # one that began before the commit may have seen the event already
         if feed is not None and feed.offer([row]):
             feed.flush(DELIVERY_WAIT)
         else:
             relay.deliver_here(self.engine, [row], position)
-        self.dispatch(job)
-        return job
 
     def dispatch(self, job: Job) -> None:
         """Ask for ``job`` to be rendered soon. Returns at once, never raises, no I/O in this thread.
@@ -133,7 +142,7 @@ class Runner:
             if self._pipeline is None:
                 feed = relay.acquire(self.engine)
                 self._pipeline = self._new_pipeline(feed)
-                self._spawn(self._pipeline)
+                self._spawn(self._pipeline, feed)
         return self
 
     def stop(self, timeout: timedelta | float = 30.0) -> None:
@@ -184,8 +193,9 @@ class Runner:
         feed = relay.acquire(self.engine)
         try:
             with feed.catching_up():
+                rescue(self.engine, clock=self._clock, on_commit=feed.offer)
                 pipeline = self._new_pipeline(feed)
-                self._spawn(pipeline)
+                self._spawn(pipeline, feed)
                 try:
                     return _until_idle(pipeline, feed, limit)
                 finally:
@@ -193,11 +203,26 @@ class Runner:
         finally:
             relay.release(self.engine, DELIVERY_WAIT)
 
+    def rescue(self) -> RescueReport:
+        """Take the jobs of lost workers, whose leases are over, back into the queue; blocks on the database.
+
+        A started runner does so every second by itself. The attempt is not charged; a job that lost its worker six
+        times in a row has failed instead, and one that was asked to stop is cancelled.
+        """
+        feed = relay.acquire(self.engine)
+        try:
+            report = rescue(self.engine, clock=self._clock, on_commit=feed.offer)
+        finally:
+            relay.release(self.engine, DELIVERY_WAIT)
+        if report.queued and self._pipeline is not None:
+            self._pipeline.wake()
+        return report
+
     def _run_here(self) -> int:
         """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""
         require_schema(self.engine)
         pipeline = self._new_pipeline(None)
-        pipeline.wake()
+        pipeline.ask()
         pipeline.run(until_idle=True)
         return pipeline.ended
 
@@ -228,8 +253,26 @@ class Runner:
             ]
         relay.deliver_here(self.engine, [*queued, *rows], start.position)
 
-    def _spawn(self, pipeline: Pipeline) -> None:
-        threading.Thread(target=pipeline.run, name="jobkit-runner", daemon=True).start()
+    def _spawn(self, pipeline: Pipeline, feed: Feed) -> None:
+        threading.Thread(target=self._work, args=(pipeline, feed), name="jobkit-runner", daemon=True).start()
+
+    def _work(self, pipeline: Pipeline, feed: Feed) -> None:
+        keeper = LeaseKeeper(self.engine, self._lease, pipeline.attempts)
+        rescuer = Rescuer(
+            self.engine,
+            lease=self._lease,
+            clock=self._clock,
+            turn=pipeline.reading,
+            on_commit=feed.offer,
+            wake=pipeline.wake,
+        )
+        keeper.start()
+        rescuer.start()
+        try:
+            pipeline.run()
+        finally:
+            keeper.stop()
+            rescuer.stop()
 
 
 def _until_idle(pipeline: Pipeline, feed: Feed, timeout: float | None) -> int:
@@ -238,7 +281,7 @@ def _until_idle(pipeline: Pipeline, feed: Feed, timeout: float | None) -> int:
     before = pipeline.ended
     while True:
         ended = pipeline.ended
-        if not pipeline.wait_idle(pipeline.wake(), None if deadline is None else max(0.0, deadline - time.monotonic())):
+        if not pipeline.wait_idle(pipeline.ask(), None if deadline is None else max(0.0, deadline - time.monotonic())):
             raise TimeoutError(f"jobs are still in flight after {timeout} s; {pipeline.ended - before} ended")
         feed.flush(DELIVERY_WAIT)
         if pipeline.ended == ended:

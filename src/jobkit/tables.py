@@ -17,7 +17,8 @@ metadata = sa.MetaData(
 
 _ZERO = sa.text("0")
 _BIG_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-QUEUED = sa.text("status = 'queued'")
+QUEUED = sa.text("status = 'queued' AND run_at IS NULL")
+SCHEDULED = sa.text("status = 'queued' AND run_at IS NOT NULL")
 RUNNING = sa.text("status = 'running'")
 
 
@@ -68,13 +69,23 @@ content_jobs = sa.Table(
 )
 
 # Declared by columns, not as text: alembic cannot compare an index with text in it on SQLite.
+# Jobs that may run now, by company, so that a claim can go round the companies; and jobs that wait for a time.
 sa.Index(
     "content_jobs_queued_idx",
+    content_jobs.c.company_id,
     content_jobs.c.priority.desc(),
     content_jobs.c.created_at,
     content_jobs.c.id,
     postgresql_where=QUEUED,
     sqlite_where=QUEUED,
+)
+sa.Index(
+    "content_jobs_scheduled_idx",
+    content_jobs.c.priority.desc(),
+    content_jobs.c.run_at,
+    content_jobs.c.id,
+    postgresql_where=SCHEDULED,
+    sqlite_where=SCHEDULED,
 )
 
 assets = sa.Table(

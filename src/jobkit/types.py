@@ -79,6 +79,9 @@ class JobRequest:
     job_type: str
     input: dict[str, Any] | None = None
     source_task_id: str | None = None
+    run_at: datetime | None = None
+    priority: int = 0
+    idempotency_key: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +116,16 @@ class StoredObject:
     sha256: str
     original_filename: str | None
     recorded: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a job goes on after an attempt that gave no files. ``charged``: whether the attempt counts."""
+
+    status: JobStatus
+    error: str | None = None
+    run_at: datetime | None = None
+    charged: bool = True
 
 
 @dataclass(frozen=True, slots=True)

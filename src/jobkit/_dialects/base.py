@@ -46,6 +46,34 @@ class Claimed(NamedTuple):
     event_id: int
 
 
+class Terms(NamedTuple):
+    """On what a claim is made: how many jobs at most, for whom, for how many seconds of the database's clock."""
+
+    limit: int
+    worker_id: str
+    lease: float
+    now: datetime
+
+
+class RescueTerms(NamedTuple):
+    """How jobs of lost workers go on: ``reason`` for those that are queued again, ``stopped`` for those that were
+    rescued ``max_rescues`` times already.
+    """
+
+    limit: int
+    max_rescues: int
+    reason: str
+    stopped: str
+    now: datetime
+
+
+class Held(NamedTuple):
+    """A claim that still holds, and whether its job was asked to stop."""
+
+    job_id: UUID
+    cancelled: bool
+
+
 class Told(NamedTuple):
     """An event that a statement appended."""
 
@@ -73,28 +101,42 @@ class Statements(Protocol):
     #: Whether a claim that finds nothing still takes the database's write lock, so that a poll should look first.
     claim_locks: bool
 
-    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
-        """Insert a queued job with its first event; return the event's id."""
+    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
+        """Insert a queued job with its first event; return the event's id, or None when its key has a job already."""
 
     def insert_jobs(
         self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
     ) -> None:
         """Insert a company's queued jobs, each with its first event; ``jobs`` is a JSON array of ``{id, type, input,
-        task}``.
+        task, run_at, priority}``.
         """
 
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         """Append one event to the log; return its id."""
 
-    def claim(
-        self, connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime
-    ) -> list[Claimed]:
-        """Take up to ``limit`` queued jobs, fence + 1, for ``lease`` seconds of the database's clock, each with its
+    def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
+        """Take queued jobs of any company, a company's in order of priority and creation: fence + 1, each with its
         event.
         """
 
-    def has_queued(self, connection: sa.Connection) -> bool:
+    def claim_of(
+        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: Terms
+    ) -> list[Claimed]:
+        """As ``claim``, up to ``each`` jobs of each of these companies."""
+
+    def claim_due(self, connection: sa.Connection, *, window: int, terms: Terms) -> list[Claimed]:
+        """As ``claim``, of jobs whose ``run_at`` has come: the companies in turn, among the ``window`` first of each
+        priority.
+        """
+
+    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
+        """Companies with jobs that may run now, in order; the first ``limit`` of them."""
+
+    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
         """Whether a claim is worth its write lock. A hint."""
+
+    def has_expired(self, connection: sa.Connection) -> bool:
+        """Whether a rescue is worth its write lock. A hint."""
 
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
         """Record each key; nothing sweeps it for ``grace`` seconds of the database's clock."""
@@ -104,8 +146,16 @@ class Statements(Protocol):
     ) -> tuple[list[Told], int]:
         """End the jobs whose fence still holds, with their files. The events of those, and how many intents went."""
 
-    def release(self, connection: sa.Connection, jobs: Document, *, now: datetime) -> list[Told]:
-        """Put the jobs whose fence still holds back into the queue, the attempt not charged."""
+    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
+        """Prolong the leases that still hold, from now on the database's clock."""
+
+    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
+        """Which claims still hold. Writes nothing."""
+
+    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
+        """Take running jobs whose lease is over from their lost workers, each with its event; the attempt is not
+        charged.
+        """
 
     def start(self, connection: sa.Connection) -> Start:
         """The end of the event log as of now."""
@@ -155,6 +205,7 @@ CLAIMED = (
     sa.column("event_seq", sa.Integer()),
     sa.column("event_id", sa.BigInteger()),
 )
+HELD = (sa.column("id", sa.Uuid()), sa.column("cancelled", sa.Boolean()))
 TOLD = (sa.column("job_id", sa.Uuid()), sa.column("id", sa.BigInteger()), sa.column("seq", sa.Integer()))
 EVENT = (
     sa.column("id", sa.BigInteger()),
@@ -173,6 +224,9 @@ JOB_PARAMETERS: dict[str, Any] = {
     "job_type": sa.Text(),
     "input": sa.Text(),
     "source_task_id": sa.Text(),
+    "run_at": UtcDateTime(),
+    "priority": sa.Integer(),
+    "key": sa.Text(),
     "payload": sa.Text(),
     "now": UtcDateTime(),
 }

@@ -12,39 +12,54 @@ import sqlalchemy as sa
 from jobkit._dialects.base import (
     CLAIMED,
     EVENT,
+    HELD,
     JOB_PARAMETERS,
     MANY_PARAMETERS,
     TOLD,
     Claimed,
     Document,
     EventRow,
+    Held,
     Position,
+    RescueTerms,
     Sql,
     Start,
+    Terms,
     Told,
 )
 from jobkit.columns import UtcDateTime
 
 _INSERT = """
 WITH job AS (
-    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, event_seq, created_at, updated_at)
-    VALUES (:id, :company_id, :job_type, CAST(:input AS jsonb), :source_task_id, 1, :now, :now)
+    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority,
+        idempotency_key, event_seq, created_at, updated_at)
+    VALUES (:id, :company_id, :job_type, CAST(:input AS jsonb), :source_task_id, :run_at, :priority, :key, 1, :now,
+        :now)
+    {unless}
+    RETURNING id
 ), told AS (
     INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
-    VALUES (:company_id, :id, 1, 'content_job.queued', CAST(:payload AS jsonb), :now)
+    SELECT :company_id, id, 1, 'content_job.queued', CAST(:payload AS jsonb), :now FROM job
     RETURNING id
 )
 """
+_UNLESS = """
+    ON CONFLICT (company_id, job_type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"""
 # One notification without a payload: PostgreSQL folds equal ones of a transaction into one, and it is only a hint.
-INSERT_NOTIFY = Sql(_INSERT + "SELECT id, pg_notify('jobkit', '') FROM told", **JOB_PARAMETERS)
-INSERT = Sql(_INSERT + "SELECT id FROM told", **JOB_PARAMETERS)
+_NOTIFY = "SELECT id, pg_notify('jobkit', '') FROM told"
+INSERT_NOTIFY = Sql(_INSERT.replace("{unless}", "") + _NOTIFY, **JOB_PARAMETERS)
+INSERT = Sql(_INSERT.replace("{unless}", "") + "SELECT id FROM told", **JOB_PARAMETERS)
+INSERT_ONCE_NOTIFY = Sql(_INSERT.replace("{unless}", _UNLESS) + _NOTIFY, **JOB_PARAMETERS)
+INSERT_ONCE = Sql(_INSERT.replace("{unless}", _UNLESS) + "SELECT id FROM told", **JOB_PARAMETERS)
 
 _INSERT_MANY = """
 WITH r AS (
-    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS r(id uuid, type text, input jsonb, task text)
+    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb))
+    AS r(id uuid, type text, input jsonb, task text, run_at timestamptz, priority int)
 ), job AS (
-    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, event_seq, created_at, updated_at)
-    SELECT id, :company_id, type, input, task, 1, :now, :now FROM r
+    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority, event_seq,
+        created_at, updated_at)
+    SELECT id, :company_id, type, input, task, run_at, priority, 1, :now, :now FROM r
 ), told AS (
     INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
     SELECT :company_id, id, 1, 'content_job.queued', jsonb_build_object('jobId', id), :now FROM r
@@ -67,13 +82,9 @@ RETURNING id
     now=UtcDateTime(),
 )
 
-# MATERIALIZED fixes the candidates: as a plain subquery, one plan claims more rows than LIMIT says.
-CLAIM = Sql(
-    """
-WITH picked AS MATERIALIZED (
-    SELECT id FROM {s}content_jobs WHERE status = 'queued'
-    ORDER BY priority DESC, created_at, id LIMIT :limit FOR UPDATE SKIP LOCKED
-), claimed AS (
+# Each way to pick jobs ends in the same claim. MATERIALIZED fixes the candidates: as a plain subquery, one plan claims
+# more rows than LIMIT says.
+_CLAIM = """, claimed AS (
     UPDATE {s}content_jobs j
     SET status = 'running', fence = j.fence + 1, attempt = j.attempt + 1, event_seq = j.event_seq + 1,
         worker_id = :worker_id, lease_until = clock_timestamp() + make_interval(secs => :lease),
@@ -86,12 +97,81 @@ WITH picked AS MATERIALIZED (
     RETURNING id, job_id
 )
 SELECT claimed.*, told.id AS event_id FROM claimed JOIN told ON told.job_id = claimed.id
-""",
+"""
+_CLAIM_PARAMETERS: dict[str, Any] = {
+    "limit": sa.Integer(),
+    "worker_id": sa.Text(),
+    "lease": sa.Float(),
+    "now": UtcDateTime(),
+}
+
+CLAIM = Sql(
+    """
+WITH picked AS MATERIALIZED (
+    SELECT id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL
+    ORDER BY company_id, priority DESC, created_at, id LIMIT :limit FOR UPDATE SKIP LOCKED
+)"""
+    + _CLAIM,
     *CLAIMED,
+    **_CLAIM_PARAMETERS,
+)
+
+CLAIM_OF = Sql(
+    """
+WITH picked AS MATERIALIZED (
+    SELECT x.id FROM jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(company) CROSS JOIN LATERAL (
+        SELECT id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL AND company_id = c.company
+        ORDER BY company_id, priority DESC, created_at, id LIMIT :each FOR UPDATE SKIP LOCKED
+    ) x LIMIT :limit
+)"""
+    + _CLAIM,
+    *CLAIMED,
+    **_CLAIM_PARAMETERS,
+    companies=sa.Text(),
+    each=sa.Integer(),
+)
+
+# One look at each priority, however many jobs wait for a later time; then the companies take turns.
+CLAIM_DUE = Sql(
+    """
+WITH RECURSIVE level(priority) AS (
+    (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+  UNION ALL
+    SELECT (SELECT priority FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+    FROM level WHERE level.priority IS NOT NULL
+), due AS MATERIALIZED (
+    SELECT x.* FROM level CROSS JOIN LATERAL (
+        SELECT id, company_id, priority, run_at FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now
+        ORDER BY priority DESC, run_at, id LIMIT :window
+    ) x
+), turn AS MATERIALIZED (
+    SELECT id, row_number() OVER (PARTITION BY company_id ORDER BY priority DESC, run_at, id) AS n FROM due
+), picked AS MATERIALIZED (
+    SELECT j.id FROM turn JOIN {s}content_jobs j ON j.id = turn.id WHERE j.status = 'queued'
+    ORDER BY turn.n, j.priority DESC, j.run_at LIMIT :limit FOR UPDATE OF j SKIP LOCKED
+)"""
+    + _CLAIM,
+    *CLAIMED,
+    **_CLAIM_PARAMETERS,
+    window=sa.Integer(),
+)
+
+COMPANIES = Sql(
+    """
+WITH RECURSIVE c(company_id, n) AS (
+    (SELECT company_id, 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL ORDER BY company_id LIMIT 1)
+  UNION ALL
+    SELECT (SELECT company_id FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NULL AND company_id > c.company_id ORDER BY company_id LIMIT 1), c.n + 1
+    FROM c WHERE c.company_id IS NOT NULL AND c.n < :limit
+)
+SELECT company_id FROM c WHERE company_id IS NOT NULL
+""",
     limit=sa.Integer(),
-    worker_id=sa.Text(),
-    lease=sa.Float(),
-    now=UtcDateTime(),
 )
 
 INTEND = Sql(
@@ -109,7 +189,8 @@ FINISH = Sql(
     """
 WITH f AS (
     SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb))
-    AS f(job uuid, fence bigint, status text, asset uuid, error text, type text, payload jsonb)
+    AS f(job uuid, fence bigint, status text, asset uuid, error text, type text, payload jsonb, run_at timestamptz,
+         refund int)
 ), a AS (
     SELECT * FROM jsonb_to_recordset(CAST(:files AS jsonb))
     AS a(id uuid, job uuid, company text, provider text, key text, content_type text, size bigint, sha256 text,
@@ -117,8 +198,12 @@ WITH f AS (
 ), won AS (
     UPDATE {s}content_jobs j
     SET status = f.status, result_asset_id = f.asset, error_message = f.error, event_seq = j.event_seq + 1,
-        lease_until = NULL, worker_id = NULL, finished_at = :now, updated_at = :now
+        lease_until = NULL, worker_id = NULL, attempt = j.attempt - f.refund, updated_at = :now,
+        run_at = CASE f.status WHEN 'queued' THEN f.run_at ELSE j.run_at END,
+        started_at = CASE f.status WHEN 'queued' THEN NULL ELSE j.started_at END,
+        finished_at = CASE f.status WHEN 'queued' THEN NULL ELSE CAST(:now AS timestamptz) END
     FROM f WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+        AND (f.status <> 'queued' OR j.cancel_requested_at IS NULL)
     RETURNING j.id, j.company_id, j.event_seq, f.type, f.payload
 ), told AS (
     INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
@@ -144,24 +229,74 @@ SELECT job_id, id, seq, (SELECT count(*) FROM gone) AS gone FROM told
     now=UtcDateTime(),
 )
 
-RELEASE = Sql(
+RENEW = Sql(
     """
-WITH f AS (
-    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint)
+UPDATE {s}content_jobs j SET lease_until = clock_timestamp() + make_interval(secs => :lease)
+FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint)
+WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+RETURNING j.id, j.cancel_requested_at IS NOT NULL
+""",
+    *HELD,
+    jobs=sa.Text(),
+    lease=sa.Float(),
+)
+
+LOOK = Sql(
+    """
+SELECT j.id, j.cancel_requested_at IS NOT NULL
+FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint)
+JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+""",
+    *HELD,
+    jobs=sa.Text(),
+)
+
+RESCUE = Sql(
+    """
+WITH lost AS MATERIALIZED (
+    SELECT id, attempt FROM {s}content_jobs WHERE status = 'running' AND lease_until < clock_timestamp()
+    ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
 ), freed AS (
     UPDATE {s}content_jobs j
-    SET status = 'queued', attempt = j.attempt - 1, event_seq = j.event_seq + 1, lease_until = NULL, worker_id = NULL,
-        started_at = NULL, updated_at = :now
-    FROM f WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
-    RETURNING j.id, j.company_id, j.event_seq
+    SET status = CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled'
+            WHEN j.rescues >= :max_rescues THEN 'failed' ELSE 'queued' END,
+        attempt = CASE WHEN j.cancel_requested_at IS NULL AND j.rescues < :max_rescues THEN j.attempt - 1
+            ELSE j.attempt END,
+        started_at = CASE WHEN j.cancel_requested_at IS NULL AND j.rescues < :max_rescues THEN NULL
+            ELSE j.started_at END,
+        finished_at = CASE WHEN j.cancel_requested_at IS NULL AND j.rescues < :max_rescues THEN NULL
+            ELSE CAST(:now AS timestamptz) END,
+        error_message = CASE WHEN j.cancel_requested_at IS NOT NULL THEN NULL
+            WHEN j.rescues >= :max_rescues THEN CAST(:stopped AS text) ELSE CAST(:reason AS text) END,
+        rescues = j.rescues + 1, event_seq = j.event_seq + 1, run_at = NULL, lease_until = NULL, worker_id = NULL,
+        updated_at = :now
+    FROM lost WHERE j.id = lost.id
+    RETURNING j.id, j.company_id, j.event_seq, j.status, j.error_message, lost.attempt
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT company_id, id, event_seq,
+        CASE status WHEN 'queued' THEN 'content_job.retrying' ELSE 'content_job.' || status END,
+        CASE status WHEN 'cancelled' THEN jsonb_build_object('jobId', id)
+            WHEN 'failed' THEN jsonb_build_object('jobId', id, 'errorMessage', error_message)
+            ELSE jsonb_build_object('jobId', id, 'attempt', attempt, 'errorMessage', error_message,
+                'runAt', CAST(:run_at AS text)) END,
+        :now
+    FROM freed
+    RETURNING id, job_id, seq, company_id, type, payload
 )
-INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
-SELECT company_id, id, event_seq, 'content_job.queued', jsonb_build_object('jobId', id), :now FROM freed
-RETURNING job_id, id, seq
+SELECT id, CAST(0 AS bigint), seq, company_id, type, job_id, CAST(:now AS timestamptz), payload FROM told
 """,
-    *TOLD,
-    jobs=sa.Text(),
+    *EVENT,
+    limit=sa.Integer(),
+    max_rescues=sa.Integer(),
+    stopped=sa.Text(),
+    reason=sa.Text(),
+    run_at=sa.Text(),
     now=UtcDateTime(),
+)
+
+EXPIRED = Sql(
+    "SELECT EXISTS (SELECT FROM {s}content_jobs WHERE status = 'running' AND lease_until < clock_timestamp())"
 )
 
 START = Sql("SELECT CAST(CAST(pg_snapshot_xmin(s) AS text) AS bigint), CAST(s AS text) FROM pg_current_snapshot() AS s")
@@ -203,7 +338,24 @@ ORDER BY e.job_id, e.seq
     snapshot=sa.Text(),
 )
 
-HAS_QUEUED = Sql("SELECT EXISTS (SELECT FROM {s}content_jobs WHERE status = 'queued')")
+HAS_QUEUED = Sql(
+    """
+WITH RECURSIVE level(priority) AS (
+    (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+  UNION ALL
+    SELECT (SELECT priority FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+    FROM level WHERE level.priority IS NOT NULL
+)
+SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
+    OR EXISTS (SELECT 1 FROM level WHERE EXISTS (
+        SELECT 1 FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now))
+""",
+    now=UtcDateTime(),
+)
 
 
 class Postgresql:
@@ -211,9 +363,11 @@ class Postgresql:
 
     claim_locks = False
 
-    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
-        statement = INSERT_NOTIFY if notify else INSERT
-        return int(connection.execute(statement(connection), values).one()[0])
+    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
+        plain, once = (INSERT_NOTIFY, INSERT_ONCE_NOTIFY) if notify else (INSERT, INSERT_ONCE)
+        statement = plain if values["key"] is None else once
+        row = connection.execute(statement(connection), values).one_or_none()
+        return None if row is None else int(row[0])
 
     def insert_jobs(
         self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
@@ -224,14 +378,27 @@ class Postgresql:
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         return int(connection.execute(APPEND(connection), values).scalar_one())
 
-    def claim(
-        self, connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime
-    ) -> list[Claimed]:
-        values = {"limit": limit, "worker_id": worker_id, "lease": lease, "now": now}
-        return [Claimed(*row) for row in connection.execute(CLAIM(connection), values)]
+    def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
+        return [Claimed(*row) for row in connection.execute(CLAIM(connection), terms._asdict())]
 
-    def has_queued(self, connection: sa.Connection) -> bool:
-        return bool(connection.execute(HAS_QUEUED(connection)).scalar())
+    def claim_of(
+        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: Terms
+    ) -> list[Claimed]:
+        values = {**terms._asdict(), "companies": json.dumps(companies), "each": each}
+        return [Claimed(*row) for row in connection.execute(CLAIM_OF(connection), values)]
+
+    def claim_due(self, connection: sa.Connection, *, window: int, terms: Terms) -> list[Claimed]:
+        values = {**terms._asdict(), "window": window}
+        return [Claimed(*row) for row in connection.execute(CLAIM_DUE(connection), values)]
+
+    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
+        return list(connection.execute(COMPANIES(connection), {"limit": limit}).scalars())
+
+    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
+        return bool(connection.execute(HAS_QUEUED(connection), {"now": now}).scalar())
+
+    def has_expired(self, connection: sa.Connection) -> bool:
+        return bool(connection.execute(EXPIRED(connection)).scalar())
 
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
         connection.execute(INTEND(connection), {"intents": json.dumps(intents), "grace": grace})
@@ -243,9 +410,16 @@ class Postgresql:
         rows = connection.execute(FINISH(connection), values).all()
         return [Told(*row[:3]) for row in rows], rows[0].gone if rows else 0
 
-    def release(self, connection: sa.Connection, jobs: Document, *, now: datetime) -> list[Told]:
-        rows = connection.execute(RELEASE(connection), {"jobs": json.dumps(jobs), "now": now})
-        return [Told(*row) for row in rows]
+    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
+        rows = connection.execute(RENEW(connection), {"jobs": json.dumps(jobs), "lease": lease})
+        return [Held(*row) for row in rows]
+
+    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
+        return [Held(*row) for row in connection.execute(LOOK(connection), {"jobs": json.dumps(jobs)})]
+
+    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
+        values = {**terms._asdict(), "run_at": terms.now.isoformat()}
+        return [EventRow(*row) for row in connection.execute(RESCUE(connection), values)]
 
     def start(self, connection: sa.Connection) -> Start:
         xmin, snapshot = connection.execute(START(connection)).one()

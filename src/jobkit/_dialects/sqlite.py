@@ -15,32 +15,40 @@ import sqlalchemy as sa
 from jobkit._dialects.base import (
     CLAIMED,
     EVENT,
+    HELD,
     JOB_PARAMETERS,
     MANY_PARAMETERS,
     TOLD,
     Claimed,
     Document,
     EventRow,
+    Held,
     Position,
+    RescueTerms,
     Sql,
     Start,
+    Terms,
     Told,
 )
-from jobkit.columns import SQLITE_TIME, UtcDateTime
+from jobkit.columns import SQLITE_NOW, SQLITE_TIME, UtcDateTime
 
 INSERT = Sql(
     """
-INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, event_seq, created_at, updated_at)
-VALUES (:id, :company_id, :job_type, :input, :source_task_id, 1, :now, :now)
+INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority, idempotency_key,
+    event_seq, created_at, updated_at)
+VALUES (:id, :company_id, :job_type, :input, :source_task_id, :run_at, :priority, :key, 1, :now, :now)
+ON CONFLICT (company_id, job_type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING
 """,
     **{name: kind for name, kind in JOB_PARAMETERS.items() if name != "payload"},
 )
 
 INSERT_MANY = Sql(
     """
-INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, event_seq, created_at, updated_at)
+INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority, event_seq, created_at,
+    updated_at)
 SELECT replace(json_extract(value, '$.id'), '-', ''), :company_id, json_extract(value, '$.type'),
-    json_extract(value, '$.input'), json_extract(value, '$.task'), 1, :now, :now
+    json_extract(value, '$.input'), json_extract(value, '$.task'), substr(json_extract(value, '$.run_at'), 1, 26),
+    json_extract(value, '$.priority'), 1, :now, :now
 FROM json_each(:jobs) WHERE true
 """,
     **MANY_PARAMETERS,
@@ -83,23 +91,95 @@ RETURNING job_id, id, seq
     now=UtcDateTime(),
 )
 
+_ENDED = (sa.column("id", sa.Uuid()), sa.column("company_id", sa.Text()), sa.column("event_seq", sa.Integer()))
 _IN_SECONDS = f"strftime({SQLITE_TIME}, 'now', :{{}} || ' seconds')"
 
-CLAIM = Sql(
-    f"""
+# Each way to pick jobs ends in the same claim.
+_CLAIM = f"""
 UPDATE {{s}}content_jobs
 SET status = 'running', fence = fence + 1, attempt = attempt + 1, event_seq = event_seq + 1, worker_id = :worker_id,
     lease_until = {_IN_SECONDS.format("lease")}, started_at = :now, updated_at = :now
-WHERE id IN (
-    SELECT id FROM {{s}}content_jobs WHERE status = 'queued' ORDER BY priority DESC, created_at, id LIMIT :limit
-)
+WHERE id IN ({{picked}})
 RETURNING id, company_id, job_type, input, source_task_id, fence, attempt, event_seq
+"""
+_CLAIM_PARAMETERS: dict[str, Any] = {
+    "limit": sa.Integer(),
+    "worker_id": sa.Text(),
+    "lease": sa.Text(),
+    "now": UtcDateTime(),
+}
+
+CLAIM = Sql(
+    _CLAIM.replace(
+        "{picked}",
+        """
+    SELECT id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL
+    ORDER BY company_id, priority DESC, created_at, id LIMIT :limit
 """,
+    ),
     *CLAIMED[:-1],
+    **_CLAIM_PARAMETERS,
+)
+
+CLAIM_OF = Sql(
+    _CLAIM.replace(
+        "{picked}",
+        """
+    SELECT j.id FROM json_each(:companies) AS c JOIN {s}content_jobs AS j ON j.id IN (
+        SELECT id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL AND company_id = c.value
+        ORDER BY company_id, priority DESC, created_at, id LIMIT :each
+    ) LIMIT :limit
+""",
+    ),
+    *CLAIMED[:-1],
+    **_CLAIM_PARAMETERS,
+    companies=sa.Text(),
+    each=sa.Integer(),
+)
+
+# One look at each priority, however many jobs wait for a later time; then the companies take turns.
+CLAIM_DUE = Sql(
+    _CLAIM.replace(
+        "{picked}",
+        """
+    WITH RECURSIVE level(priority) AS (
+        SELECT * FROM (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
+            ORDER BY priority DESC, run_at, id LIMIT 1)
+      UNION ALL
+        SELECT (SELECT priority FROM {s}content_jobs
+            WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
+            ORDER BY priority DESC, run_at, id LIMIT 1)
+        FROM level WHERE level.priority IS NOT NULL
+    ), turn AS (
+        SELECT j.id, j.priority, j.run_at,
+            row_number() OVER (PARTITION BY j.company_id ORDER BY j.priority DESC, j.run_at, j.id) AS n
+        FROM level JOIN {s}content_jobs AS j ON j.id IN (
+            SELECT id FROM {s}content_jobs
+            WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now
+            ORDER BY priority DESC, run_at, id LIMIT :window
+        )
+    )
+    SELECT id FROM turn ORDER BY n, priority DESC, run_at LIMIT :limit
+""",
+    ),
+    *CLAIMED[:-1],
+    **_CLAIM_PARAMETERS,
+    window=sa.Integer(),
+)
+
+COMPANIES = Sql(
+    """
+WITH RECURSIVE c(company_id, n) AS (
+    SELECT * FROM (SELECT company_id, 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL
+        ORDER BY company_id LIMIT 1)
+  UNION ALL
+    SELECT (SELECT company_id FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NULL AND company_id > c.company_id ORDER BY company_id LIMIT 1), c.n + 1
+    FROM c WHERE c.company_id IS NOT NULL AND c.n < :limit
+)
+SELECT company_id FROM c WHERE company_id IS NOT NULL
+""",
     limit=sa.Integer(),
-    worker_id=sa.Text(),
-    lease=sa.Text(),
-    now=UtcDateTime(),
 )
 
 INTEND = Sql(
@@ -119,15 +199,18 @@ FINISH = Sql(
 UPDATE {s}content_jobs
 SET status = json_extract(f.value, '$.status'), result_asset_id = json_extract(f.value, '$.asset'),
     error_message = json_extract(f.value, '$.error'), event_seq = event_seq + 1, lease_until = NULL, worker_id = NULL,
-    finished_at = :now, updated_at = :now
+    attempt = attempt - json_extract(f.value, '$.refund'), updated_at = :now,
+    run_at = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN substr(json_extract(f.value, '$.run_at'), 1, 26)
+        ELSE run_at END,
+    started_at = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN NULL ELSE started_at END,
+    finished_at = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN NULL ELSE :now END
 FROM json_each(:jobs) AS f
 WHERE {s}content_jobs.id = json_extract(f.value, '$.job') AND {s}content_jobs.status = 'running'
     AND fence = json_extract(f.value, '$.fence')
+    AND (json_extract(f.value, '$.status') <> 'queued' OR cancel_requested_at IS NULL)
 RETURNING id, company_id, event_seq
 """,
-    sa.column("id", sa.Uuid()),
-    sa.column("company_id", sa.Text()),
-    sa.column("event_seq", sa.Integer()),
+    *_ENDED,
     jobs=sa.Text(),
     now=UtcDateTime(),
 )
@@ -155,21 +238,60 @@ DELETE FROM {s}asset_intents WHERE state = 'pending' AND (provider, object_key) 
     files=sa.Text(),
 )
 
-RELEASE = Sql(
-    """
-UPDATE {s}content_jobs
-SET status = 'queued', attempt = attempt - 1, event_seq = event_seq + 1, lease_until = NULL, worker_id = NULL,
-    started_at = NULL, updated_at = :now
-FROM json_each(:jobs) AS f
-WHERE {s}content_jobs.id = json_extract(f.value, '$.job') AND {s}content_jobs.status = 'running'
+_HOLDS = """
+{s}content_jobs.id = json_extract(f.value, '$.job') AND {s}content_jobs.status = 'running'
     AND fence = json_extract(f.value, '$.fence')
-RETURNING id, company_id, event_seq
+"""
+
+RENEW = Sql(
+    f"""
+UPDATE {{s}}content_jobs SET lease_until = {_IN_SECONDS.format("lease")}
+FROM json_each(:jobs) AS f WHERE {_HOLDS}
+RETURNING id, cancel_requested_at IS NOT NULL
 """,
-    sa.column("id", sa.Uuid()),
-    sa.column("company_id", sa.Text()),
-    sa.column("event_seq", sa.Integer()),
+    *HELD,
     jobs=sa.Text(),
+    lease=sa.Text(),
+)
+
+LOOK = Sql(
+    f"""
+SELECT {{s}}content_jobs.id, cancel_requested_at IS NOT NULL
+FROM json_each(:jobs) AS f JOIN {{s}}content_jobs ON {_HOLDS}
+""",
+    *HELD,
+    jobs=sa.Text(),
+)
+
+RESCUE = Sql(
+    f"""
+UPDATE {{s}}content_jobs
+SET status = CASE WHEN cancel_requested_at IS NOT NULL THEN 'cancelled'
+        WHEN rescues >= :max_rescues THEN 'failed' ELSE 'queued' END,
+    attempt = CASE WHEN cancel_requested_at IS NULL AND rescues < :max_rescues THEN attempt - 1 ELSE attempt END,
+    started_at = CASE WHEN cancel_requested_at IS NULL AND rescues < :max_rescues THEN NULL ELSE started_at END,
+    finished_at = CASE WHEN cancel_requested_at IS NULL AND rescues < :max_rescues THEN NULL ELSE :now END,
+    error_message = CASE WHEN cancel_requested_at IS NOT NULL THEN NULL
+        WHEN rescues >= :max_rescues THEN :stopped ELSE :reason END,
+    rescues = rescues + 1, event_seq = event_seq + 1, run_at = NULL, lease_until = NULL, worker_id = NULL,
+    updated_at = :now
+WHERE id IN (
+    SELECT id FROM {{s}}content_jobs WHERE status = 'running' AND lease_until < {SQLITE_NOW} ORDER BY id LIMIT :limit
+)
+RETURNING id, company_id, event_seq, status, attempt
+""",
+    *_ENDED,
+    sa.column("status", sa.Text()),
+    sa.column("attempt", sa.Integer()),
+    limit=sa.Integer(),
+    max_rescues=sa.Integer(),
+    stopped=sa.Text(),
+    reason=sa.Text(),
     now=UtcDateTime(),
+)
+
+EXPIRED = Sql(
+    f"SELECT EXISTS (SELECT 1 FROM {{s}}content_jobs WHERE status = 'running' AND lease_until < {SQLITE_NOW})"
 )
 
 START = Sql("SELECT COALESCE((SELECT seq FROM {s}sqlite_sequence WHERE name = 'content_job_events'), 0)")
@@ -197,7 +319,24 @@ ORDER BY e.job_id, e.seq
     id=sa.BigInteger(),
 )
 
-HAS_QUEUED = Sql("SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued')")
+HAS_QUEUED = Sql(
+    """
+WITH RECURSIVE level(priority) AS (
+    SELECT * FROM (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+  UNION ALL
+    SELECT (SELECT priority FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+    FROM level WHERE level.priority IS NOT NULL
+)
+SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
+    OR EXISTS (SELECT 1 FROM level WHERE EXISTS (
+        SELECT 1 FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now))
+""",
+    now=UtcDateTime(),
+)
 
 
 class Sqlite:
@@ -205,8 +344,10 @@ class Sqlite:
 
     claim_locks = True
 
-    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
-        connection.execute(INSERT(connection), {name: values[name] for name in values if name != "payload"})
+    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
+        row = {name: values[name] for name in values if name != "payload"}
+        if connection.execute(INSERT(connection), row).rowcount == 0:
+            return None
         event = {"job_id": values["id"], "seq": 1, "type": "content_job.queued"}
         shared = {name: values[name] for name in ("company_id", "payload", "now")}
         return self.append_event(connection, {**event, **shared})
@@ -221,22 +362,38 @@ class Sqlite:
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         return int(connection.execute(APPEND(connection), values).scalar_one())
 
-    def claim(
-        self, connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime
+    def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
+        return self._claimed(connection, CLAIM, terms, {})
+
+    def claim_of(
+        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: Terms
     ) -> list[Claimed]:
-        values = {"limit": limit, "worker_id": worker_id, "lease": str(lease), "now": now}
-        rows = connection.execute(CLAIM(connection), values).all()
+        return self._claimed(connection, CLAIM_OF, terms, {"companies": json.dumps(companies), "each": each})
+
+    def claim_due(self, connection: sa.Connection, *, window: int, terms: Terms) -> list[Claimed]:
+        return self._claimed(connection, CLAIM_DUE, terms, {"window": window})
+
+    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
+        return list(connection.execute(COMPANIES(connection), {"limit": limit}).scalars())
+
+    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
+        return bool(connection.execute(HAS_QUEUED(connection), {"now": now}).scalar())
+
+    def has_expired(self, connection: sa.Connection) -> bool:
+        return bool(connection.execute(EXPIRED(connection)).scalar())
+
+    def _claimed(
+        self, connection: sa.Connection, statement: Sql, terms: Terms, more: Mapping[str, Any]
+    ) -> list[Claimed]:
+        values = {**terms._asdict(), "lease": str(terms.lease), **more}
+        rows = sorted(connection.execute(statement(connection), values), key=lambda row: row.id)
         if not rows:
             return []
-        rows = sorted(rows, key=lambda row: row.id)
         events = [
             _event(row.id, row.company_id, row.event_seq, "content_job.running", {"jobId": str(row.id)}) for row in rows
         ]
-        ids = {told.job_id: told.event_id for told in self._tell(connection, events, now)}
+        ids = {told.job_id: told.event_id for told in self._tell(connection, events, terms.now)}
         return [Claimed._make((*row, ids[row.id])) for row in rows]
-
-    def has_queued(self, connection: sa.Connection) -> bool:
-        return bool(connection.execute(HAS_QUEUED(connection)).scalar())
 
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
         connection.execute(INTEND(connection), {"intents": json.dumps(intents), "grace": str(grace)})
@@ -260,12 +417,24 @@ class Sqlite:
         connection.execute(KEEP(connection), {"files": kept, "now": now})
         return told, connection.execute(FORGET(connection), {"files": kept}).rowcount
 
-    def release(self, connection: sa.Connection, jobs: Document, *, now: datetime) -> list[Told]:
-        rows = connection.execute(RELEASE(connection), {"jobs": json.dumps(jobs), "now": now}).all()
+    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
+        rows = connection.execute(RENEW(connection), {"jobs": json.dumps(jobs), "lease": str(lease)})
+        return [Held(*row) for row in rows]
+
+    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
+        return [Held(*row) for row in connection.execute(LOOK(connection), {"jobs": json.dumps(jobs)})]
+
+    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
+        rows = connection.execute(RESCUE(connection), terms._asdict()).all()
         events = [
-            _event(row.id, row.company_id, row.event_seq, "content_job.queued", {"jobId": str(row.id)}) for row in rows
+            _event(row.id, row.company_id, row.event_seq, *_rescued(str(row.id), row.status, row.attempt, terms))
+            for row in rows
         ]
-        return self._tell(connection, events, now)
+        ids = {told.job_id: told.event_id for told in self._tell(connection, events, terms.now)}
+        return [
+            EventRow(ids[row.id], 0, e["seq"], row.company_id, e["type"], row.id, terms.now, e["payload"])
+            for row, e in zip(rows, events, strict=True)
+        ]
 
     def start(self, connection: sa.Connection) -> Start:
         return Start(Position(0, connection.execute(START(connection)).scalar_one()), "")
@@ -287,3 +456,12 @@ class Sqlite:
 
 def _event(job_id: UUID, company_id: str, seq: int, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
     return {"company": company_id, "job": job_id.hex, "seq": seq, "type": kind, "payload": payload}
+
+
+def _rescued(job_id: str, status: str, attempt: int, terms: RescueTerms) -> tuple[str, dict[str, Any]]:
+    if status == "cancelled":
+        return "content_job.cancelled", {"jobId": job_id}
+    if status == "failed":
+        return "content_job.failed", {"jobId": job_id, "errorMessage": terms.stopped}
+    lost = {"jobId": job_id, "attempt": attempt + 1, "errorMessage": terms.reason, "runAt": terms.now.isoformat()}
+    return "content_job.retrying", lost

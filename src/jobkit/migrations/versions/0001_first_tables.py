@@ -18,7 +18,8 @@ down_revision = None
 
 _ZERO = sa.text("0")
 _BIG_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
-QUEUED = sa.text("status = 'queued'")
+QUEUED = sa.text("status = 'queued' AND run_at IS NULL")
+SCHEDULED = sa.text("status = 'queued' AND run_at IS NOT NULL")
 RUNNING = sa.text("status = 'running'")
 
 
@@ -115,13 +116,23 @@ def _content_jobs(metadata: sa.MetaData) -> None:
         ),
     )
 
+    # Jobs that may run now, by company, so that a claim can go round the companies; and jobs that wait for a time.
     sa.Index(
         "content_jobs_queued_idx",
+        jobs.c.company_id,
         jobs.c.priority.desc(),
         jobs.c.created_at,
         jobs.c.id,
         postgresql_where=QUEUED,
         sqlite_where=QUEUED,
+    )
+    sa.Index(
+        "content_jobs_scheduled_idx",
+        jobs.c.priority.desc(),
+        jobs.c.run_at,
+        jobs.c.id,
+        postgresql_where=SCHEDULED,
+        sqlite_where=SCHEDULED,
     )
 
 

@@ -1,0 +1,81 @@
+"""Leases of the jobs in flight: prolonged while the runner lives, and the renderers told when one is lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit import claims
+from jobkit.attempt import Attempt
+from jobkit.errors import JobCancelled, LeaseLost
+from jobkit.pools import Periodic
+
+# How often the claims are looked at in between, in seconds: so soon a renderer hears that its job was cancelled.
+LOOK = 1.0
+
+
+class LeaseKeeper:
+    """Renews every claim of one runner at a third of its lease, on a thread and connection of its own.
+
+    ``ctx.check()`` of an attempt raises ``JobCancelled`` once its job was asked to stop, and ``LeaseLost`` once the
+    claim is gone, or no renewal was acknowledged for a whole lease. A renderer that holds the interpreter's lock for
+    longer than the lease (a regular expression, a huge number) keeps this thread waiting too; the fence still holds.
+    """
+
+    def __init__(self, engine: sa.Engine, lease: float, attempts: Callable[[], list[Attempt]]) -> None:
+        self._engine, self._lease, self._attempts = engine, lease, attempts
+        self._connection: sa.Connection | None = None
+        self._renew_at = time.monotonic() + lease / 3
+        self._timer = Periodic("jobkit-leases", min(LOOK, lease / 3), self._tick, self._disconnect)
+
+    def start(self) -> None:
+        self._timer.start()
+
+    def stop(self) -> None:
+        """End the thread; what it does just now may take a moment longer."""
+        self._timer.stop()
+
+    def _tick(self) -> None:
+        attempts = self._attempts()
+        if not attempts:
+            return
+        sent = time.monotonic()
+        renewing = sent >= self._renew_at
+        try:
+            held = self._ask(attempts, renewing=renewing)
+        except Exception:
+            self._disconnect()
+            for attempt in attempts:
+                if time.monotonic() - attempt.renewed > self._lease:
+                    attempt.interrupt(LeaseLost(f"the lease of job {attempt.claim.job_id} could not be renewed"))
+            raise
+        if renewing:
+            self._renew_at = sent + self._lease / 3
+        for attempt in attempts:
+            job_id = attempt.claim.job_id
+            if job_id not in held:
+                attempt.interrupt(LeaseLost(f"job {job_id} was taken from this runner"))
+                continue
+            if renewing:
+                attempt.renewed = sent
+            if held[job_id]:
+                attempt.interrupt(JobCancelled(f"job {job_id} was cancelled"))
+
+    def _ask(self, attempts: list[Attempt], *, renewing: bool) -> dict[UUID, bool]:
+        if self._connection is None or self._connection.closed or self._connection.invalidated:
+            # AUTOCOMMIT: one statement carries the whole step.
+            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+        held = [attempt.claim for attempt in attempts]
+        if renewing:
+            return claims.renew(self._connection, held, lease=self._lease)
+        return claims.look(self._connection, held)
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.close()

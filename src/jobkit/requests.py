@@ -1,0 +1,132 @@
+"""A request for a job, checked: what one that cannot be stored raises, and what one that can becomes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+from uuid import UUID
+
+from jobkit.clock import aware
+from jobkit.ids import new_id
+from jobkit.payload import canonical
+from jobkit.text import storable
+from jobkit.types import Job, JobRequest, JobStatus
+
+# How much one statement of ``create_many`` carries: enough that round trips do not count, little enough for memory.
+MAX_CHUNK_JOBS = 5_000
+MAX_CHUNK_CHARACTERS = 8 << 20
+
+MAX_PRIORITY = (1 << 31) - 1
+
+
+class Draft(NamedTuple):
+    """A checked request, with the id the job gets; ``text`` is its input as JSON."""
+
+    job_id: UUID
+    job_type: str
+    input: dict[str, Any]
+    text: str
+    source_task_id: str | None
+    run_at: datetime | None
+    priority: int
+    key: str | None
+
+    def values(self, company_id: str, now: datetime) -> dict[str, Any]:
+        """The parameters of ``Statements.insert_job``."""
+        return {
+            "id": self.job_id,
+            "company_id": company_id,
+            "job_type": self.job_type,
+            "input": self.text,
+            "source_task_id": self.source_task_id,
+            "run_at": self.run_at,
+            "priority": self.priority,
+            "key": self.key,
+            "payload": json.dumps({"jobId": str(self.job_id)}),
+            "now": now,
+        }
+
+    def document(self) -> str:
+        """The job as ``Statements.insert_jobs`` reads it; its input is JSON text already."""
+        run_at = self.run_at and self.run_at.astimezone(UTC).isoformat(" ", "microseconds")
+        rest = {"id": str(self.job_id), "type": self.job_type, "task": self.source_task_id}
+        return f'{json.dumps({**rest, "run_at": run_at, "priority": self.priority})[:-1]},"input":{self.text}}}'
+
+    def job(self, company_id: str, now: datetime) -> Job:
+        """The job as it was inserted."""
+        return Job(
+            id=self.job_id,
+            company_id=company_id,
+            job_type=self.job_type,
+            status=JobStatus.QUEUED,
+            input=self.input,
+            result_asset_id=None,
+            error_message=None,
+            source_task_id=self.source_task_id,
+            started_at=None,
+            finished_at=None,
+            created_at=now,
+            updated_at=now,
+            fence=0,
+            attempt=0,
+            rescues=0,
+            lease_until=None,
+            worker_id=None,
+            run_at=self.run_at,
+            priority=self.priority,
+            idempotency_key=self.key,
+            cancel_requested_at=None,
+            progress=None,
+            progress_message=None,
+            event_seq=1,
+            trace=None,
+        )
+
+
+def checked(request: JobRequest, max_input_bytes: int) -> Draft:
+    """The request as a draft; ``ValueError`` or ``TypeError`` naming the field that cannot be stored."""
+    storable(request.job_type, "job_type", limit=255)
+    if request.source_task_id is not None:
+        storable(request.source_task_id, "source_task_id", blank=True)
+    if request.idempotency_key is not None:
+        storable(request.idempotency_key, "idempotency_key", limit=255)
+    priority = request.priority
+    if isinstance(priority, bool) or not isinstance(priority, int):
+        raise TypeError(f"priority must be a whole number, not {type(priority).__name__}")
+    if abs(priority) > MAX_PRIORITY:
+        raise ValueError(f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, not {priority}")
+    run_at = None if request.run_at is None else aware(request.run_at, "run_at")
+    text, copy = canonical({} if request.input is None else request.input, max_bytes=max_input_bytes)
+    return Draft(
+        new_id(), request.job_type, copy, text, request.source_task_id, run_at, priority, request.idempotency_key
+    )
+
+
+def checked_many(requests: Iterable[JobRequest], max_input_bytes: int) -> list[Draft]:
+    """Every request as a draft; the error says which one and which field."""
+    drafts = []
+    for position, request in enumerate(requests):
+        if not isinstance(request, JobRequest):
+            raise TypeError(f"requests[{position}] must be a JobRequest, not {type(request).__name__}")
+        try:
+            drafts.append(checked(request, max_input_bytes))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"requests[{position}]: {error}") from None
+    return drafts
+
+
+def chunks(drafts: Iterable[Draft]) -> Iterator[str]:
+    """The drafts as JSON arrays, in pieces that a statement can carry."""
+    chunk: list[str] = []
+    size = 0
+    for draft in drafts:
+        document = draft.document()
+        if chunk and (len(chunk) == MAX_CHUNK_JOBS or size + len(document) > MAX_CHUNK_CHARACTERS):
+            yield f"[{','.join(chunk)}]"
+            chunk, size = [], 0
+        chunk.append(document)
+        size += len(document)
+    if chunk:
+        yield f"[{','.join(chunk)}]"

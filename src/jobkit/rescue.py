@@ -1,0 +1,83 @@
+"""Rescue: jobs whose worker died go back into the queue, and a job that kills its workers is stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from jobkit import claims
+from jobkit._dialects import statements_for
+from jobkit._dialects.base import EventRow
+from jobkit.clock import Clock
+from jobkit.pools import Periodic
+
+# How often a started runner looks for expired leases, in seconds, and how many jobs one transaction rescues.
+INTERVAL = 1.0
+BATCH = 100
+
+
+@dataclass(frozen=True, slots=True)
+class RescueReport:
+    """How many jobs of lost workers were queued again, failed for having lost too many, or cancelled as was asked."""
+
+    queued: int = 0
+    failed: int = 0
+    cancelled: int = 0
+
+
+def rescue(engine: sa.Engine, *, clock: Clock, on_commit: Callable[[Sequence[EventRow]], object]) -> RescueReport:
+    """Take every job whose lease is over from its worker, in transactions of its own; their events go to ``on_commit``.
+
+    Compare and set: a worker that renews or ends its job at the same moment wins or loses as a whole.
+    """
+    statements = statements_for(engine)
+    told: list[str] = []
+    with engine.connect() as connection:
+        if statements.claim_locks:
+            with connection.begin():
+                if not statements.has_expired(connection):
+                    return RescueReport()
+        while True:
+            with connection.begin():
+                events = claims.rescue(connection, limit=BATCH, now=clock())
+            if events:
+                on_commit(events)
+            told += [event.type for event in events]
+            if len(events) < BATCH:
+                break
+    return RescueReport(
+        told.count("content_job.retrying"), told.count("content_job.failed"), told.count("content_job.cancelled")
+    )
+
+
+class Rescuer:
+    """Rescues every second, on a thread of its own, whether the runner is idle or not."""
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        *,
+        lease: float,
+        clock: Clock,
+        turn: AbstractContextManager[object],
+        on_commit: Callable[[Sequence[EventRow]], object],
+        wake: Callable[[], None],
+    ) -> None:
+        """``turn`` is held while a connection is in use, so that a runner's connections can be counted."""
+        self._engine, self._clock, self._turn, self._on_commit, self._wake = engine, clock, turn, on_commit, wake
+        self._timer = Periodic("jobkit-rescue", min(INTERVAL, lease / 2), self._tick)
+
+    def start(self) -> None:
+        self._timer.start()
+
+    def stop(self) -> None:
+        self._timer.stop()
+
+    def _tick(self) -> None:
+        with self._turn:
+            report = rescue(self._engine, clock=self._clock, on_commit=self._on_commit)
+        if report.queued:
+            self._wake()
