@@ -7,7 +7,7 @@ import logging
 import tempfile
 from collections.abc import AsyncIterable, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, BinaryIO
 from uuid import UUID
 
@@ -15,7 +15,7 @@ from jobkit.assets import AssetStore
 from jobkit.claims import Claim
 from jobkit.context import Registration, RenderContext
 from jobkit.drafts import Draft
-from jobkit.errors import AssetNotFound, LeaseLost
+from jobkit.errors import AssetNotFound, LeaseLost, UnknownJobType
 from jobkit.ids import new_id
 from jobkit.payload import canonical
 from jobkit.text import describe
@@ -70,10 +70,8 @@ class Attempt:
             self.render()
         except BaseException as error:  # the thread belongs to the runner: not even SystemExit may end it
             self.error = describe(error)
-            if not isinstance(error, LeaseLost):
-                logger.warning(
-                    "job %s (%r) failed: %s", self.claim.job_id, self.claim.job_type, self.error, exc_info=error
-                )
+            with suppress(Exception):  # a host's log handler that raises must not keep the failure from being recorded
+                self._log(error)
 
     def render(self) -> None:
         """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk."""
@@ -106,6 +104,13 @@ class Attempt:
         """Remove the spool files."""
         for draft in self.drafts:
             draft.discard()
+
+    def _log(self, error: BaseException) -> None:
+        if isinstance(error, LeaseLost):
+            return
+        # Of a job type that nobody registered, the traceback would show only jobkit.
+        traceback = None if isinstance(error, UnknownJobType) else error
+        logger.warning("job %s (%r) failed: %s", self.claim.job_id, self.claim.job_type, self.error, exc_info=traceback)
 
     def _draft(self, filename: str, content_type: str) -> Draft:
         return self._assets.draft(

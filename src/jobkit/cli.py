@@ -8,7 +8,9 @@ import logging
 import os
 import signal
 import sys
+import sysconfig
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +24,7 @@ from jobkit.audit import audit, elsewhere
 from jobkit.errors import ConfigurationError, JobkitError
 from jobkit.runner import Runner
 from jobkit.schema import require_schema
+from jobkit.text import describe
 
 URL_VARIABLE = "JOBKIT_DATABASE_URL"
 
@@ -215,14 +218,29 @@ def _load(name: str) -> Runner:
         found: object = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
+            raise _broken(f"{module_name} cannot be imported", error) from error
         raise ConfigurationError(f"no module {error.name!r} here or on the path") from error
+    except Exception as error:
+        raise _broken(f"{module_name} cannot be imported", error) from error
     for part in path.split("."):
         if not hasattr(found, part):
             raise ConfigurationError(f"{module_name} has no {path!r}")
         found = getattr(found, part)
     if callable(found) and not isinstance(found, Runner):
-        found = found()
+        try:
+            found = found()
+        except Exception as error:
+            raise _broken(f"{name} cannot be called", error) from error
     if not isinstance(found, Runner):
         raise ConfigurationError(f"{name} is a {type(found).__name__}, not a jobkit.Runner")
     return found
+
+
+def _broken(what: str, error: Exception) -> ConfigurationError:
+    """One line that says ``what`` went wrong in the host's own code, how, and in which line of which file."""
+    libraries = ("<", str(Path(__file__).parent), sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    own = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(libraries)]
+    place, message = (f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""), describe(error)
+    if isinstance(error, SyntaxError):
+        place, message = f"{error.filename}, line {error.lineno}: ", error.msg
+    return ConfigurationError(f"{what}: {place}{type(error).__name__}: {' '.join(message.split())}")
