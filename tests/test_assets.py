@@ -46,7 +46,7 @@ def assert_nothing_left(store: AssetStore, engine: sa.Engine, url: str) -> None:
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     company=st.text(min_size=1, max_size=255).filter(lambda text: text.strip() and "\0" not in text),
-    filename=st.none() | st.text(max_size=300).filter(lambda text: "\0" not in text),
+    filename=st.none() | st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Zl", "Zp")), max_size=300),
     namespace=st.text(min_size=1, max_size=255).filter(lambda text: text.strip() and "\0" not in text),
     body=st.binary(min_size=1, max_size=100),
 )

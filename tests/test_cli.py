@@ -160,6 +160,41 @@ def test_a_command_that_cannot_begin_says_why_and_exits_with_2(
     assert "Traceback" not in ran.stderr
 
 
+@pytest.mark.parametrize("command", ["migrate", "work"])
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("import os\n\nos.environ['NO_SUCH']\n", "broken cannot be imported: {file}, line 3: KeyError: 'NO_SUCH'"),
+        (
+            "import no_such\n",
+            "broken cannot be imported: {file}, line 1: ModuleNotFoundError: No module named 'no_such'",
+        ),
+        ("x = 1\ndef (:\n", "broken cannot be imported: {file}, line 2: SyntaxError: invalid syntax"),
+        ("raise ValueError('a\\nb')\n", "broken cannot be imported: {file}, line 1: ValueError: a b"),
+        (
+            "import jobkit\njobkit.Renderers().register('')\n",
+            "broken cannot be imported: {file}, line 2: ValueError: job_type is blank",
+        ),
+        ("def runner():\n    return 1 / 0\n", "broken:runner cannot be called: {file}, line 2: ZeroDivisionError"),
+    ],
+    ids=[
+        "raises",
+        "imports what is not there",
+        "is no Python",
+        "raises two lines",
+        "raises in a library",
+        "makes none",
+    ],
+)
+def test_an_app_that_raises_is_told_in_one_line_with_its_place(
+    tmp_path: Path, command: str, source: str, told: str
+) -> None:
+    (tmp_path / "broken.py").write_text(source)
+    ran = jobkit_command(command, "--app", "broken:runner", cwd=tmp_path)
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1)
+    assert ran.stderr.startswith("jobkit: " + told.format(file=tmp_path / "broken.py"))
+
+
 def test_without_a_command_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([])

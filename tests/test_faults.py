@@ -15,8 +15,9 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import claims
-from jobkit._dialects import postgresql, sqlite
 from jobkit._dialects.base import Sql
+from jobkit._dialects.postgresql import sql as postgresql
+from jobkit._dialects.sqlite import sql as sqlite
 from jobkit.clock import utcnow
 from jobkit.tables import asset_intents, content_jobs
 from tests.support import doomed

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 from uuid import UUID
 
@@ -31,6 +32,14 @@ ANYTHING = st.text(st.characters(exclude_categories=()), max_size=300)
 def test_text_that_cannot_be_stored_is_refused_by_name(value: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         storable(value, "name", limit=10)
+
+
+@pytest.mark.parametrize("control", ["\n", "\r", "\t", "\x1b", "\x7f", "\x85", "\u2028", "\u2029"])
+def test_text_of_one_line_has_no_control_characters(control: str) -> None:
+    with pytest.raises(ValueError, match=f"name contains the control character {re.escape(ascii(control))}"):
+        storable(f"a{control}b", "name", controls=False)
+    assert storable(f"a{control}b", "name") == f"a{control}b"
+    assert storable("a b\xa0é\u200f🎈", "name", controls=False)
 
 
 @pytest.mark.parametrize("value", ["a", "x" * 10, "日本語", "🐍", " padded ", "a\r\n\tb"])
@@ -71,6 +80,19 @@ class Speechless(Exception):
         raise RuntimeError("no words")
 
 
+class RiggedText(str):
+    def __getitem__(self, key: object) -> str:
+        raise RuntimeError("no slices")
+
+    def replace(self, *_: object) -> str:  # type: ignore[override]
+        raise RuntimeError("no changes")
+
+
+class Rigged(Exception):
+    def __str__(self) -> str:
+        return RiggedText("plain")
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -84,6 +106,7 @@ class Speechless(Exception):
         (ValueError("tabs\tand\r\nlines\nstay"), "tabs\tand\nlines\nstay"),
         (ValueError("nul\0, escape\x1b[31m, \ud800"), "nul\ufffd, escape\ufffd[31m, \ufffd"),
         (ValueError("evil\u202egnp.exe"), "evil\ufffdgnp.exe"),
+        (Rigged(), "plain"),
     ],
 )
 def test_a_failure_is_described_in_words_that_can_be_stored(error: BaseException, expected: str) -> None:

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 from uuid import UUID
@@ -14,7 +15,8 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.claims import Intent, record_intents
-from jobkit.clock import Clock, utcnow
+from jobkit.clock import Clock, seconds, utcnow
+from jobkit.columns import now as database_now
 from jobkit.drafts import Draft, Limit
 from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError
 from jobkit.ids import new_id, parse_id
@@ -24,9 +26,10 @@ from jobkit.limits import LIMIT_SOURCE, MAX_GENERATED_ASSET_BYTES
 from jobkit.spool import CHUNK, Spool
 from jobkit.sqlite import require_configured, writing_in_this_thread
 from jobkit.storage import limited, open_storage
+from jobkit.sweep import Sweep
 from jobkit.tables import asset_intents, assets
 from jobkit.text import company, storable
-from jobkit.types import Asset, Body, StoredObject
+from jobkit.types import Asset, Body, GarbageReport, StoredObject
 
 if TYPE_CHECKING:
     from jobkit.jobs import Host
@@ -262,10 +265,31 @@ class AssetStore:
         ).one_or_none()
         if gone is None:
             raise AssetNotFound(f"no asset {asset.id}")
-        connection.execute(
-            asset_intents.insert(),
-            {"id": new_id(), **gone._mapping, "state": "tombstone", "not_before": self._clock()},
-        )
+        tombstone = {**gone._mapping, "state": "tombstone", "not_before": database_now}
+        connection.execute(asset_intents.insert().values(id=new_id(), **tombstone))
+
+    def collect_garbage(
+        self,
+        *,
+        older_than: timedelta | float = timedelta(hours=24),
+        dry_run: bool = True,
+        engine: sa.Engine | None = None,
+    ) -> GarbageReport:
+        """Remove objects that no row names: those whose row was deleted, and those recorded ``older_than`` ago that
+        never got one. ``dry_run`` only tells which.
+
+        By the records of ``engine`` (default: the store's), for this store's provider; never by listing. Each key is
+        visited again by a call after a further ``older_than``, and only then forgotten, because a slow writer may store
+        its object after the first visit. So ``older_than`` must exceed the time that any file takes from its record to
+        its row. A file that is swept before ``create`` or the end of its job gets no row (``AssetNotFound``, a failed
+        job). An object that cannot be removed is tried again later; the others go.
+        """
+        grace = seconds(older_than, "older_than", positive=False)
+        chosen = self.engine if engine is None else engine
+        if chosen is None:
+            raise ConfigurationError(f"{self!r} has no engine: pass collect_garbage(engine=) the one with its records")
+        sweep = Sweep(chosen, self._storage, older_than=grace)
+        return sweep.look() if dry_run else sweep.run()
 
     def _open(self, asset: Asset) -> BinaryIO:
         if asset.provider != self.provider:
@@ -294,7 +318,11 @@ class AssetStore:
             free = connection.execute(asset_intents.delete().where(*which)).rowcount == 1
         else:
             taken = sa.select(_c.id).where(_c.company_id == owner, _c.object_key == stored.object_key)
-            free = connection.execute(taken).first() is None
+            # A key that was deleted is the sweep's, though nothing was recorded when its object was stored.
+            given_up = sa.select(asset_intents.c.id).where(
+                asset_intents.c.provider == stored.provider, asset_intents.c.object_key == stored.object_key
+            )
+            free = connection.execute(taken.union_all(given_up)).first() is None
         if not free:
             raise AssetNotFound(f"{stored.object_key!r} was swept already, or has a row: store the file again")
 

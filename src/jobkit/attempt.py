@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any, BinaryIO
 from uuid import UUID
 
@@ -16,7 +16,7 @@ from jobkit.assets import AssetStore
 from jobkit.claims import Claim
 from jobkit.context import Registration, RenderContext
 from jobkit.drafts import Draft
-from jobkit.errors import AssetNotFound, Discard, RenderInterrupted, Retry, Snooze
+from jobkit.errors import AssetNotFound, Discard, RenderInterrupted, Retry, Snooze, UnknownJobType
 from jobkit.ids import new_id
 from jobkit.payload import canonical
 from jobkit.text import describe
@@ -74,14 +74,8 @@ class Attempt:
             self.render()
         except BaseException as error:  # the thread belongs to the runner: not even SystemExit may end it
             self.failure = error
-            self._log(error)
-
-    def _log(self, error: BaseException) -> None:
-        if isinstance(error, RenderInterrupted | Snooze | Retry | Discard):
-            logger.info("job %s (%r): %s", self.claim.job_id, self.claim.job_type, describe(error))
-        else:
-            message = "job %s (%r) failed: %s"
-            logger.warning(message, self.claim.job_id, self.claim.job_type, describe(error), exc_info=error)
+            with suppress(Exception):  # a host's log handler that raises must not keep the failure from being recorded
+                self._log(error)
 
     def render(self) -> None:
         """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk."""
@@ -120,6 +114,14 @@ class Attempt:
         """Remove the spool files."""
         for draft in self.drafts:
             draft.discard()
+
+    def _log(self, error: BaseException) -> None:
+        asked = isinstance(error, RenderInterrupted | Snooze | Retry | Discard)
+        # Of a job type that nobody registered, the traceback would show only jobkit.
+        traceback = None if asked or isinstance(error, UnknownJobType) else error
+        message = "job %s (%r) ended without files: %s" if asked else "job %s (%r) failed: %s"
+        level = logging.INFO if asked else logging.WARNING
+        logger.log(level, message, self.claim.job_id, self.claim.job_type, describe(error), exc_info=traceback)
 
     def _draft(self, filename: str, content_type: str) -> Draft:
         return self._assets.draft(

@@ -43,7 +43,7 @@ class Draft:
         at: datetime,
     ) -> None:
         if filename is not None:
-            storable(filename, "original_filename", blank=True, limit=1_024)
+            storable(filename, "original_filename", blank=True, limit=1_024, controls=False)
         self.company_id = company_id
         self.filename = filename
         self.content_type = _checked_type(content_type)

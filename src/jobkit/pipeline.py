@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import BinaryIO, Protocol
@@ -33,6 +32,7 @@ from jobkit.renderers import Renderers
 from jobkit.rotation import Rotation
 from jobkit.tables import content_jobs
 from jobkit.text import describe
+from jobkit.turns import Turn, is_outage
 from jobkit.types import JobStatus
 
 logger = logging.getLogger("jobkit")
@@ -56,19 +56,6 @@ BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
 class Pool(Protocol):
     def submit(self, task: Task) -> None: ...
     def close(self) -> None: ...
-
-
-@dataclass(slots=True)
-class Turn:
-    """What one transaction does."""
-
-    ends: list[Completion] = field(default_factory=list)
-    rendered: list[Attempt] = field(default_factory=list)
-    limit: int = 0
-    asked: int = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.ends or self.rendered or self.limit)
 
 
 class Pipeline:
@@ -260,7 +247,7 @@ class Pipeline:
         try:
             events, taken = self._commit(turn)
         except Exception as error:
-            if _outage(error):
+            if is_outage(error):
                 self._pause(turn, error)
             else:
                 self._one_by_one(turn, error)
@@ -356,16 +343,14 @@ class Pipeline:
 
     def _one_by_one(self, turn: Turn, error: Exception) -> None:
         """Do each part by itself, so that what the database refuses fails alone."""
-        parts = [Turn(ends=[end]) for end in turn.ends] + [Turn(rendered=[attempt]) for attempt in turn.rendered]
-        if len(parts) + bool(turn.limit) > 1:
+        parts = turn.parts()
+        if len(parts) > 1:
             for part in parts:
                 self._take(part)
-            if turn.limit:
-                self._take(Turn(limit=turn.limit))
         elif turn.limit:
             self._pause(turn, error)
         else:
-            self._refused(parts[0], error)
+            self._refused(turn, error)
 
     def _refused(self, part: Turn, error: Exception) -> None:
         claim = part.ends[0].claim if part.ends else part.rendered[0].claim
@@ -458,10 +443,3 @@ class Pipeline:
                 logger.warning("stopped with %d jobs unfinished; they are queued again", len(events))
         except Exception as error:
             logger.error("stopped with %d jobs unfinished, and could not release them: %s", len(held), describe(error))
-
-
-def _outage(error: Exception) -> bool:
-    """Whether the database failed, rather than refused these values: the same values may succeed later."""
-    if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
-        return True
-    return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError | OSError)

@@ -67,7 +67,7 @@ class Runner:
             raise TypeError(f"renderers must be a jobkit.Renderers, not {type(renderers).__name__}")
         if assets.engine is None:
             assets.engine = self.engine
-        self._assets, self._renderers = assets, renderers
+        self.assets, self._assets, self._renderers = assets, assets, renderers
         self._concurrency = concurrency
         self._lease, self._poll_interval = seconds(lease, "lease"), seconds(poll_interval, "poll_interval")
         self._clock = clock

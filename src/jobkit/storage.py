@@ -41,6 +41,9 @@ class Storage(Protocol):
     def open(self, key: str) -> BinaryIO:
         """The object as a seekable binary file; ``FileNotFoundError``."""
 
+    def size(self, key: str) -> int | None:
+        """How many bytes the object has, 0 when there is none; None when that would take a request."""
+
     def remove(self, key: str) -> None:
         """Remove exactly this object; nothing happens when there is none."""
 
@@ -83,6 +86,14 @@ class LocalStorage:
         except OSError:  # a folder: Python has not taken the descriptor over
             os.close(descriptor)
             raise
+
+    def size(self, key: str) -> int | None:
+        path = self._path(key)
+        self._inside(path)
+        try:
+            return path.lstat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return 0
 
     def remove(self, key: str) -> None:
         path = self._path(key)
@@ -144,6 +155,9 @@ class FsspecStorage:
                 filesystem.cat_file(f"{root}/{key}")
             )  # its open() hands every reader the same file position
         return cast("BinaryIO", filesystem.open(f"{root}/{key}", "rb"))
+
+    def size(self, key: str) -> int | None:
+        return None
 
     def remove(self, key: str) -> None:
         filesystem, root = self._filesystem()

@@ -9,13 +9,15 @@ MAX_ERROR_CHARACTERS = 2_000
 # C0 and C1 controls except tab and newline, the bidirectional overrides, and the halves of surrogate pairs: PostgreSQL
 # refuses NUL and surrogates, terminals obey the rest.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# All that ends a line or that a terminal may obey: a file's name is one line.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def storable(value: str, field: str, *, blank: bool = False, limit: int | None = None) -> str:
+def storable(value: str, field: str, *, blank: bool = False, limit: int | None = None, controls: bool = True) -> str:
     """``value`` unchanged when both databases can hold it; ``ValueError`` naming ``field`` otherwise.
 
-    Refused: NUL, lone surrogates, blank text unless ``blank``, more than ``limit`` characters. Not a ``str``:
-    ``TypeError``.
+    Refused: NUL, lone surrogates, blank text unless ``blank``, more than ``limit`` characters, and unless ``controls``
+    line ends and other control characters. Not a ``str``: ``TypeError``.
     """
     if not isinstance(value, str):
         raise TypeError(f"{field} must be text, not {type(value).__name__}")
@@ -29,6 +31,8 @@ def storable(value: str, field: str, *, blank: bool = False, limit: int | None =
         raise ValueError(f"{field} is blank")
     if limit is not None and len(value) > limit:
         raise ValueError(f"{field} has {len(value)} characters, the limit is {limit}")
+    if not controls and (control := _CONTROLS.search(value)):
+        raise ValueError(f"{field} contains the control character {control.group()!a}")
     return value
 
 
@@ -46,14 +50,14 @@ def describe(error: BaseException) -> str:
     replaced.
     """
     try:
-        message = str(error)
+        message = sanitise(str(error))
     except BaseException:  # an exception whose __str__ raises must not keep its failure from being recorded
         message = ""
-    return sanitise(message) or type(error).__name__
+    return message or sanitise(type.__dict__["__name__"].__get__(type(error)))
 
 
 def sanitise(message: str) -> str:
     """``message`` with unsafe characters replaced by ``�``, cut to 2,000 characters."""
-    cut = message[: MAX_ERROR_CHARACTERS + 1]
+    cut = str.__getitem__(message, slice(MAX_ERROR_CHARACTERS + 1))  # plain text, whatever its class overrides
     cleaned = _UNSAFE.sub("\ufffd", cut.replace("\r\n", "\n")).strip()
     return cleaned if len(cleaned) <= MAX_ERROR_CHARACTERS else cleaned[: MAX_ERROR_CHARACTERS - 1] + "…"

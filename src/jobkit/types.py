@@ -129,6 +129,25 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
+class GarbageReport:
+    """What a sweep visited or, when ``dry_run``, would visit.
+
+    ``abandoned``: keys of files that never got a row. ``deleted``: keys whose row was deleted. ``settled``: keys swept
+    before, whose record went after its quarantine. ``failed``: keys the storage did not let go, which are tried again
+    later; they count nowhere else. ``byte_size``: of the objects that went, None where asking the storage would take a
+    request each. ``sample``: up to ten of the abandoned and deleted keys.
+    """
+
+    dry_run: bool
+    abandoned: int
+    deleted: int
+    settled: int
+    failed: int
+    byte_size: int | None
+    sample: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Rendered:
     """One file of a renderer's result. The body is read once, as a stream, before the renderer's next output is asked
     for.

@@ -95,6 +95,14 @@ class EventRow(NamedTuple):
     payload: dict[str, Any]
 
 
+class Due(NamedTuple):
+    """A recorded key that a sweep may visit."""
+
+    company_id: str
+    object_key: str
+    not_before: datetime
+
+
 class Statements(Protocol):
     """The statements that differ. Each takes a connection in the caller's transaction and commits nothing."""
 
@@ -140,6 +148,26 @@ class Statements(Protocol):
 
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
         """Record each key; nothing sweeps it for ``grace`` seconds of the database's clock."""
+
+    def due_intents(
+        self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
+    ) -> list[Due]:
+        """Keys of ``state`` without a live row whose time has come, or comes within ``early`` seconds of the database's
+        clock; the longest due first, from ``after`` on. A hint: only ``claim_intents`` decides.
+        """
+
+    def claim_intents(
+        self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float
+    ) -> list[str]:
+        """Make those of ``keys`` that still are due ``collected``, due again in ``hold`` seconds; return them."""
+
+    def drop_intents(self, connection: sa.Connection, keys: Sequence[str], *, provider: str) -> None:
+        """Delete the records of collected keys."""
+
+    def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
+        """Make collected keys tombstones again, each with its ``error``, due after a pause that doubles with every
+        failure.
+        """
 
     def finish(
         self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
@@ -217,6 +245,7 @@ EVENT = (
     sa.column("created_at", UtcDateTime()),
     sa.column("payload", JsonObject()),
 )
+DUE = (sa.column("company_id", sa.Text()), sa.column("object_key", sa.Text()), sa.column("not_before", UtcDateTime()))
 MANY_PARAMETERS: dict[str, Any] = {"company_id": sa.Text(), "jobs": sa.Text(), "now": UtcDateTime()}
 JOB_PARAMETERS: dict[str, Any] = {
     "id": sa.Uuid(),

@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from jobkit.context import RenderContext
+from jobkit.contrib.renderers import _fields
 from jobkit.contrib.renderers._breaks import pieces
-from jobkit.contrib.renderers._markdown import MAX_CHARACTERS, MAX_NESTING, Reader, clean, plain
+from jobkit.contrib.renderers._markdown import MAX_CHARACTERS, MAX_NESTING, Reader, plain
 from jobkit.errors import ConfigurationError
 from jobkit.renderers import Renderers
-from jobkit.text import storable
 from jobkit.types import Rendered
 
 JOB_TYPE = "pdf-document"
@@ -42,7 +42,6 @@ PAPERS = {"a4": 28, "us-letter": 31}
 
 _FIELDS = ("markdown", "title", "author", "filename", "paper", "language")
 _LANGUAGE = re.compile(r"[a-zA-Z]{2,3}(?:-[a-zA-Z]{2})?")
-_UNFIT_FOR_NAME = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]+')
 _RUNNING_TITLE = 90
 
 
@@ -86,31 +85,23 @@ class Document:
 
     @classmethod
     def of(cls, value: Any) -> Document:
-        if not isinstance(value, dict):
-            raise ValueError(f"input must be an object with markdown in it, not {type(value).__name__}")
-        if unknown := sorted(set(value) - set(_FIELDS)):
-            raise ValueError(f"{unknown[0]!r:.80} is not a field of {JOB_TYPE}: {', '.join(_FIELDS)}")
-        markdown = _text(value, "markdown", limit=MAX_CHARACTERS)
+        _fields.object_of(value, _FIELDS, JOB_TYPE)
+        markdown = _fields.text(value, "markdown", limit=MAX_CHARACTERS)
         if markdown is None:
             raise ValueError("markdown is missing")
         author = value.get("author")
         names = author if isinstance(author, list) else [] if author is None else [author]
         if len(names) > 50:
             raise ValueError(f"author has {len(names)} names, the limit is 50")
-        paper = value.get("paper")
-        paper = "a4" if paper is None else paper
-        if paper not in list(PAPERS):
-            raise ValueError(f"paper {paper!r:.80} is not one of {', '.join(PAPERS)}")
-        language = _text(value, "language", limit=10)
+        paper = _fields.choice(value, "paper", PAPERS) or "a4"
+        language = _fields.text(value, "language", limit=10)
         if language is not None and not _LANGUAGE.fullmatch(language):
             raise ValueError(f"language {language!r} is not a code such as 'en' or 'pt-BR'")
-        filename = _text(value, "filename", limit=200)
-        if filename is not None and _UNFIT_FOR_NAME.search(filename):
-            raise ValueError(f"filename {filename!r} has a character that file names do not have everywhere")
+        filename = _fields.filename(value, ".pdf")
         if None in names:
             raise ValueError("author must be text, not NoneType")
-        authors = tuple(_text({"author": name}, "author", limit=200) or "" for name in names)
-        return cls(markdown, _text(value, "title", limit=500), authors, filename, paper, language)
+        authors = tuple(_fields.text({"author": name}, "author", limit=200) or "" for name in names)
+        return cls(markdown, _fields.text(value, "title", limit=500), authors, filename, paper, language)
 
     def typeset(self, text: Reader) -> dict[str, Any]:
         """What the template is given, the title taken from the first heading when the input has none."""
@@ -137,23 +128,12 @@ class Document:
         }
 
     def _name(self, title: str | None) -> str:
-        words = _UNFIT_FOR_NAME.sub(" ", title or "").split()
-        name = self.filename or " ".join(words)[:100].strip(" .") or "document"
-        return name if name.lower().endswith(".pdf") else f"{name}.pdf"
+        words = _fields.UNFIT_FOR_NAME.sub(" ", title or "").split()
+        return self.filename or _fields.ended(" ".join(words)[:100].strip(" .") or "document", ".pdf")
 
 
 def _shortened(title: str) -> str:
     return title if len(title) <= _RUNNING_TITLE else f"{title[: _RUNNING_TITLE - 1]}…"
-
-
-def _text(value: dict[str, Any], field: str, *, limit: int) -> str | None:
-    """The field without control characters, None when it is absent; ``ValueError`` naming it when it is not text."""
-    text = value.get(field)
-    if text is None:
-        return None
-    if not isinstance(text, str):
-        raise ValueError(f"{field} must be text, not {type(text).__name__}")
-    return clean(storable(text, field, limit=limit))
 
 
 @cache

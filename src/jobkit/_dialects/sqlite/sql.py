@@ -1,34 +1,20 @@
-"""SQLite 3.35 and newer: one writer at a time, so a step is a few statements under ``BEGIN IMMEDIATE``, the first of
-them a write.
-"""
+"""The statements for SQLite, written out."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import sqlalchemy as sa
 
 from jobkit._dialects.base import (
     CLAIMED,
+    DUE,
     EVENT,
     HELD,
     JOB_PARAMETERS,
     MANY_PARAMETERS,
     TOLD,
-    Claimed,
-    Document,
-    EventRow,
-    Held,
-    Position,
-    RescueTerms,
     Sql,
-    Start,
-    Terms,
-    Told,
 )
 from jobkit.columns import SQLITE_NOW, SQLITE_TIME, UtcDateTime
 
@@ -194,6 +180,63 @@ ON CONFLICT (provider, object_key) DO NOTHING
     grace=sa.Text(),
 )
 
+# A key belongs to its row's company alone, so the company is part of the match: it is what the index begins with.
+# The plus signs keep the planner from reading every key of the provider rather than those that are due.
+_SWEEPABLE = f"""+i.provider = :provider AND i.state = :state AND i.not_before <= {_IN_SECONDS.format("early")}
+    AND NOT EXISTS (
+        SELECT 1 FROM {{s}}assets a
+        WHERE a.company_id = i.company_id AND a.object_key = i.object_key AND a.provider = i.provider
+    )"""
+DUE_INTENTS = Sql(
+    f"""
+SELECT i.company_id, i.object_key, i.not_before FROM {{s}}asset_intents i
+WHERE i.not_before >= :after AND {_SWEEPABLE}
+ORDER BY i.not_before LIMIT :limit
+""",
+    *DUE,
+    provider=sa.Text(),
+    state=sa.Text(),
+    early=sa.Text(),
+    after=UtcDateTime(),
+    limit=sa.Integer(),
+)
+
+CLAIM_INTENTS = Sql(
+    f"""
+UPDATE {{s}}asset_intents AS i SET state = 'collected', not_before = {_IN_SECONDS.format("hold")}
+WHERE i.provider = :provider AND i.object_key IN (SELECT value FROM json_each(:keys))
+    AND {_SWEEPABLE.replace("i.not_before", "+i.not_before")}
+RETURNING object_key
+""",
+    sa.column("object_key", sa.Text()),
+    keys=sa.Text(),
+    provider=sa.Text(),
+    state=sa.Text(),
+    early=sa.Text(),
+    hold=sa.Text(),
+)
+
+DROP_INTENTS = Sql(
+    """
+DELETE FROM {s}asset_intents
+WHERE provider = :provider AND object_key IN (SELECT value FROM json_each(:keys)) AND state = 'collected'
+""",
+    keys=sa.Text(),
+    provider=sa.Text(),
+)
+
+POSTPONE_INTENTS = Sql(
+    f"""
+UPDATE {{s}}asset_intents AS i
+SET state = 'tombstone', attempts = attempts + 1, last_error = json_extract(f.value, '$.error'),
+    not_before = strftime({SQLITE_TIME}, 'now', (60 << min(attempts, 10)) || ' seconds')
+FROM json_each(:failures) AS f
+WHERE i.provider = :provider AND i.object_key = json_extract(f.value, '$.key') AND i.state = 'collected'
+""",
+    failures=sa.Text(),
+    provider=sa.Text(),
+)
+
 FINISH = Sql(
     """
 UPDATE {s}content_jobs
@@ -337,131 +380,3 @@ SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at 
 """,
     now=UtcDateTime(),
 )
-
-
-class Sqlite:
-    """``jobkit._dialects.base.Statements`` for SQLite."""
-
-    claim_locks = True
-
-    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
-        row = {name: values[name] for name in values if name != "payload"}
-        if connection.execute(INSERT(connection), row).rowcount == 0:
-            return None
-        event = {"job_id": values["id"], "seq": 1, "type": "content_job.queued"}
-        shared = {name: values[name] for name in ("company_id", "payload", "now")}
-        return self.append_event(connection, {**event, **shared})
-
-    def insert_jobs(
-        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
-    ) -> None:
-        values = {"company_id": company_id, "jobs": jobs, "now": now}
-        connection.execute(INSERT_MANY(connection), values)
-        connection.execute(TELL_MANY(connection), values)
-
-    def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
-        return int(connection.execute(APPEND(connection), values).scalar_one())
-
-    def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
-        return self._claimed(connection, CLAIM, terms, {})
-
-    def claim_of(
-        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: Terms
-    ) -> list[Claimed]:
-        return self._claimed(connection, CLAIM_OF, terms, {"companies": json.dumps(companies), "each": each})
-
-    def claim_due(self, connection: sa.Connection, *, window: int, terms: Terms) -> list[Claimed]:
-        return self._claimed(connection, CLAIM_DUE, terms, {"window": window})
-
-    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
-        return list(connection.execute(COMPANIES(connection), {"limit": limit}).scalars())
-
-    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
-        return bool(connection.execute(HAS_QUEUED(connection), {"now": now}).scalar())
-
-    def has_expired(self, connection: sa.Connection) -> bool:
-        return bool(connection.execute(EXPIRED(connection)).scalar())
-
-    def _claimed(
-        self, connection: sa.Connection, statement: Sql, terms: Terms, more: Mapping[str, Any]
-    ) -> list[Claimed]:
-        values = {**terms._asdict(), "lease": str(terms.lease), **more}
-        rows = sorted(connection.execute(statement(connection), values), key=lambda row: row.id)
-        if not rows:
-            return []
-        events = [
-            _event(row.id, row.company_id, row.event_seq, "content_job.running", {"jobId": str(row.id)}) for row in rows
-        ]
-        ids = {told.job_id: told.event_id for told in self._tell(connection, events, terms.now)}
-        return [Claimed._make((*row, ids[row.id])) for row in rows]
-
-    def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
-        connection.execute(INTEND(connection), {"intents": json.dumps(intents), "grace": str(grace)})
-
-    def finish(
-        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[Told], int]:
-        rows = connection.execute(FINISH(connection), {"jobs": json.dumps(jobs), "now": now}).all()
-        if not rows:
-            return [], 0
-        ends = {job["job"]: job for job in jobs}
-        events = [
-            _event(row.id, row.company_id, row.event_seq, ends[row.id.hex]["type"], ends[row.id.hex]["payload"])
-            for row in rows
-        ]
-        told = self._tell(connection, events, now)
-        won = {row.id.hex for row in rows}
-        kept = json.dumps([file for file in files if file["job"] in won])
-        if kept == "[]":
-            return told, 0
-        connection.execute(KEEP(connection), {"files": kept, "now": now})
-        return told, connection.execute(FORGET(connection), {"files": kept}).rowcount
-
-    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
-        rows = connection.execute(RENEW(connection), {"jobs": json.dumps(jobs), "lease": str(lease)})
-        return [Held(*row) for row in rows]
-
-    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
-        return [Held(*row) for row in connection.execute(LOOK(connection), {"jobs": json.dumps(jobs)})]
-
-    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
-        rows = connection.execute(RESCUE(connection), terms._asdict()).all()
-        events = [
-            _event(row.id, row.company_id, row.event_seq, *_rescued(str(row.id), row.status, row.attempt, terms))
-            for row in rows
-        ]
-        ids = {told.job_id: told.event_id for told in self._tell(connection, events, terms.now)}
-        return [
-            EventRow(ids[row.id], 0, e["seq"], row.company_id, e["type"], row.id, terms.now, e["payload"])
-            for row, e in zip(rows, events, strict=True)
-        ]
-
-    def start(self, connection: sa.Connection) -> Start:
-        return Start(Position(0, connection.execute(START(connection)).scalar_one()), "")
-
-    def scan(
-        self, connection: sa.Connection, after: Position, start: Start, limit: int
-    ) -> tuple[list[EventRow], Position]:
-        events = [EventRow(*row) for row in connection.execute(SCAN(connection), {"id": after.id, "limit": limit})]
-        return events, Position(0, events[-1].id) if events else after
-
-    def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
-        values = {"jobs": json.dumps(jobs), "id": after.id}
-        return [EventRow(*row) for row in connection.execute(EARLIER(connection), values)]
-
-    def _tell(self, connection: sa.Connection, events: Document, now: datetime) -> list[Told]:
-        rows = connection.execute(TELL(connection), {"events": json.dumps(events), "now": now})
-        return [Told(*row) for row in rows]
-
-
-def _event(job_id: UUID, company_id: str, seq: int, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
-    return {"company": company_id, "job": job_id.hex, "seq": seq, "type": kind, "payload": payload}
-
-
-def _rescued(job_id: str, status: str, attempt: int, terms: RescueTerms) -> tuple[str, dict[str, Any]]:
-    if status == "cancelled":
-        return "content_job.cancelled", {"jobId": job_id}
-    if status == "failed":
-        return "content_job.failed", {"jobId": job_id, "errorMessage": terms.stopped}
-    lost = {"jobId": job_id, "attempt": attempt + 1, "errorMessage": terms.reason, "runAt": terms.now.isoformat()}
-    return "content_job.retrying", lost

@@ -1,31 +1,20 @@
-"""PostgreSQL 14 and newer: every step is one statement, because a round trip costs more than anything in it."""
+"""The statements for PostgreSQL, written out."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from jobkit._dialects.base import (
     CLAIMED,
+    DUE,
     EVENT,
     HELD,
     JOB_PARAMETERS,
     MANY_PARAMETERS,
     TOLD,
-    Claimed,
-    Document,
-    EventRow,
-    Held,
-    Position,
-    RescueTerms,
     Sql,
-    Start,
-    Terms,
-    Told,
 )
 from jobkit.columns import UtcDateTime
 
@@ -183,6 +172,70 @@ ON CONFLICT (provider, object_key) DO NOTHING
 """,
     intents=sa.Text(),
     grace=sa.Float(),
+)
+
+# A key belongs to its row's company alone, so the company is part of the match: it is what the index begins with. And
+# clock_timestamp(), which may change between two rows, cannot be compared by index.
+_SWEEPABLE = """i.provider = :provider AND i.state = :state
+    AND i.not_before <= statement_timestamp() + make_interval(secs => :early)
+    AND NOT EXISTS (
+        SELECT FROM {s}assets a
+        WHERE a.company_id = i.company_id AND a.object_key = i.object_key AND a.provider = i.provider
+    )"""
+DUE_INTENTS = Sql(
+    f"""
+SELECT i.company_id, i.object_key, i.not_before FROM {{s}}asset_intents i
+WHERE i.not_before >= :after AND {_SWEEPABLE}
+ORDER BY i.not_before LIMIT :limit
+""",
+    *DUE,
+    provider=sa.Text(),
+    state=sa.Text(),
+    early=sa.Float(),
+    after=UtcDateTime(),
+    limit=sa.Integer(),
+)
+
+# SKIP LOCKED leaves out a key that another sweep, or the transaction that gives it its row, is at just now.
+CLAIM_INTENTS = Sql(
+    f"""
+WITH due AS MATERIALIZED (
+    SELECT i.object_key FROM {{s}}asset_intents i
+    WHERE i.object_key IN (SELECT jsonb_array_elements_text(CAST(:keys AS jsonb))) AND {_SWEEPABLE}
+    FOR UPDATE OF i SKIP LOCKED
+)
+UPDATE {{s}}asset_intents i SET state = 'collected', not_before = clock_timestamp() + make_interval(secs => :hold)
+FROM due WHERE i.provider = :provider AND i.object_key = due.object_key
+RETURNING i.object_key
+""",
+    sa.column("object_key", sa.Text()),
+    keys=sa.Text(),
+    provider=sa.Text(),
+    state=sa.Text(),
+    early=sa.Float(),
+    hold=sa.Float(),
+)
+
+DROP_INTENTS = Sql(
+    """
+DELETE FROM {s}asset_intents
+WHERE provider = :provider AND object_key IN (SELECT jsonb_array_elements_text(CAST(:keys AS jsonb)))
+    AND state = 'collected'
+""",
+    keys=sa.Text(),
+    provider=sa.Text(),
+)
+
+POSTPONE_INTENTS = Sql(
+    """
+UPDATE {s}asset_intents i
+SET state = 'tombstone', attempts = i.attempts + 1, last_error = f.error,
+    not_before = clock_timestamp() + make_interval(secs => 60 << least(i.attempts, 10))
+FROM jsonb_to_recordset(CAST(:failures AS jsonb)) AS f(key text, error text)
+WHERE i.provider = :provider AND i.object_key = f.key AND i.state = 'collected'
+""",
+    failures=sa.Text(),
+    provider=sa.Text(),
 )
 
 FINISH = Sql(
@@ -356,85 +409,3 @@ SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at 
 """,
     now=UtcDateTime(),
 )
-
-
-class Postgresql:
-    """``jobkit._dialects.base.Statements`` for PostgreSQL."""
-
-    claim_locks = False
-
-    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
-        plain, once = (INSERT_NOTIFY, INSERT_ONCE_NOTIFY) if notify else (INSERT, INSERT_ONCE)
-        statement = plain if values["key"] is None else once
-        row = connection.execute(statement(connection), values).one_or_none()
-        return None if row is None else int(row[0])
-
-    def insert_jobs(
-        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
-    ) -> None:
-        statement = INSERT_MANY_NOTIFY if notify else INSERT_MANY
-        connection.execute(statement(connection), {"company_id": company_id, "jobs": jobs, "now": now})
-
-    def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
-        return int(connection.execute(APPEND(connection), values).scalar_one())
-
-    def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
-        return [Claimed(*row) for row in connection.execute(CLAIM(connection), terms._asdict())]
-
-    def claim_of(
-        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: Terms
-    ) -> list[Claimed]:
-        values = {**terms._asdict(), "companies": json.dumps(companies), "each": each}
-        return [Claimed(*row) for row in connection.execute(CLAIM_OF(connection), values)]
-
-    def claim_due(self, connection: sa.Connection, *, window: int, terms: Terms) -> list[Claimed]:
-        values = {**terms._asdict(), "window": window}
-        return [Claimed(*row) for row in connection.execute(CLAIM_DUE(connection), values)]
-
-    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
-        return list(connection.execute(COMPANIES(connection), {"limit": limit}).scalars())
-
-    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
-        return bool(connection.execute(HAS_QUEUED(connection), {"now": now}).scalar())
-
-    def has_expired(self, connection: sa.Connection) -> bool:
-        return bool(connection.execute(EXPIRED(connection)).scalar())
-
-    def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
-        connection.execute(INTEND(connection), {"intents": json.dumps(intents), "grace": grace})
-
-    def finish(
-        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[Told], int]:
-        values = {"jobs": json.dumps(jobs), "files": json.dumps(files), "now": now}
-        rows = connection.execute(FINISH(connection), values).all()
-        return [Told(*row[:3]) for row in rows], rows[0].gone if rows else 0
-
-    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
-        rows = connection.execute(RENEW(connection), {"jobs": json.dumps(jobs), "lease": lease})
-        return [Held(*row) for row in rows]
-
-    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
-        return [Held(*row) for row in connection.execute(LOOK(connection), {"jobs": json.dumps(jobs)})]
-
-    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
-        values = {**terms._asdict(), "run_at": terms.now.isoformat()}
-        return [EventRow(*row) for row in connection.execute(RESCUE(connection), values)]
-
-    def start(self, connection: sa.Connection) -> Start:
-        xmin, snapshot = connection.execute(START(connection)).one()
-        return Start(Position(xmin, 0), snapshot)
-
-    def scan(
-        self, connection: sa.Connection, after: Position, start: Start, limit: int
-    ) -> tuple[list[EventRow], Position]:
-        values = {"xid": after.xid, "id": after.id, "snapshot": start.snapshot, "limit": limit}
-        rows = connection.execute(SCAN(connection), values).all()
-        events = [EventRow(*row[1:]) for row in rows if row[1] is not None]
-        if len(events) == limit:
-            return events, Position(events[-1].xid, events[-1].id)
-        return events, max(after, Position(rows[0].horizon, 0))
-
-    def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
-        values = {"jobs": json.dumps(jobs), "xid": after.xid, "id": after.id, "snapshot": start.snapshot}
-        return [EventRow(*row) for row in connection.execute(EARLIER(connection), values)]

@@ -1,0 +1,192 @@
+"""The sweep: removes objects that no row names, by the records of ``asset_intents`` alone. Nothing is listed.
+
+Each key is visited twice. At the first visit it becomes ``collected`` in a transaction that gives it to this sweep and
+takes it from everyone else: no row can be made for it any more. Then its object is removed. A publisher that was slow
+may still store it afterwards; so the record stays for a quarantine, and the second visit removes the object again and
+then the record. A sweep that dies in between leaves a collected key, which a later one visits.
+"""
+
+from __future__ import annotations
+
+import logging
+from asyncio import CancelledError
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from jobkit._dialects import statements_for
+from jobkit._dialects.base import Due
+from jobkit.claims import INTENT_GRACE
+from jobkit.errors import ConfigurationError
+from jobkit.keys import check_key
+from jobkit.sqlite import require_configured, writing_in_this_thread
+from jobkit.text import describe
+from jobkit.types import GarbageReport
+
+if TYPE_CHECKING:
+    from jobkit.storage import Storage
+
+logger = logging.getLogger("jobkit")
+
+BATCH = 500
+# How long a second visit keeps other sweeps from the keys of its batch, in seconds. Should it take longer, another one
+# removes the same objects again, which does no harm.
+VISIT = 900.0
+SAMPLE = 10
+_ALL = 2**31 - 1
+_START = datetime(1970, 1, 1, tzinfo=UTC)
+_CENTURY = 100 * 365.25 * 24 * 3600
+# Second visits come first: a key that a call has visited is not visited again by it.
+STATES = ("collected", "tombstone", "pending")
+
+
+class Sweep:
+    """Sweeps one storage by the records in one database.
+
+    In seconds of the database's clock: a recorded key counts as abandoned after ``older_than``, and is in
+    ``quarantine`` (as long) between its two visits. Each must exceed the time that any file takes from its record to
+    its row: the first or it gets none, the second or its object may outlive its record.
+    """
+
+    def __init__(
+        self, engine: sa.Engine, storage: Storage, *, older_than: float, quarantine: float | None = None
+    ) -> None:
+        if not isinstance(engine, sa.Engine):
+            raise ConfigurationError(f"a sweep needs a synchronous Engine, not {type(engine).__name__}")
+        require_configured(engine)
+        self._engine, self._storage = engine, storage
+        self._statements = statements_for(engine)
+        self._grace = min(older_than, _CENTURY)
+        self._quarantine = self._grace if quarantine is None else min(quarantine, _CENTURY)
+
+    def look(self) -> GarbageReport:
+        """What ``run`` would visit. Changes nothing."""
+        tally = _Tally()
+        for state in STATES:
+            with self._engine.connect().execution_options(stream_results=True, yield_per=BATCH) as connection:
+                for due in self._due(connection, state, _START, _ALL):
+                    try:
+                        tally.count(state, due.object_key, self._size(due))
+                    except Exception:  # a key that is not one of ours: nothing would remove it
+                        tally.failed += 1
+        return tally.report(dry_run=True)
+
+    def run(self) -> GarbageReport:
+        """Visit every key that is due, in batches."""
+        tally = _Tally()
+        for state in STATES:
+            after: datetime | None = _START
+            while after is not None:
+                after = self._batch(tally, state, after, BATCH)
+        return tally.report()
+
+    def once(self, limit: int = BATCH) -> GarbageReport:
+        """Visit up to ``limit`` keys of each state: a bounded step, for whoever sweeps all the time."""
+        tally = _Tally()
+        for state in STATES:
+            self._batch(tally, state, _START, limit)
+        return tally.report()
+
+    def _batch(self, tally: _Tally, state: str, after: datetime, limit: int) -> datetime | None:
+        """Visit the next keys from ``after`` on. Where to go on, None at the end."""
+        self._refuse_deadlock()
+        with self._engine.connect() as connection:
+            found = list(self._due(connection, state, after, limit))
+        if not found:
+            return None
+        # What was read may be outdated already. The claim decides, and it is a write.
+        with self._engine.begin() as connection:
+            claimed = set(
+                self._statements.claim_intents(
+                    connection,
+                    [due.object_key for due in found],
+                    provider=self._storage.provider,
+                    state=state,
+                    early=self._early(state),
+                    hold=VISIT if state == "collected" else self._quarantine,
+                )
+            )
+        self._visit(tally, state, [due for due in found if due.object_key in claimed])
+        last = found[-1].not_before
+        return last if len(found) == limit and (claimed or last > after) else None
+
+    def _visit(self, tally: _Tally, state: str, keys: Sequence[Due]) -> None:
+        """Remove the objects of claimed keys; no transaction is open meanwhile. Then record what failed, and at the
+        second visit forget what did not.
+        """
+        gone: list[str] = []
+        failures: list[dict[str, str]] = []
+        for due in keys:
+            try:
+                size = self._size(due)
+                self._storage.remove(due.object_key)
+            except (Exception, CancelledError) as error:  # storages run event loops, whose CancelledError is neither
+                failures.append({"key": due.object_key, "error": describe(error)})
+            else:
+                gone.append(due.object_key)
+                tally.count(state, due.object_key, size)
+        forgotten = gone if state == "collected" else []
+        if forgotten or failures:
+            with self._engine.begin() as connection:
+                if failures:
+                    self._statements.postpone_intents(connection, failures, provider=self._storage.provider)
+                if forgotten:
+                    self._statements.drop_intents(connection, forgotten, provider=self._storage.provider)
+        if failures:
+            tally.failed += len(failures)
+            logger.warning(
+                "%d of %d objects could not be removed and are tried again later; %s: %s",
+                *(len(failures), len(keys), failures[0]["key"], failures[0]["error"]),
+            )
+
+    def _due(self, connection: sa.Connection, state: str, after: datetime, limit: int) -> Iterable[Due]:
+        return self._statements.due_intents(
+            connection,
+            provider=self._storage.provider,
+            state=state,
+            early=self._early(state),
+            after=after,
+            limit=limit,
+        )
+
+    def _early(self, state: str) -> float:
+        # A key is recorded with a time that is INTENT_GRACE later. That is its age, whatever grace the caller wants.
+        return INTENT_GRACE - self._grace if state == "pending" else 0.0
+
+    def _size(self, due: Due) -> int | None:
+        check_key(due.company_id, due.object_key)
+        return self._storage.size(due.object_key)
+
+    def _refuse_deadlock(self) -> None:
+        if writing_in_this_thread(self._engine):
+            raise ConfigurationError(
+                "this thread's SQLite transaction has written, and a sweep would wait for it for ever: call "
+                "collect_garbage outside of it"
+            )
+
+
+class _Tally:
+    def __init__(self) -> None:
+        self.visited = dict.fromkeys(STATES, 0)
+        self.failed = 0
+        self._size: int | None = 0
+        self._sample: list[str] = []
+
+    def count(self, state: str, key: str, size: int | None) -> None:
+        self.visited[state] += 1
+        self._size = None if size is None or self._size is None else self._size + size
+        if state != "collected" and len(self._sample) < SAMPLE:
+            self._sample.append(key)
+
+    def report(self, *, dry_run: bool = False) -> GarbageReport:
+        return GarbageReport(
+            dry_run=dry_run,
+            abandoned=self.visited["pending"],
+            deleted=self.visited["tombstone"],
+            settled=self.visited["collected"],
+            failed=self.failed,
+            byte_size=self._size,
+            sample=tuple(self._sample),
+        )

@@ -1,0 +1,35 @@
+"""A turn of the pipeline: what one transaction does, and whether the database failed it or refused it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import sqlalchemy as sa
+
+from jobkit.attempt import Attempt
+from jobkit.claims import Completion
+
+
+@dataclass(slots=True)
+class Turn:
+    """What one transaction does."""
+
+    ends: list[Completion] = field(default_factory=list)
+    rendered: list[Attempt] = field(default_factory=list)
+    limit: int = 0
+    asked: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.ends or self.rendered or self.limit)
+
+    def parts(self) -> list[Turn]:
+        """Each thing by itself, so that what the database refuses fails alone."""
+        found = [Turn(ends=[end]) for end in self.ends] + [Turn(rendered=[attempt]) for attempt in self.rendered]
+        return [*found, Turn(limit=self.limit)] if self.limit else found
+
+
+def is_outage(error: Exception) -> bool:
+    """Whether the database failed, rather than refused these values: the same values may succeed later."""
+    if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
+        return True
+    return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError | OSError)
