@@ -103,11 +103,8 @@ class Due(NamedTuple):
     not_before: datetime
 
 
-class Statements(Protocol):
-    """The statements that differ. Each takes a connection in the caller's transaction and commits nothing."""
-
-    #: Whether a claim that finds nothing still takes the database's write lock, so that a poll should look first.
-    claim_locks: bool
+class JobStatements(Protocol):
+    """Creating jobs, and telling of what changes by hand."""
 
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
         """Insert a queued job with its first event; return the event's id, or None when its key has a job already."""
@@ -121,6 +118,13 @@ class Statements(Protocol):
 
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         """Append one event to the log; return its id."""
+
+
+class ClaimStatements(Protocol):
+    """Claims: taken, prolonged, ended, rescued."""
+
+    #: Whether a claim that finds nothing still takes the database's write lock, so that a poll should look first.
+    claim_locks: bool
 
     def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
         """Take queued jobs of any company, a company's in order of priority and creation: fence + 1, each with its
@@ -143,8 +147,28 @@ class Statements(Protocol):
     def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
         """Whether a claim is worth its write lock. A hint."""
 
+    def finish(
+        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
+    ) -> tuple[list[Told], int]:
+        """End the jobs whose fence still holds, with their files. The events of those, and how many intents went."""
+
+    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
+        """Prolong the leases that still hold, from now on the database's clock."""
+
+    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
+        """Which claims still hold. Writes nothing."""
+
+    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
+        """Take running jobs whose lease is over from their lost workers, each with its event; the attempt is not
+        charged.
+        """
+
     def has_expired(self, connection: sa.Connection) -> bool:
         """Whether a rescue is worth its write lock. A hint."""
+
+
+class IntentStatements(Protocol):
+    """Keys that may hold an object without a live row."""
 
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
         """Record each key; nothing sweeps it for ``grace`` seconds of the database's clock."""
@@ -169,21 +193,9 @@ class Statements(Protocol):
         failure.
         """
 
-    def finish(
-        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[Told], int]:
-        """End the jobs whose fence still holds, with their files. The events of those, and how many intents went."""
 
-    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
-        """Prolong the leases that still hold, from now on the database's clock."""
-
-    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
-        """Which claims still hold. Writes nothing."""
-
-    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
-        """Take running jobs whose lease is over from their lost workers, each with its event; the attempt is not
-        charged.
-        """
+class EventStatements(Protocol):
+    """Reading the event log."""
 
     def start(self, connection: sa.Connection) -> Start:
         """The end of the event log as of now."""
@@ -197,6 +209,10 @@ class Statements(Protocol):
         """Events of each job before a ``seq`` that lie beyond ``after``; with ``queued`` also the one just before, if
         it is ``queued``.
         """
+
+
+class Statements(JobStatements, ClaimStatements, IntentStatements, EventStatements, Protocol):
+    """The statements that differ. Each takes a connection in the caller's transaction and commits nothing."""
 
 
 class Sql:

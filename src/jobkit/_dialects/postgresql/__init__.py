@@ -13,10 +13,8 @@ from jobkit._dialects.base import Claimed, Document, Due, EventRow, Held, Positi
 from jobkit._dialects.postgresql import sql
 
 
-class Postgresql:
-    """``jobkit._dialects.base.Statements`` for PostgreSQL."""
-
-    claim_locks = False
+class _Jobs:
+    """Creating jobs, and telling of what changes by hand."""
 
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
         plain, once = (sql.INSERT_NOTIFY, sql.INSERT_ONCE_NOTIFY) if notify else (sql.INSERT, sql.INSERT_ONCE)
@@ -32,6 +30,12 @@ class Postgresql:
 
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         return int(connection.execute(sql.APPEND(connection), values).scalar_one())
+
+
+class _Claims:
+    """Claims: taken, prolonged, ended, rescued."""
+
+    claim_locks = False
 
     def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
         return [Claimed(*row) for row in connection.execute(sql.CLAIM(connection), terms._asdict())]
@@ -52,8 +56,30 @@ class Postgresql:
     def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
         return bool(connection.execute(sql.HAS_QUEUED(connection), {"now": now}).scalar())
 
+    def finish(
+        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
+    ) -> tuple[list[Told], int]:
+        values = {"jobs": json.dumps(jobs), "files": json.dumps(files), "now": now}
+        rows = connection.execute(sql.FINISH(connection), values).all()
+        return [Told(*row[:3]) for row in rows], rows[0].gone if rows else 0
+
+    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
+        rows = connection.execute(sql.RENEW(connection), {"jobs": json.dumps(jobs), "lease": lease})
+        return [Held(*row) for row in rows]
+
+    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
+        return [Held(*row) for row in connection.execute(sql.LOOK(connection), {"jobs": json.dumps(jobs)})]
+
+    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
+        values = {**terms._asdict(), "run_at": terms.now.isoformat()}
+        return [EventRow(*row) for row in connection.execute(sql.RESCUE(connection), values)]
+
     def has_expired(self, connection: sa.Connection) -> bool:
         return bool(connection.execute(sql.EXPIRED(connection)).scalar())
+
+
+class _Intents:
+    """Keys that may hold an object without a live row."""
 
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
         connection.execute(sql.INTEND(connection), {"intents": json.dumps(intents), "grace": grace})
@@ -76,23 +102,9 @@ class Postgresql:
     def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
         connection.execute(sql.POSTPONE_INTENTS(connection), {"failures": json.dumps(failures), "provider": provider})
 
-    def finish(
-        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[Told], int]:
-        values = {"jobs": json.dumps(jobs), "files": json.dumps(files), "now": now}
-        rows = connection.execute(sql.FINISH(connection), values).all()
-        return [Told(*row[:3]) for row in rows], rows[0].gone if rows else 0
 
-    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
-        rows = connection.execute(sql.RENEW(connection), {"jobs": json.dumps(jobs), "lease": lease})
-        return [Held(*row) for row in rows]
-
-    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
-        return [Held(*row) for row in connection.execute(sql.LOOK(connection), {"jobs": json.dumps(jobs)})]
-
-    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
-        values = {**terms._asdict(), "run_at": terms.now.isoformat()}
-        return [EventRow(*row) for row in connection.execute(sql.RESCUE(connection), values)]
+class _Events:
+    """Reading the event log."""
 
     def start(self, connection: sa.Connection) -> Start:
         xmin, snapshot = connection.execute(sql.START(connection)).one()
@@ -111,3 +123,7 @@ class Postgresql:
     def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
         values = {"jobs": json.dumps(jobs), "xid": after.xid, "id": after.id, "snapshot": start.snapshot}
         return [EventRow(*row) for row in connection.execute(sql.EARLIER(connection), values)]
+
+
+class Postgresql(_Jobs, _Claims, _Intents, _Events):
+    """``jobkit._dialects.base.Statements`` for PostgreSQL."""

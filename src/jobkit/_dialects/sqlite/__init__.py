@@ -16,10 +16,8 @@ from jobkit._dialects.base import Claimed, Document, Due, EventRow, Held, Positi
 from jobkit._dialects.sqlite import sql
 
 
-class Sqlite:
-    """``jobkit._dialects.base.Statements`` for SQLite."""
-
-    claim_locks = True
+class _Jobs:
+    """Creating jobs, and telling of what changes by hand."""
 
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
         row = {name: values[name] for name in values if name != "payload"}
@@ -39,6 +37,12 @@ class Sqlite:
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
         return int(connection.execute(sql.APPEND(connection), values).scalar_one())
 
+
+class _Claims:
+    """Claims: taken, prolonged, ended, rescued."""
+
+    claim_locks = True
+
     def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
         return self._claimed(connection, sql.CLAIM, terms, {})
 
@@ -56,9 +60,6 @@ class Sqlite:
     def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
         return bool(connection.execute(sql.HAS_QUEUED(connection), {"now": now}).scalar())
 
-    def has_expired(self, connection: sa.Connection) -> bool:
-        return bool(connection.execute(sql.EXPIRED(connection)).scalar())
-
     def _claimed(
         self, connection: sa.Connection, statement: Sql, terms: Terms, more: Mapping[str, Any]
     ) -> list[Claimed]:
@@ -69,8 +70,53 @@ class Sqlite:
         events = [
             _event(row.id, row.company_id, row.event_seq, "content_job.running", {"jobId": str(row.id)}) for row in rows
         ]
-        ids = {told.job_id: told.event_id for told in self._tell(connection, events, terms.now)}
+        ids = {told.job_id: told.event_id for told in _tell(connection, events, terms.now)}
         return [Claimed._make((*row, ids[row.id])) for row in rows]
+
+    def finish(
+        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
+    ) -> tuple[list[Told], int]:
+        rows = connection.execute(sql.FINISH(connection), {"jobs": json.dumps(jobs), "now": now}).all()
+        if not rows:
+            return [], 0
+        ends = {job["job"]: job for job in jobs}
+        events = [
+            _event(row.id, row.company_id, row.event_seq, ends[row.id.hex]["type"], ends[row.id.hex]["payload"])
+            for row in rows
+        ]
+        told = _tell(connection, events, now)
+        won = {row.id.hex for row in rows}
+        kept = json.dumps([file for file in files if file["job"] in won])
+        if kept == "[]":
+            return told, 0
+        connection.execute(sql.KEEP(connection), {"files": kept, "now": now})
+        return told, connection.execute(sql.FORGET(connection), {"files": kept}).rowcount
+
+    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
+        rows = connection.execute(sql.RENEW(connection), {"jobs": json.dumps(jobs), "lease": str(lease)})
+        return [Held(*row) for row in rows]
+
+    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
+        return [Held(*row) for row in connection.execute(sql.LOOK(connection), {"jobs": json.dumps(jobs)})]
+
+    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
+        rows = connection.execute(sql.RESCUE(connection), terms._asdict()).all()
+        events = [
+            _event(row.id, row.company_id, row.event_seq, *_rescued(str(row.id), row.status, row.attempt, terms))
+            for row in rows
+        ]
+        ids = {told.job_id: told.event_id for told in _tell(connection, events, terms.now)}
+        return [
+            EventRow(ids[row.id], 0, e["seq"], row.company_id, e["type"], row.id, terms.now, e["payload"])
+            for row, e in zip(rows, events, strict=True)
+        ]
+
+    def has_expired(self, connection: sa.Connection) -> bool:
+        return bool(connection.execute(sql.EXPIRED(connection)).scalar())
+
+
+class _Intents:
+    """Keys that may hold an object without a live row."""
 
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
         connection.execute(sql.INTEND(connection), {"intents": json.dumps(intents), "grace": str(grace)})
@@ -99,43 +145,9 @@ class Sqlite:
     def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
         connection.execute(sql.POSTPONE_INTENTS(connection), {"failures": json.dumps(failures), "provider": provider})
 
-    def finish(
-        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[Told], int]:
-        rows = connection.execute(sql.FINISH(connection), {"jobs": json.dumps(jobs), "now": now}).all()
-        if not rows:
-            return [], 0
-        ends = {job["job"]: job for job in jobs}
-        events = [
-            _event(row.id, row.company_id, row.event_seq, ends[row.id.hex]["type"], ends[row.id.hex]["payload"])
-            for row in rows
-        ]
-        told = self._tell(connection, events, now)
-        won = {row.id.hex for row in rows}
-        kept = json.dumps([file for file in files if file["job"] in won])
-        if kept == "[]":
-            return told, 0
-        connection.execute(sql.KEEP(connection), {"files": kept, "now": now})
-        return told, connection.execute(sql.FORGET(connection), {"files": kept}).rowcount
 
-    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
-        rows = connection.execute(sql.RENEW(connection), {"jobs": json.dumps(jobs), "lease": str(lease)})
-        return [Held(*row) for row in rows]
-
-    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
-        return [Held(*row) for row in connection.execute(sql.LOOK(connection), {"jobs": json.dumps(jobs)})]
-
-    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
-        rows = connection.execute(sql.RESCUE(connection), terms._asdict()).all()
-        events = [
-            _event(row.id, row.company_id, row.event_seq, *_rescued(str(row.id), row.status, row.attempt, terms))
-            for row in rows
-        ]
-        ids = {told.job_id: told.event_id for told in self._tell(connection, events, terms.now)}
-        return [
-            EventRow(ids[row.id], 0, e["seq"], row.company_id, e["type"], row.id, terms.now, e["payload"])
-            for row, e in zip(rows, events, strict=True)
-        ]
+class _Events:
+    """Reading the event log."""
 
     def start(self, connection: sa.Connection) -> Start:
         return Start(Position(0, connection.execute(sql.START(connection)).scalar_one()), "")
@@ -150,9 +162,9 @@ class Sqlite:
         values = {"jobs": json.dumps(jobs), "id": after.id}
         return [EventRow(*row) for row in connection.execute(sql.EARLIER(connection), values)]
 
-    def _tell(self, connection: sa.Connection, events: Document, now: datetime) -> list[Told]:
-        rows = connection.execute(sql.TELL(connection), {"events": json.dumps(events), "now": now})
-        return [Told(*row) for row in rows]
+
+class Sqlite(_Jobs, _Claims, _Intents, _Events):
+    """``jobkit._dialects.base.Statements`` for SQLite."""
 
 
 def _event(job_id: UUID, company_id: str, seq: int, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
@@ -166,3 +178,8 @@ def _rescued(job_id: str, status: str, attempt: int, terms: RescueTerms) -> tupl
         return "content_job.failed", {"jobId": job_id, "errorMessage": terms.stopped}
     lost = {"jobId": job_id, "attempt": attempt + 1, "errorMessage": terms.reason, "runAt": terms.now.isoformat()}
     return "content_job.retrying", lost
+
+
+def _tell(connection: sa.Connection, events: Document, now: datetime) -> list[Told]:
+    rows = connection.execute(sql.TELL(connection), {"events": json.dumps(events), "now": now})
+    return [Told(*row) for row in rows]
