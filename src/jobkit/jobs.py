@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from datetime import datetime
 from inspect import iscoroutinefunction
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import UUID
 
@@ -100,10 +101,11 @@ class JobStore:
         drafts = [self._checked_draft(position, request) for position, request in enumerate(requests)]
         connection = self._writable()
         now = self._clock()
-        chunks = list(_chunks(drafts))
+        chunks = _chunks(drafts)
+        first = list(islice(chunks, 2))
         # A host may catch the error of a later chunk and commit; the savepoint takes the earlier ones back.
-        with connection.begin_nested() if len(chunks) > 1 else nullcontext():
-            for chunk in chunks:
+        with connection.begin_nested() if len(first) > 1 else nullcontext():
+            for chunk in chain(first, chunks):
                 statements_for(connection).insert_jobs(
                     connection, owner, f"[{','.join(chunk)}]", now=now, notify=self._notify
                 )
