@@ -159,7 +159,9 @@ class AssetStore:
         already.
         """
         owner = company(company_id)
+        _check_stored(stored)
         check_key(owner, stored.object_key)
+        _count(position, "position", most=2**31 - 1)
         if source_task_id is not None:
             storable(source_task_id, "source_task_id", blank=True)
         agent, user = _text(created_by_agent_id, "created_by_agent_id"), _text(created_by_user_id, "created_by_user_id")
@@ -360,3 +362,19 @@ def _of(company_id: object) -> sa.ColumnElement[bool]:
 
 def _text(value: object, field: str) -> str | None:
     return None if value is None else storable(str(value), field, blank=True)
+
+
+def _check_stored(stored: StoredObject) -> None:
+    """``ValueError`` or ``TypeError`` naming the field of a StoredObject, perhaps made by hand, no row can hold."""
+    if not isinstance(stored, StoredObject):
+        raise TypeError(f"stored must be a StoredObject, not {type(stored).__name__}")
+    for field in ("provider", "content_type", "sha256"):
+        storable(getattr(stored, field), field)
+    if stored.original_filename is not None:
+        storable(stored.original_filename, "original_filename", blank=True)
+    _count(stored.byte_size, "byte_size", most=2**63 - 1)
+
+
+def _count(value: object, field: str, *, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{field} must be a count up to {most}, not {value!r:.80}")

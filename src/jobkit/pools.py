@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -62,7 +63,8 @@ class DaemonPool:
         try:
             task()
         except BaseException:
-            logger.exception("a task of %s failed", self._name)
+            with suppress(Exception):  # a host's log handler that raises must not end the thread
+                logger.exception("a task of %s failed", self._name)
 
 
 class InlinePool:
