@@ -1,4 +1,5 @@
-"""Every database and storage the tests run on: SQLite files and a real PostgreSQL, a folder and memory."""
+"""Every database and storage the tests run on: SQLite files and a real PostgreSQL, a folder, memory and
+S3 servers."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import jobkit
 from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
 from tests.support.postgres import Server, start_server
 from tests.support.recorder import ALL, Recorder
+from tests.support.s3 import Moto, Rclone, environment
 
 COMPANY = "acme"
 
@@ -70,9 +72,31 @@ def session(engine: sa.Engine) -> Iterator[Session]:
         yield session
 
 
-@pytest.fixture(params=["disk", "memory"])
-def storage_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return (tmp_path / "assets").as_uri() if request.param == "disk" else f"memory://{uuid.uuid4()}"
+@pytest.fixture(scope="session")
+def moto() -> Iterator[Moto]:
+    server = Moto()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def rclone() -> Iterator[Rclone]:
+    server = Rclone()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["disk", "memory", "s3"])
+def storage_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty storage of this test alone; what S3 needs besides its URL is in the environment."""
+    if request.param == "disk":
+        return (tmp_path / "assets").as_uri()
+    if request.param == "memory":
+        return f"memory://{uuid.uuid4()}"
+    server: Moto = request.getfixturevalue("moto")
+    for name, value in environment(server).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{server.bucket}/{uuid.uuid4()}"
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from jobkit import Asset, AssetStore
 from jobkit.tables import asset_intents
 from jobkit.tables import assets as assets_table
 from tests.support.files import COMPANY, intents, keep, objects, put, rows
+from tests.support.s3 import server_of
 
 
 def undone(session: Session, change: Callable[[], object], *, nested: bool) -> None:
@@ -40,6 +41,10 @@ def overwrite(url: str, asset: Asset, content: bytes | None) -> None:
         MemoryFileSystem.store.pop(path)
         if content is not None:
             MemoryFileSystem().pipe_file(path, content)
+        return
+    if url.startswith("s3"):
+        server, prefix = server_of(url)
+        server.overwrite(prefix + asset.object_key, content)
         return
     file = Path(url.removeprefix("file://")) / asset.object_key
     file.unlink() if content is None else file.write_bytes(content)

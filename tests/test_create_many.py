@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
 import jobkit
@@ -25,6 +31,29 @@ AWKWARD: list[dict[str, Any]] = [
 def stored(engine: sa.Engine) -> list[jobkit.Job]:
     with engine.connect() as connection:
         return list(reversed(JobStore(connection).list_by_company(COMPANY)))
+
+
+@contextmanager
+def statements(engine: sa.Engine) -> Iterator[list[str]]:
+    """The statements that are sent meanwhile, each by its first two words."""
+    sent: list[str] = []
+
+    def listen(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
+        sent.append(" ".join(statement.split()[:2]))
+
+    sa.event.listen(engine, "before_cursor_execute", listen)
+    try:
+        yield sent
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", listen)
+
+
+def counted(engine: sa.Engine) -> list[int]:
+    with engine.connect() as connection:
+        return [
+            connection.scalar(sa.select(sa.func.count()).select_from(table)) or 0
+            for table in (content_jobs, content_job_events)
+        ]
 
 
 def test_jobs_and_events_are_those_that_create_makes(engine: sa.Engine, session: Session) -> None:
@@ -50,6 +79,118 @@ def test_order_is_kept_over_chunks_by_number_and_by_size(
     session.commit()
     assert [job.input["n"] for job in stored(engine)] == list(range(60))
     assert stored(engine) == created
+    with engine.connect() as connection:
+        told = connection.scalars(sa.select(content_job_events.c.job_id).order_by(content_job_events.c.id)).all()
+    assert told == [job.id for job in created]
+
+
+@pytest.mark.parametrize(("count", "chunks"), [(0, 0), (1, 1), (5_000, 1), (5_001, 2), (12_000, 3)])
+def test_a_chunk_of_some_thousands_is_one_statement_and_several_are_in_a_savepoint(
+    engine: sa.Engine, count: int, chunks: int
+) -> None:
+    with engine.begin() as connection:
+        JobStore(connection).create(COMPANY, job_type="first")  # on SQLite the first write begins the transaction
+        with statements(engine) as sent:
+            created = JobStore(connection).create_many(COMPANY, (JobRequest("note", {"n": n}) for n in range(count)))
+    # SQLite has no INSERT within a WITH: jobs and events are one statement each.
+    once = ["WITH r"] if engine.dialect.name == "postgresql" else ["INSERT INTO"] * 2
+    whole = [["SAVEPOINT sa_savepoint_1"], ["RELEASE SAVEPOINT"]] if chunks > 1 else [[], []]
+    assert sent == whole[0] + once * chunks + whole[1]
+    assert counted(engine) == [count + 1] * 2
+    assert [job.id for job in created] == sorted(job.id for job in created)
+
+
+def test_a_hundred_thousand_jobs_are_created_in_order(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        created = JobStore(connection).create_many(COMPANY, (JobRequest("note", {"n": n}) for n in range(100_000)))
+    assert [job.input["n"] for job in created] == list(range(100_000))
+    assert counted(engine) == [100_000] * 2
+    with engine.connect() as connection:
+        ids = connection.scalars(sa.select(content_jobs.c.id).order_by(content_jobs.c.created_at, content_jobs.c.id))
+        assert ids.all() == [job.id for job in created]
+
+
+def test_memory_is_that_of_the_jobs_and_one_chunk(engine: sa.Engine) -> None:
+    filling = "x" * 100_000
+    with engine.connect() as connection:
+        store = JobStore(connection)
+        store.create_many(COMPANY, [JobRequest("note")])
+        tracemalloc.start()
+        try:
+            created = store.create_many(COMPANY, (JobRequest("note", {"n": n, "text": filling}) for n in range(600)))
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert len(created) == 600
+    # What is returned, and as much again as JSON; two chunks looked at, one of them as a document and its copies.
+    assert peak < 2 * 600 * 100_000 + 7 * requests_module.MAX_CHUNK_CHARACTERS
+
+
+def test_inputs_larger_than_a_chunk_are_sent_each_by_itself(engine: sa.Engine, session: Session) -> None:
+    size = requests_module.MAX_CHUNK_CHARACTERS
+    large = [JobRequest("note", {"text": letter * length}) for letter, length in (("é", size), ("b", 10), ("c", size))]
+    with pytest.raises(
+        ValueError, match=r"^requests\[0\]: input cannot be stored: it is 16777227 bytes of JSON, the lim"
+    ):
+        JobStore(session).create_many(COMPANY, large)
+    created = JobStore(session, max_input_bytes=size * 3).create_many(COMPANY, large)
+    session.commit()
+    assert stored(engine) == created
+
+
+def test_the_same_request_makes_jobs_that_share_nothing(engine: sa.Engine, session: Session) -> None:
+    request = JobRequest("note", {"list": []})
+    first, second, third = JobStore(session).create_many(COMPANY, [request] * 3)
+    first.input["list"].append(1)
+    session.commit()
+    assert (second.input, third.input, request.input) == ({"list": []}, {"list": []}, {"list": []})
+    assert [job.input for job in stored(engine)] == [{"list": []}] * 3
+    assert len({first.id, second.id, third.id}) == 3
+
+
+def test_requests_that_stop_half_way_or_use_the_session_themselves(engine: sa.Engine, session: Session) -> None:
+    def broken() -> Iterator[JobRequest]:
+        yield JobRequest("note")
+        raise RuntimeError("no more")
+
+    def creates_another() -> Iterator[JobRequest]:
+        JobStore(session).create(COMPANY, job_type="first")
+        yield JobRequest("note")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        JobStore(session).create_many(COMPANY, broken())
+    JobStore(session).create_many(COMPANY, creates_another())
+    session.commit()
+    assert [job.job_type for job in stored(engine)] == ["first", "note"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**30), 10**30) | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(codec="utf-8", exclude_characters="\0")),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5), inner, max_size=3),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    inputs=st.lists(
+        st.dictionaries(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=5), JSON, max_size=3),
+        max_size=4,
+    ),
+    kind=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=9).filter(str.strip),
+)
+def test_any_input_reads_back_as_it_does_after_create(engine: sa.Engine, inputs: list[Any], kind: str) -> None:
+    def spelled(jobs: list[jobkit.Job]) -> list[str]:
+        return [json.dumps([job.job_type, job.source_task_id, job.input], sort_keys=True) for job in jobs]
+
+    with engine.connect() as connection:  # rolled back
+        jobs = JobStore(connection)
+        singly = [jobs.create("one", job_type=kind, input=input, source_task_id=kind) for input in inputs]
+        together = jobs.create_many("many", [JobRequest(kind, input, kind) for input in inputs])
+        read = [[jobs.get_by_id(job.id) for job in made] for made in (singly, together)]
+        assert spelled(read[0]) == spelled(read[1]) == spelled(singly) == spelled(together)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +201,14 @@ def test_order_is_kept_over_chunks_by_number_and_by_size(
         (JobRequest("note", {"x": "\0"}), ValueError, r"requests\[2\]: input contains a NUL"),
         (JobRequest("note", None, "\ud800"), ValueError, r"requests\[2\]: source_task_id"),
         (JobRequest(7), TypeError, r"requests\[2\]: job_type"),  # type: ignore[arg-type]
+        (
+            JobRequest("note", {"x": "y" * (1 << 20)}),
+            ValueError,
+            r"requests\[2\]: input cannot be stored: it is 1048584",
+        ),
+        (JobRequest("note", [1]), ValueError, r"requests\[2\]: input must be a JSON object"),  # type: ignore[arg-type]
         ({"job_type": "note"}, TypeError, r"requests\[2\] must be a JobRequest, not dict"),
+        (None, TypeError, r"requests\[2\] must be a JobRequest, not NoneType"),
     ],
 )
 def test_one_bad_request_writes_nothing_and_is_named(

@@ -357,7 +357,7 @@ def test_4_7_a_job_whose_row_is_gone_is_left_alone(runner: Runner, create: Creat
 
 
 def test_4_8_the_object_is_in_the_generated_namespace_and_the_row_says_what_was_stored(
-    runner: Runner, assets: AssetStore, tmp_path: Path
+    runner: Runner, assets: AssetStore, storage_url: str
 ) -> None:
     job = runner.submit(COMPANY, job_type="diagram", source_task_id="t")
     runner.run_until_idle(timeout=30)
@@ -368,7 +368,8 @@ def test_4_8_the_object_is_in_the_generated_namespace_and_the_row_says_what_was_
     assert (asset.content_type, asset.byte_size) == ("text/plain", len(body))
     assert (asset.sha256, asset.original_filename) == (hashlib.sha256(body).hexdigest(), "placeholder.txt")
     assert (asset.created_by_agent_id, asset.created_by_user_id, asset.source_task_id) == (None, None, "t")
-    assert asset.provider == ("local_disk" if (tmp_path / "assets").exists() else "memory")
+    protocol = storage_url.partition("://")[0]
+    assert asset.provider == {"file": "local_disk"}.get(protocol, protocol)
     with assets.open(asset) as file:
         assert file.read() == body
 

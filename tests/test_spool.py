@@ -292,3 +292,28 @@ def test_libraries_write_into_it_as_into_any_file(new: NewSpool) -> None:
     with io.TextIOWrapper(table, encoding="utf-8", newline="") as text:
         csv.writer(text).writerows([["é", 1], ["b", 2]])
     assert_whole(table, "é,1\r\nb,2\r\n".encode())
+
+
+@pytest.mark.parametrize("at_most", [None, 1, 300_000], ids=["whole", "byte by byte", "in parts"])
+def test_one_large_write_is_whole_however_much_the_system_takes_at_a_time(at_most: int | None, new: NewSpool) -> None:
+    content = os.urandom(3_001) * (5 if at_most == 1 else 500)
+    spool = new()
+    if at_most is not None:
+        spool._file.close()
+        spool._file = Reluctant(spool.path, at_most)
+    assert spool.write(content) == len(content)
+    assert_whole(spool, content)
+    spool.seek(1_000)
+    assert spool.write(content) == len(content)
+    assert_whole(spool, content[:1_000] + content)
+
+
+class Reluctant(io.FileIO):
+    """A file that takes no more than ``at_most`` bytes of a write, as a system may."""
+
+    def __init__(self, path: Path, at_most: int) -> None:
+        super().__init__(path, "w+")
+        self._at_most = at_most
+
+    def write(self, data: Any, /) -> int:
+        return super().write(memoryview(data)[: self._at_most])

@@ -30,9 +30,9 @@ def local(tmp_path: Path) -> LocalStorage:
     return LocalStorage(tmp_path / "root")
 
 
-@pytest.fixture(params=["disk", "memory"])
-def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
-    return open_storage(tmp_path / "root" if request.param == "disk" else f"memory://{uuid.uuid4()}/prefix", None)
+@pytest.fixture
+def storage(storage_url: str) -> Storage:
+    return open_storage(f"{storage_url}/prefix", None)
 
 
 def put(storage: Storage, content: bytes, key: str = KEY) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -243,18 +244,19 @@ def test_a_grace_that_is_no_duration_is_a_value_error(disk: AssetStore, older_th
         disk.collect_garbage(older_than=older_than)
 
 
-def test_the_look_and_the_claim_read_only_what_is_due(disk: AssetStore, engine: sa.Engine) -> None:
-    """Among 30,000 records and rows that are not: by index, on both databases."""
+@pytest.mark.parametrize("gathered", [True, False], ids=["statistics", "no statistics"])
+def test_a_sweep_reads_only_what_is_due(gathered: bool, disk: AssetStore, engine: sa.Engine, monkeypatch: Any) -> None:
+    """Among 20,000 records and rows that are not: by index, also where the database has no statistics yet."""
     with engine.begin() as connection:
         asset = {"company_id": COMPANY, "provider": "local_disk", "content_type": "a/b", "byte_size": 1, "sha256": "x"}
-        keys = [f"acme/x/{n}.txt" for n in range(30_000)]
+        keys = [f"acme/x/{n}.txt" for n in range(20_000)]
         connection.execute(assets.insert(), [asset | {"id": new_id(), "object_key": f"{key}.live"} for key in keys])
         record = {"company_id": COMPANY, "provider": "local_disk", "not_before": utcnow() + 30 * DAY}
         connection.execute(asset_intents.insert(), [record | {"id": new_id(), "object_key": key} for key in keys])
-    if engine.dialect.name == "postgresql":  # by itself SQLite never gathers statistics
+    if gathered:
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-            connection.exec_driver_sql("VACUUM ANALYZE")
-    plans = []
+            connection.exec_driver_sql("ANALYZE" if engine.dialect.name == "sqlite" else "VACUUM ANALYZE")
+    plans: list[str] = []
 
     @sa.event.listens_for(engine, "before_cursor_execute", retval=True)
     def explain(connection: sa.Connection, cursor: Any, statement: str, parameters: Any, *_: Any) -> Any:
@@ -265,13 +267,37 @@ def test_the_look_and_the_claim_read_only_what_is_due(disk: AssetStore, engine: 
             plans.append("\n".join(str(row[-1]) for row in found))
         return statement, parameters
 
-    intend(engine, object_key="acme/x/due.txt")
+    due, stuck = "acme/x/due.txt", "acme/x/stuck.txt"
+    for key in (due, stuck):
+        intend(engine, object_key=key, state="collected")
+    Broken(monkeypatch, {stuck}, OSError("away"))
     plans.clear()
-    assert counts(collect(disk, DAY)) == (1, 0, 0, 0)
-    assert len(plans) == 4
-    for plan in plans:
-        assert "SCAN i\n" not in plan
-        assert "Seq Scan" not in plan, plan
-        assert "assets_company_object_key_uq" in plan, plan
-    for look in plans[:2]:
-        assert "asset_intents_not_before_idx" in look, look
+    assert counts(collect(disk, DAY)) == (0, 0, 1, 1)
+    look, claim, postpone, drop, *looks = plans
+    assert len(looks) == 2
+    for plan in (claim, postpone, drop):
+        assert "provider_object_key" in plan or "sqlite_autoindex_asset_intents_2" in plan, plan
+        assert "Join Filter" not in plan, plan
+    for plan in (look, claim):
+        assert "SCAN i" not in plan, plan
+        assert "assets_company_object_key_uq" in plan or not gathered, plan
+    for plan in (look, *looks):
+        assert "asset_intents_not_before_idx" in plan, plan
+
+
+def test_memory_stays_flat_however_many_keys_are_due(engine: sa.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "BATCH", 50)
+    store = AssetStore(f"memory://{new_id()}", engine=engine)  # pathlib keeps the parts of all paths that it ever saw
+    count, folders = 5_000, "/".join(letter * 200 for letter in "xyz")
+    record = {"company_id": COMPANY, "provider": "memory", "not_before": utcnow() - DAY}
+    with engine.begin() as connection:
+        keys = (f"acme/{folders}/{number}.txt" for number in range(count))
+        connection.execute(asset_intents.insert(), [record | {"id": new_id(), "object_key": key} for key in keys])
+    collect(store, 3 * DAY)  # what is compiled at first use
+    tracemalloc.start()
+    try:
+        for dry_run in (True, False):
+            assert collect(store, DAY, dry_run=dry_run).abandoned == count
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()

@@ -14,7 +14,8 @@
         ├── AssetTooLarge
         ├── AssetEmpty
         ├── AssetCorrupt
-        └── AssetKeyRefused
+        ├── AssetKeyRefused
+        └── AssetUrlUnavailable
     RenderInterrupted (BaseException)
     ├── JobCancelled
     ├── JobTimeout
@@ -100,6 +101,13 @@ class AssetCorrupt(AssetError):
 
 class AssetKeyRefused(AssetError):
     """The object key belongs to another company or leaves the storage root."""
+
+
+class AssetUrlUnavailable(AssetError):
+    """The storage has no URLs of its own."""
+
+    def __init__(self, provider: str) -> None:
+        super().__init__(f"storage {provider!r} has no URLs that it signs: send the bytes that AssetStore.open reads")
 
 
 class RenderInterrupted(BaseException):

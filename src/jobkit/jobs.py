@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import datetime
 from inspect import iscoroutinefunction
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -90,11 +91,12 @@ class JobStore:
         drafts = checked_many(requests, self._max_input_bytes)
         connection = self._writable()
         keyed = [draft for draft in drafts if draft.key is not None]
-        together = list(chunks(draft for draft in drafts if draft.key is None))
+        together = chunks(draft for draft in drafts if draft.key is None)
+        first = list(islice(together, 2))
         now = self._clock()
         # A host may catch the error of a later statement and commit; the savepoint takes the earlier ones back.
-        with connection.begin_nested() if len(together) + len(keyed) > 1 else nullcontext():
-            for chunk in together:
+        with connection.begin_nested() if len(first) + len(keyed) > 1 else nullcontext():
+            for chunk in chain(first, together):
                 statements_for(connection).insert_jobs(connection, owner, chunk, now=now, notify=self._notify)
             known = {draft.job_id: self._insert(connection, owner, draft)[0] for draft in keyed}
         return [known.get(draft.job_id) or draft.job(owner, now) for draft in drafts]

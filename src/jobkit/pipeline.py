@@ -413,8 +413,8 @@ class Pipeline:
         try:
             attempt.publish()
         except BaseException as error:  # storages run event loops, whose CancelledError is no Exception
+            self._inbox.put(self._failed(attempt, error))  # first: a host's log handler may raise
             logger.warning("job %s: its files could not be stored", attempt.claim.job_id, exc_info=error)
-            self._inbox.put(self._failed(attempt, error))
         else:
             self._inbox.put(Completion(attempt.claim, files=attempt.stored))
 

@@ -7,6 +7,7 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -66,7 +67,8 @@ class DaemonPool:
         try:
             task()
         except BaseException:
-            logger.exception("a task of %s failed", self._name)
+            with suppress(Exception):  # a host's log handler that raises must not end the thread
+                logger.exception("a task of %s failed", self._name)
 
 
 class InlinePool:

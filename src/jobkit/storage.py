@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
-from jobkit.errors import AssetError, AssetKeyRefused, ConfigurationError
+from jobkit.errors import AssetError, AssetKeyRefused, AssetUrlUnavailable, ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,8 +23,14 @@ LOCAL = "local_disk"
 _PART = 8 << 20
 _PARTS_AT_ONCE = 4
 _PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+._-]+):(//)?")
-# Where the first part of the path is the bucket: without one, a company's prefix would name it.
-_BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss")
+_S3 = ("s3", "s3a")
+# Object stores, which show an object only when it is whole. The first part of the path is the bucket: without one, a
+# company's prefix would name it.
+_BUCKETS = (*_S3, "gs", "gcs", "az", "abfs", "abfss")
+# What is being stored where a file grows under its name. ``remove`` takes it too, so a record of the key covers it.
+_UNFINISHED = ".part"
+# AWS refuses a signature of version 4 that is valid for longer.
+_LONGEST_URL = 7 * 24 * 3600
 
 
 class Storage(Protocol):
@@ -45,7 +51,10 @@ class Storage(Protocol):
         """How many bytes the object has, 0 when there is none; None when that would take a request."""
 
     def remove(self, key: str) -> None:
-        """Remove exactly this object; nothing happens when there is none."""
+        """Remove exactly this object, or what ``publish`` left of it; nothing happens when there is none."""
+
+    def url(self, key: str, *, expires_in: int, content_type: str, disposition: str) -> str:
+        """Where anyone can get the object for ``expires_in`` seconds, with these headers; ``AssetUrlUnavailable``."""
 
 
 class LocalStorage:
@@ -88,10 +97,8 @@ class LocalStorage:
             raise
 
     def size(self, key: str) -> int | None:
-        path = self._path(key)
-        self._inside(path)
         try:
-            return path.lstat().st_size
+            return os.lstat(self._path(key)).st_size
         except (FileNotFoundError, NotADirectoryError):
             return 0
 
@@ -100,6 +107,9 @@ class LocalStorage:
         self._inside(path)
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
+
+    def url(self, key: str, *, expires_in: int, content_type: str, disposition: str) -> str:
+        raise AssetUrlUnavailable(self.provider)
 
     def _path(self, key: str) -> Path:
         return self.root.joinpath(*key.split("/"))
@@ -135,14 +145,16 @@ class FsspecStorage:
 
     def publish(self, source: Path, key: str, content_type: str) -> None:
         filesystem, root = self._filesystem()
-        path = f"{root}/{key}"
-        size = source.stat().st_size
+        path, size = f"{root}/{key}", source.stat().st_size
         if self.protocol == "memory":
             filesystem.pipe_file(path, source.read_bytes())  # its put_file shows the file while it is being written
-        elif self.protocol in ("s3", "s3a"):
+        elif self.protocol in _S3:
             filesystem.put_file(
                 os.fspath(source), path, chunksize=_PART, max_concurrency=_PARTS_AT_ONCE, ContentType=content_type
             )
+        elif self._renames(filesystem):
+            filesystem.put_file(os.fspath(source), path + _UNFINISHED)
+            filesystem.mv(path + _UNFINISHED, path)
         else:
             filesystem.put_file(os.fspath(source), path)
         if (stored := filesystem.info(path)["size"]) != size:
@@ -150,33 +162,55 @@ class FsspecStorage:
 
     def open(self, key: str) -> BinaryIO:
         filesystem, root = self._filesystem()
-        if self.protocol == "memory":
-            return io.BytesIO(
-                filesystem.cat_file(f"{root}/{key}")
-            )  # its open() hands every reader the same file position
-        return cast("BinaryIO", filesystem.open(f"{root}/{key}", "rb"))
+        if self.protocol == "memory":  # its open() hands every reader the same file position
+            return io.BytesIO(filesystem.cat_file(f"{root}/{key}"))
+        # s3fs reads 50 MiB ahead by default.
+        options = {"block_size": _PART} if self.protocol in _S3 else {}
+        return cast("BinaryIO", filesystem.open(f"{root}/{key}", "rb", **options))
 
     def size(self, key: str) -> int | None:
         return None
 
     def remove(self, key: str) -> None:
         filesystem, root = self._filesystem()
-        with contextlib.suppress(FileNotFoundError):
-            filesystem.rm_file(f"{root}/{key}")
+        for path in (f"{root}/{key}", f"{root}/{key}{_UNFINISHED}")[: 1 + self._renames(filesystem)]:
+            _remove(filesystem, path)
+
+    def url(self, key: str, *, expires_in: int, content_type: str, disposition: str) -> str:
+        if self.protocol not in _S3:
+            raise AssetUrlUnavailable(self.provider)
+        if expires_in > _LONGEST_URL:
+            raise ValueError(f"expires_in is {expires_in} seconds; S3 signs for {_LONGEST_URL} (7 days) at most")
+        filesystem, root = self._filesystem()
+        headers = {"ResponseContentType": content_type, "ResponseContentDisposition": disposition}
+        return str(filesystem.sign(f"{root}/{key}", expiration=expires_in, **headers))
+
+    def _renames(self, filesystem: Any) -> bool:
+        """Whether a file grows under its name here, and can be renamed. The ``mv`` that fsspec gives to the others is a
+        copy, which would grow as well.
+        """
+        import fsspec
+
+        inherited = fsspec.AbstractFileSystem.mv
+        return self.protocol not in (*_BUCKETS, "memory") and type(filesystem).mv is not inherited
 
     def _filesystem(self) -> tuple[Any, str]:
         if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = os.getpid(), *self._open_filesystem()
+            opened = os.getpid(), *self._open_filesystem()
+            # Without a lock, which another thread of a parent process could hold for ever: the first one made stays.
+            if self._opened is None or self._opened[0] != os.getpid():
+                self._opened = opened
         return self._opened[1], self._opened[2]
 
     def _open_filesystem(self) -> tuple[Any, str]:
         import fsspec
 
-        defaults: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
-        if self.protocol in ("s3", "s3a"):
-            defaults["config_kwargs"] = {"signature_version": "s3v4"}
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False, **self._options}
+        if self.protocol in _S3:
+            # The older signatures know no expiry longer than a day and are refused by most servers.
+            options["config_kwargs"] = {"signature_version": "s3v4", **(options.get("config_kwargs") or {})}
         try:
-            filesystem, root = fsspec.core.url_to_fs(self._url, **{**defaults, **self._options})
+            filesystem, root = fsspec.core.url_to_fs(self._url, **options)
         except Exception as error:
             # Neither the driver's words nor its traceback: they may quote a password.
             names = ", ".join(sorted(self._options)) or "none"
@@ -260,6 +294,17 @@ class _Window(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+def _remove(filesystem: Any, path: str) -> None:
+    try:
+        filesystem.rm_file(path)
+    except FileNotFoundError:
+        pass
+    except Exception:
+        with contextlib.suppress(FileNotFoundError):  # FTP, for one, has other words for a file that is not there
+            filesystem.info(path)
+            raise
 
 
 def _local_path(url: str) -> str:

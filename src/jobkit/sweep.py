@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from asyncio import CancelledError
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -141,7 +141,7 @@ class Sweep:
                 *(len(failures), len(keys), failures[0]["key"], failures[0]["error"]),
             )
 
-    def _due(self, connection: sa.Connection, state: str, after: datetime, limit: int) -> Iterable[Due]:
+    def _due(self, connection: sa.Connection, state: str, after: datetime, limit: int) -> Iterator[Due]:
         return self._statements.due_intents(
             connection,
             provider=self._storage.provider,

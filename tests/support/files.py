@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 
 from jobkit import Asset, AssetStore, StoredObject
 from jobkit.tables import asset_intents, assets
+from tests.support.s3 import server_of
 
 COMPANY = "acme"
 
@@ -37,6 +38,10 @@ def objects(storage_url: str) -> dict[str, bytes]:
         root = f"/{parts.netloc}/"
         held = {key: file.getvalue() for key, file in MemoryFileSystem.store.items() if key.startswith(root)}
         return {key.removeprefix(root): content for key, content in held.items()}
+    if parts.scheme == "s3":
+        server, prefix = server_of(storage_url)
+        kept: dict[str, bytes] = server.objects(prefix)
+        return kept
     folder = Path(unquote(parts.path))
     found = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != ".spool"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -175,7 +175,7 @@ class IntentStatements(Protocol):
 
     def due_intents(
         self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
-    ) -> list[Due]:
+    ) -> Iterator[Due]:
         """Keys of ``state`` without a live row whose time has come, or comes within ``early`` seconds of the database's
         clock; the longest due first, from ``after`` on. A hint: only ``claim_intents`` decides.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -86,9 +86,10 @@ class _Intents:
 
     def due_intents(
         self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
-    ) -> list[Due]:
+    ) -> Iterator[Due]:
         values = {"provider": provider, "state": state, "early": early, "after": after, "limit": limit}
-        return [Due(*row) for row in connection.execute(sql.DUE_INTENTS(connection), values)]
+        for row in connection.execute(sql.DUE_INTENTS(connection), values):
+            yield Due(*row)
 
     def claim_intents(
         self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float
@@ -100,7 +101,9 @@ class _Intents:
         connection.execute(sql.DROP_INTENTS(connection), {"keys": json.dumps(keys), "provider": provider})
 
     def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
-        connection.execute(sql.POSTPONE_INTENTS(connection), {"failures": json.dumps(failures), "provider": provider})
+        keys = json.dumps([failure["key"] for failure in failures])
+        values = {"failures": json.dumps(failures), "keys": keys, "provider": provider}
+        connection.execute(sql.POSTPONE_INTENTS(connection), values)
 
 
 class _Events:

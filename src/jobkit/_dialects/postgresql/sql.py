@@ -196,12 +196,14 @@ ORDER BY i.not_before LIMIT :limit
     limit=sa.Integer(),
 )
 
+# As an array the keys are looked up one by one; as a join, one plan compares each with every key of the provider.
+_KEYS = "ANY (ARRAY(SELECT jsonb_array_elements_text(CAST(:keys AS jsonb))))"
 # SKIP LOCKED leaves out a key that another sweep, or the transaction that gives it its row, is at just now.
 CLAIM_INTENTS = Sql(
     f"""
 WITH due AS MATERIALIZED (
     SELECT i.object_key FROM {{s}}asset_intents i
-    WHERE i.object_key IN (SELECT jsonb_array_elements_text(CAST(:keys AS jsonb))) AND {_SWEEPABLE}
+    WHERE i.object_key = {_KEYS} AND {_SWEEPABLE}
     FOR UPDATE OF i SKIP LOCKED
 )
 UPDATE {{s}}asset_intents i SET state = 'collected', not_before = clock_timestamp() + make_interval(secs => :hold)
@@ -217,24 +219,21 @@ RETURNING i.object_key
 )
 
 DROP_INTENTS = Sql(
-    """
-DELETE FROM {s}asset_intents
-WHERE provider = :provider AND object_key IN (SELECT jsonb_array_elements_text(CAST(:keys AS jsonb)))
-    AND state = 'collected'
-""",
+    f"DELETE FROM {{s}}asset_intents WHERE provider = :provider AND object_key = {_KEYS} AND state = 'collected'",
     keys=sa.Text(),
     provider=sa.Text(),
 )
 
 POSTPONE_INTENTS = Sql(
-    """
-UPDATE {s}asset_intents i
+    f"""
+UPDATE {{s}}asset_intents i
 SET state = 'tombstone', attempts = i.attempts + 1, last_error = f.error,
     not_before = clock_timestamp() + make_interval(secs => 60 << least(i.attempts, 10))
 FROM jsonb_to_recordset(CAST(:failures AS jsonb)) AS f(key text, error text)
-WHERE i.provider = :provider AND i.object_key = f.key AND i.state = 'collected'
+WHERE i.provider = :provider AND i.object_key = f.key AND i.object_key = {_KEYS} AND i.state = 'collected'
 """,
     failures=sa.Text(),
+    keys=sa.Text(),
     provider=sa.Text(),
 )
 

@@ -5,7 +5,7 @@ them a write.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -123,9 +123,10 @@ class _Intents:
 
     def due_intents(
         self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
-    ) -> list[Due]:
+    ) -> Iterator[Due]:
         values = {"provider": provider, "state": state, "early": str(early), "after": after, "limit": limit}
-        return [Due(*row) for row in connection.execute(sql.DUE_INTENTS(connection), values)]
+        for row in connection.execute(sql.DUE_INTENTS(connection), values):
+            yield Due(*row)
 
     def claim_intents(
         self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float
