@@ -126,20 +126,32 @@ class LeaseLost(RenderInterrupted):
     """The claim is no longer this runner's: whatever the renderer still does changes nothing."""
 
 
+# What ``Retry`` and ``Snooze`` may ask for, in seconds: more is a mistake, and may leave the calendar.
+LONGEST_WAIT = 3650 * 86400.0
+
+
 class Retry(Exception):
-    """Raised by a renderer: this attempt failed, try again ``after`` seconds or a timedelta, if attempts are left."""
+    """Raised by a renderer: this attempt failed, try again ``after`` seconds or a timedelta, if attempts are left;
+    without ``after``, when the backoff says. ``ValueError`` beyond ten years.
+    """
+
+    seconds: float | None = None
 
     def __init__(self, after: timedelta | float | None = None, reason: str = "") -> None:
         super().__init__(reason or "the renderer asked for another attempt")
-        self.seconds = None if after is None else seconds(after, "after", positive=False)
+        self.seconds = None if after is None else _wait(after, "after")
 
 
 class Snooze(Exception):
-    """Raised by a renderer: not yet; run again in ``for_`` seconds or a timedelta. The attempt is not charged."""
+    """Raised by a renderer: not yet; run again in ``for_`` seconds or a timedelta. The attempt is not charged.
+    ``ValueError`` beyond ten years.
+    """
+
+    seconds: float = 0.0
 
     def __init__(self, for_: timedelta | float) -> None:
         super().__init__("the renderer asked to run later")
-        self.seconds = seconds(for_, "for_", positive=False)
+        self.seconds = _wait(for_, "for_")
 
 
 class Discard(Exception):
@@ -147,3 +159,10 @@ class Discard(Exception):
 
     def __init__(self, reason: str = "") -> None:
         super().__init__(reason or "the renderer discarded the job")
+
+
+def _wait(value: timedelta | float, field: str) -> float:
+    wait = seconds(value, field, positive=False)
+    if wait > LONGEST_WAIT:
+        raise ValueError(f"{field} must be at most ten years, not {value!r:.80}")
+    return wait

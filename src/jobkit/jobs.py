@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import datetime
@@ -78,7 +79,7 @@ class JobStore:
         """``create``, with the id of the event it appended: None when the job was there already."""
         owner = company(company_id)
         draft = checked(request, self._max_input_bytes)
-        return self._insert(self._writable(), owner, draft)
+        return self._insert(self._writable(), owner, draft, self._clock())
 
     def create_many(self, company_id: object, requests: Iterable[JobRequest]) -> list[Job]:
         """Insert many queued jobs of one company, each with its event; return them in the order of ``requests``.
@@ -98,11 +99,10 @@ class JobStore:
         with connection.begin_nested() if len(first) + len(keyed) > 1 else nullcontext():
             for chunk in chain(first, together):
                 statements_for(connection).insert_jobs(connection, owner, chunk, now=now, notify=self._notify)
-            known = {draft.job_id: self._insert(connection, owner, draft)[0] for draft in keyed}
+            known = {draft.job_id: self._insert(connection, owner, draft, now)[0] for draft in keyed}
         return [known.get(draft.job_id) or draft.job(owner, now) for draft in drafts]
 
-    def _insert(self, connection: sa.Connection, owner: str, draft: Draft) -> tuple[Job, int | None]:
-        now = self._clock()
+    def _insert(self, connection: sa.Connection, owner: str, draft: Draft, now: datetime) -> tuple[Job, int | None]:
         while True:
             event_id = statements_for(connection).insert_job(connection, draft.values(owner, now), notify=self._notify)
             if event_id is not None:
@@ -112,7 +112,8 @@ class JobStore:
             if row is None:  # it was deleted just now
                 continue
             job = job_of(row)
-            if job.input != draft.input:
+            # As text, because Python takes 1, 1.0 and True for equal. PostgreSQL does not keep the order of keys.
+            if json.dumps(job.input, sort_keys=True) != json.dumps(draft.input, sort_keys=True):
                 raise IdempotencyConflict(job.id, draft.key or "")
             return job, None
 

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import sqlalchemy as sa
 
 from jobkit._dialects import statements_for
-from jobkit._dialects.base import Claimed, Terms
+from jobkit._dialects.base import Claimed, Terms, Waiting
 
 # While jobs wait, the companies they belong to are asked for this often, in seconds, and this many of them.
 REFRESH = 1.0
 COMPANIES = 1_000
-# How often jobs whose ``run_at`` has come are looked for, in seconds; and among how many of each priority.
+# How often jobs whose ``run_at`` has come are looked for, in seconds; how many are kept in mind; and among how many of
+# each priority they are chosen: a company with more due jobs than that may hold up those behind it.
 DUE_REFRESH = 0.5
-DUE_WINDOW = 200
+DUE = 1_000
+DUE_WINDOW = 20_000
+# How many times more jobs than it wants a claim names, so that others who take some of them leave it enough.
+SPARE = 4
 
 
 class Rotation:
@@ -22,56 +27,83 @@ class Rotation:
 
     As long as all that waits is claimed at once, whose it is does not matter, and one plain statement does. A claim
     that was filled shows that more waits: then the companies are listed, and each next claim goes on in their round.
+    Jobs whose ``run_at`` has come have an index of their own; while there are any, the two kinds are merged here.
     Used by one thread.
     """
 
     def __init__(self, engine: sa.Engine) -> None:
         self._statements = statements_for(engine)
         self._companies: list[str] = []
+        self._due: list[Waiting] = []
         self._next = 0
         self._listed = self._looked = float("-inf")
-        self._waiting = self._due_waiting = False
+        self._waiting = False
 
     def claim(self, connection: sa.Connection, terms: Terms, *, thorough: bool) -> list[Claimed]:
         """Up to ``terms.limit`` jobs that may run now, in the caller's transaction. ``thorough``: those whose
         ``run_at`` has come are looked for now, else every half second.
         """
-        due = self._claim_due(connection, terms, thorough)
-        terms = terms._replace(limit=terms.limit - len(due))
-        return due + self._claim_queued(connection, terms) if terms.limit else due
-
-    def _claim_due(self, connection: sa.Connection, terms: Terms, thorough: bool) -> list[Claimed]:
-        now = time.monotonic()
-        if not (thorough or self._due_waiting) and now - self._looked < DUE_REFRESH:
-            return []
-        self._looked = now
-        # Half of the slots, when both kinds wait, so that neither holds up the other.
-        limit = (terms.limit + 1) // 2 if self._waiting else terms.limit
-        found = self._statements.claim_due(connection, window=DUE_WINDOW, terms=terms._replace(limit=limit))
-        self._due_waiting = len(found) == limit
-        return found
-
-    def _claim_queued(self, connection: sa.Connection, terms: Terms) -> list[Claimed]:
-        if self._waiting and time.monotonic() - self._listed >= REFRESH:
-            self._companies = self._statements.companies(connection, limit=COMPANIES)
-            self._listed = time.monotonic()
-        if self._waiting and len(self._companies) > 1:
-            return self._claim_in_turn(connection, terms)
-        found = self._statements.claim(connection, terms=terms)
-        self._waiting = len(found) == terms.limit
-        return found
-
-    def _claim_in_turn(self, connection: sa.Connection, terms: Terms) -> list[Claimed]:
-        count = min(terms.limit, len(self._companies))
-        turn = [self._companies[(self._next + place) % len(self._companies)] for place in range(count)]
-        self._next = (self._next + count) % len(self._companies)
-        found = self._statements.claim_of(connection, turn, -(-terms.limit // count), terms=terms)
-        if not found:  # those on the list have nothing left; the next claim sees who else has
-            self._waiting, self._listed = False, float("-inf")
-            return self._claim_queued(connection, terms)
-        return found
+        self._look_for_due(connection, terms, thorough)
+        return self._claim_merged(connection, terms) if self._due else self._claim_queued(connection, terms)
 
     @property
     def waiting(self) -> bool:
         """Whether more jobs wait than the last claim took."""
-        return self._waiting or self._due_waiting
+        return self._waiting or bool(self._due)
+
+    def _look_for_due(self, connection: sa.Connection, terms: Terms, thorough: bool) -> None:
+        now = time.monotonic()
+        if now - self._looked < (REFRESH if self._due else 0.0 if thorough else DUE_REFRESH):
+            return
+        self._due = self._statements.due(connection, window=DUE_WINDOW, limit=DUE, now=terms.now)
+        # A list that was cut off is followed by the next as soon as it is used up.
+        self._looked = float("-inf") if len(self._due) == DUE else now
+
+    def _claim_queued(self, connection: sa.Connection, terms: Terms) -> list[Claimed]:
+        if self._waiting:
+            self._list(connection)
+        if self._waiting and len(self._companies) > 1:
+            turn, each = self._turn(self._companies, terms.limit)
+            if found := self._statements.claim_of(connection, turn, each, terms=terms):
+                return found
+            self._listed = float("-inf")  # those on the list have nothing left; the next claim sees who else has
+        found = self._statements.claim(connection, terms=terms)
+        self._waiting = len(found) == terms.limit
+        return found
+
+    def _claim_merged(self, connection: sa.Connection, terms: Terms) -> list[Claimed]:
+        self._list(connection)
+        names = list(dict.fromkeys([*self._companies, *(job.company_id for job in self._due)]))
+        turn, each = self._turn(names, terms.limit)
+        heads = self._statements.heads(connection, turn, each * SPARE)
+        chosen = _in_turn([*heads, *(job for job in self._due if job.company_id in turn)], each * SPARE)
+        found = self._statements.claim_these(connection, [job.job_id for job in chosen], terms=terms)
+        # Of those that were named and not taken, others have some, unless the limit was reached first.
+        gone = {one.job_id for one in found} if len(found) == terms.limit else {job.job_id for job in chosen}
+        self._due = [job for job in self._due if job.job_id not in gone]
+        self._waiting = True
+        if found:
+            return found
+        self._listed = float("-inf")
+        return self._claim_queued(connection, terms)
+
+    def _list(self, connection: sa.Connection) -> None:
+        if time.monotonic() - self._listed >= REFRESH:
+            self._companies = self._statements.companies(connection, limit=COMPANIES)
+            self._listed = time.monotonic()
+
+    def _turn(self, companies: list[str], limit: int) -> tuple[list[str], int]:
+        """The companies whose turn it is, and how many jobs of each make ``limit``."""
+        count = min(limit, len(companies))
+        turn = [companies[(self._next + place) % len(companies)] for place in range(count)]
+        self._next = (self._next + count) % len(companies)
+        return turn, -(-limit // count)
+
+
+def _in_turn(jobs: Iterable[Waiting], each: int) -> list[Waiting]:
+    """The first ``each`` of every company, by priority, then time; the firsts of all companies before the seconds."""
+    by_company: dict[str, list[Waiting]] = {}
+    for job in sorted(jobs, key=lambda job: (-job.priority, job.at, job.job_id)):
+        by_company.setdefault(job.company_id, []).append(job)
+    ranked = [(rank, job) for own in by_company.values() for rank, job in enumerate(own[:each])]
+    return [job for _, job in sorted(ranked, key=lambda pair: pair[0])]

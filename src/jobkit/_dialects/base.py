@@ -55,6 +55,17 @@ class Terms(NamedTuple):
     now: datetime
 
 
+class Waiting(NamedTuple):
+    """A queued job that may run now, and what orders it within its company: ``at`` is its ``run_at``, or when it was
+    created.
+    """
+
+    job_id: UUID
+    company_id: str
+    priority: int
+    at: datetime
+
+
 class RescueTerms(NamedTuple):
     """How jobs of lost workers go on: ``reason`` for those that are queued again, ``stopped`` for those that were
     rescued ``max_rescues`` times already.
@@ -136,10 +147,16 @@ class ClaimStatements(Protocol):
     ) -> list[Claimed]:
         """As ``claim``, up to ``each`` jobs of each of these companies."""
 
-    def claim_due(self, connection: sa.Connection, *, window: int, terms: Terms) -> list[Claimed]:
-        """As ``claim``, of jobs whose ``run_at`` has come: the companies in turn, among the ``window`` first of each
-        priority.
+    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: Terms) -> list[Claimed]:
+        """As ``claim``, of these jobs, in this order, those that still may run."""
+
+    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[Waiting]:
+        """Jobs whose ``run_at`` has come: the first ``limit``, the companies in turn, among the ``window`` first of
+        each priority. Locks nothing.
         """
+
+    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[Waiting]:
+        """The first ``each`` jobs without ``run_at`` of each of these companies. Locks nothing."""
 
     def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
         """Companies with jobs that may run now, in order; the first ``limit`` of them."""
@@ -248,6 +265,12 @@ CLAIMED = (
     sa.column("attempt", sa.Integer()),
     sa.column("event_seq", sa.Integer()),
     sa.column("event_id", sa.BigInteger()),
+)
+WAITING = (
+    sa.column("id", sa.Uuid()),
+    sa.column("company_id", sa.Text()),
+    sa.column("priority", sa.Integer()),
+    sa.column("at", UtcDateTime()),
 )
 HELD = (sa.column("id", sa.Uuid()), sa.column("cancelled", sa.Boolean()))
 TOLD = (sa.column("job_id", sa.Uuid()), sa.column("id", sa.BigInteger()), sa.column("seq", sa.Integer()))

@@ -6,10 +6,23 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit._dialects.base import Claimed, Document, Due, EventRow, Held, Position, RescueTerms, Start, Terms, Told
+from jobkit._dialects.base import (
+    Claimed,
+    Document,
+    Due,
+    EventRow,
+    Held,
+    Position,
+    RescueTerms,
+    Start,
+    Terms,
+    Told,
+    Waiting,
+)
 from jobkit._dialects.postgresql import sql
 
 
@@ -46,9 +59,17 @@ class _Claims:
         values = {**terms._asdict(), "companies": json.dumps(companies), "each": each}
         return [Claimed(*row) for row in connection.execute(sql.CLAIM_OF(connection), values)]
 
-    def claim_due(self, connection: sa.Connection, *, window: int, terms: Terms) -> list[Claimed]:
-        values = {**terms._asdict(), "window": window}
-        return [Claimed(*row) for row in connection.execute(sql.CLAIM_DUE(connection), values)]
+    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: Terms) -> list[Claimed]:
+        values = {**terms._asdict(), "ids": json.dumps([job_id.hex for job_id in job_ids])}
+        return [Claimed(*row) for row in connection.execute(sql.CLAIM_THESE(connection), values)]
+
+    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[Waiting]:
+        values = {"window": window, "limit": limit, "now": now}
+        return [Waiting(*row) for row in connection.execute(sql.DUE_JOBS(connection), values)]
+
+    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[Waiting]:
+        values = {"companies": json.dumps(companies), "each": each}
+        return [Waiting(*row) for row in connection.execute(sql.HEADS(connection), values)]
 
     def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
         return list(connection.execute(sql.COMPANIES(connection), {"limit": limit}).scalars())

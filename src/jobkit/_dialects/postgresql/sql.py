@@ -14,6 +14,7 @@ from jobkit._dialects.base import (
     JOB_PARAMETERS,
     MANY_PARAMETERS,
     TOLD,
+    WAITING,
     Sql,
 )
 from jobkit.columns import UtcDateTime
@@ -120,9 +121,22 @@ WITH picked AS MATERIALIZED (
     each=sa.Integer(),
 )
 
-# One look at each priority, however many jobs wait for a later time; then the companies take turns.
-CLAIM_DUE = Sql(
+CLAIM_THESE = Sql(
     """
+WITH picked AS MATERIALIZED (
+    SELECT j.id FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) WITH ORDINALITY AS w(id, n)
+    JOIN {s}content_jobs j ON j.id = CAST(w.id AS uuid)
+    WHERE j.status = 'queued' AND (j.run_at IS NULL OR j.run_at <= :now)
+    ORDER BY w.n LIMIT :limit FOR UPDATE OF j SKIP LOCKED
+)"""
+    + _CLAIM,
+    *CLAIMED,
+    **_CLAIM_PARAMETERS,
+    ids=sa.Text(),
+)
+
+# One look at each priority, however many jobs wait for a later time.
+_LEVELS = """
 WITH RECURSIVE level(priority) AS (
     (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
         ORDER BY priority DESC, run_at, id LIMIT 1)
@@ -131,22 +145,37 @@ WITH RECURSIVE level(priority) AS (
         WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
         ORDER BY priority DESC, run_at, id LIMIT 1)
     FROM level WHERE level.priority IS NOT NULL
-), due AS MATERIALIZED (
-    SELECT x.* FROM level CROSS JOIN LATERAL (
+)"""
+
+DUE_JOBS = Sql(
+    _LEVELS
+    + """, turn AS (
+    SELECT x.*, row_number() OVER (PARTITION BY x.company_id ORDER BY x.priority DESC, x.run_at, x.id) AS n
+    FROM level CROSS JOIN LATERAL (
         SELECT id, company_id, priority, run_at FROM {s}content_jobs
         WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now
         ORDER BY priority DESC, run_at, id LIMIT :window
     ) x
-), turn AS MATERIALIZED (
-    SELECT id, row_number() OVER (PARTITION BY company_id ORDER BY priority DESC, run_at, id) AS n FROM due
-), picked AS MATERIALIZED (
-    SELECT j.id FROM turn JOIN {s}content_jobs j ON j.id = turn.id WHERE j.status = 'queued'
-    ORDER BY turn.n, j.priority DESC, j.run_at LIMIT :limit FOR UPDATE OF j SKIP LOCKED
-)"""
-    + _CLAIM,
-    *CLAIMED,
-    **_CLAIM_PARAMETERS,
+)
+SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run_at, id LIMIT :limit
+""",
+    *WAITING,
     window=sa.Integer(),
+    limit=sa.Integer(),
+    now=UtcDateTime(),
+)
+
+HEADS = Sql(
+    """
+SELECT x.* FROM jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(company) CROSS JOIN LATERAL (
+    SELECT id, company_id, priority, created_at FROM {s}content_jobs
+    WHERE status = 'queued' AND run_at IS NULL AND company_id = c.company
+    ORDER BY company_id, priority DESC, created_at, id LIMIT :each
+) x
+""",
+    *WAITING,
+    companies=sa.Text(),
+    each=sa.Integer(),
 )
 
 COMPANIES = Sql(
@@ -391,16 +420,8 @@ ORDER BY e.job_id, e.seq
 )
 
 HAS_QUEUED = Sql(
-    """
-WITH RECURSIVE level(priority) AS (
-    (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-  UNION ALL
-    SELECT (SELECT priority FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-    FROM level WHERE level.priority IS NOT NULL
-)
+    _LEVELS
+    + """
 SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
     OR EXISTS (SELECT 1 FROM level WHERE EXISTS (
         SELECT 1 FROM {s}content_jobs

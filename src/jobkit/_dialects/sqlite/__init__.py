@@ -12,7 +12,20 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit._dialects.base import Claimed, Document, Due, EventRow, Held, Position, RescueTerms, Sql, Start, Terms, Told
+from jobkit._dialects.base import (
+    Claimed,
+    Document,
+    Due,
+    EventRow,
+    Held,
+    Position,
+    RescueTerms,
+    Sql,
+    Start,
+    Terms,
+    Told,
+    Waiting,
+)
 from jobkit._dialects.sqlite import sql
 
 
@@ -51,8 +64,17 @@ class _Claims:
     ) -> list[Claimed]:
         return self._claimed(connection, sql.CLAIM_OF, terms, {"companies": json.dumps(companies), "each": each})
 
-    def claim_due(self, connection: sa.Connection, *, window: int, terms: Terms) -> list[Claimed]:
-        return self._claimed(connection, sql.CLAIM_DUE, terms, {"window": window})
+    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: Terms) -> list[Claimed]:
+        ids = json.dumps([job_id.hex for job_id in job_ids])
+        return self._claimed(connection, sql.CLAIM_THESE, terms, {"ids": ids})
+
+    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[Waiting]:
+        values = {"window": window, "limit": limit, "now": now}
+        return [Waiting(*row) for row in connection.execute(sql.DUE_JOBS(connection), values)]
+
+    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[Waiting]:
+        values = {"companies": json.dumps(companies), "each": each}
+        return [Waiting(*row) for row in connection.execute(sql.HEADS(connection), values)]
 
     def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
         return list(connection.execute(sql.COMPANIES(connection), {"limit": limit}).scalars())

@@ -14,6 +14,7 @@ from jobkit._dialects.base import (
     JOB_PARAMETERS,
     MANY_PARAMETERS,
     TOLD,
+    WAITING,
     Sql,
 )
 from jobkit.columns import SQLITE_NOW, SQLITE_TIME, UtcDateTime
@@ -123,34 +124,62 @@ CLAIM_OF = Sql(
     each=sa.Integer(),
 )
 
-# One look at each priority, however many jobs wait for a later time; then the companies take turns.
-CLAIM_DUE = Sql(
+CLAIM_THESE = Sql(
     _CLAIM.replace(
         "{picked}",
         """
-    WITH RECURSIVE level(priority) AS (
-        SELECT * FROM (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
-            ORDER BY priority DESC, run_at, id LIMIT 1)
-      UNION ALL
-        SELECT (SELECT priority FROM {s}content_jobs
-            WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
-            ORDER BY priority DESC, run_at, id LIMIT 1)
-        FROM level WHERE level.priority IS NOT NULL
-    ), turn AS (
-        SELECT j.id, j.priority, j.run_at,
-            row_number() OVER (PARTITION BY j.company_id ORDER BY j.priority DESC, j.run_at, j.id) AS n
-        FROM level JOIN {s}content_jobs AS j ON j.id IN (
-            SELECT id FROM {s}content_jobs
-            WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now
-            ORDER BY priority DESC, run_at, id LIMIT :window
-        )
-    )
-    SELECT id FROM turn ORDER BY n, priority DESC, run_at LIMIT :limit
+    SELECT j.id FROM json_each(:ids) AS w CROSS JOIN {s}content_jobs AS j ON j.id = w.value
+    WHERE j.status = 'queued' AND (j.run_at IS NULL OR j.run_at <= :now)
+    ORDER BY w.key LIMIT :limit
 """,
     ),
     *CLAIMED[:-1],
     **_CLAIM_PARAMETERS,
+    ids=sa.Text(),
+)
+
+# One look at each priority, however many jobs wait for a later time.
+_LEVELS = """
+WITH RECURSIVE level(priority) AS (
+    SELECT * FROM (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+  UNION ALL
+    SELECT (SELECT priority FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+    FROM level WHERE level.priority IS NOT NULL
+)"""
+
+DUE_JOBS = Sql(
+    _LEVELS
+    + """, turn AS (
+    SELECT j.id, j.company_id, j.priority, j.run_at,
+        row_number() OVER (PARTITION BY j.company_id ORDER BY j.priority DESC, j.run_at, j.id) AS n
+    FROM level CROSS JOIN {s}content_jobs AS j ON j.id IN (
+        SELECT id FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now
+        ORDER BY priority DESC, run_at, id LIMIT :window
+    )
+)
+SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run_at, id LIMIT :limit
+""",
+    *WAITING,
     window=sa.Integer(),
+    limit=sa.Integer(),
+    now=UtcDateTime(),
+)
+
+HEADS = Sql(
+    """
+SELECT j.id, j.company_id, j.priority, j.created_at
+FROM json_each(:companies) AS c CROSS JOIN {s}content_jobs AS j ON j.id IN (
+    SELECT id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL AND company_id = c.value
+    ORDER BY company_id, priority DESC, created_at, id LIMIT :each
+)
+""",
+    *WAITING,
+    companies=sa.Text(),
+    each=sa.Integer(),
 )
 
 COMPANIES = Sql(
@@ -363,16 +392,8 @@ ORDER BY e.job_id, e.seq
 )
 
 HAS_QUEUED = Sql(
-    """
-WITH RECURSIVE level(priority) AS (
-    SELECT * FROM (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-  UNION ALL
-    SELECT (SELECT priority FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-    FROM level WHERE level.priority IS NOT NULL
-)
+    _LEVELS
+    + """
 SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
     OR EXISTS (SELECT 1 FROM level WHERE EXISTS (
         SELECT 1 FROM {s}content_jobs
