@@ -49,6 +49,9 @@ BACKLOG = 16
 TAKEN = "job %s was taken from this runner; its result is dropped"
 
 
+# How long a turn waits for the other jobs in flight to join it, in seconds. A commit costs more than that: with jobs of
+# a millisecond, this halves the processor time of each.
+GATHER = 0.002
 # Events of jobs that will run again.
 BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
 
@@ -180,7 +183,7 @@ class Pipeline:
 
     def _collect(self, timeout: float) -> None:
         """Sort what the other threads sent; wait up to ``timeout`` for the first of it."""
-        deadline = time.monotonic() + timeout
+        deadline, gathered = time.monotonic() + timeout, time.monotonic() + timeout + GATHER
         while True:
             remaining = deadline - time.monotonic()
             try:
@@ -188,10 +191,11 @@ class Pipeline:
             except Empty:
                 break
             self._sort(message)
-            if not self._failures:  # while the database fails, messages gather and the pause lasts
-                deadline = 0.0
-            elif self._abandoned:
+            if self._abandoned:
                 break
+            if not self._failures:  # while the database fails, messages gather and the pause lasts
+                gathered = min(gathered, time.monotonic() + GATHER)
+                deadline = gathered if self._turn.size < len(self._attempts) else 0.0
         if time.monotonic() >= self._next_poll:
             self._hungry = True
 

@@ -19,6 +19,11 @@ class Turn:
     limit: int = 0
     asked: int = 0
 
+    @property
+    def size(self) -> int:
+        """How many jobs take part, besides those that are claimed."""
+        return len(self.ends) + len(self.rendered)
+
     def __bool__(self) -> bool:
         return bool(self.ends or self.rendered or self.limit)
 
