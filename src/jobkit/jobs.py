@@ -215,7 +215,7 @@ class JobStore:
         if job.status is JobStatus.RUNNING:
             return self._set(connection, job, {"cancel_requested_at": job.cancel_requested_at or now})
         if job.status is JobStatus.QUEUED:
-            return self._set(connection, job, {"status": JobStatus.CANCELLED, "finished_at": now})
+            return self._set(connection, job, {"status": JobStatus.CANCELLED, "finished_at": now, "updated_at": now})
         if job.status is JobStatus.CANCELLED:
             return job
         raise InvalidTransition(job.id, job.status, "only a queued or running job can be cancelled")
@@ -242,7 +242,7 @@ class JobStore:
         """Write ``values`` if the job's status and fence are still those of ``job``; with a new status, its event."""
         status: JobStatus = values.get("status", job.status)
         update = content_jobs.update().where(_c.id == job.id, _c.status == job.status.value, _c.fence == job.fence)
-        update = update.values({**values, "status": status.value, "updated_at": self._clock()})
+        update = update.values({"updated_at": self._clock(), **values, "status": status.value})
         if status != job.status:
             update = update.values(
                 event_seq=_c.event_seq + 1, lease_until=None, worker_id=None, cancel_requested_at=None
