@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 import sqlalchemy as sa
@@ -60,32 +61,49 @@ class Rotation:
         self._looked = float("-inf") if len(self._due) == DUE else now
 
     def _claim_queued(self, connection: sa.Connection, terms: Terms) -> list[Claimed]:
+        found: list[Claimed] = []
         if self._waiting:
             self._list(connection)
-        if self._waiting and len(self._companies) > 1:
-            turn, each = self._turn(self._companies, terms.limit)
-            if found := self._statements.claim_of(connection, turn, each, terms=terms):
-                return found
-            self._listed = float("-inf")  # those on the list have nothing left; the next claim sees who else has
-        found = self._statements.claim(connection, terms=terms)
-        self._waiting = len(found) == terms.limit
+        while self._waiting and len(self._companies) > 1 and len(found) < terms.limit:
+            rest = terms._replace(limit=terms.limit - len(found))
+            turn, each = self._turn(self._companies, rest.limit)
+            some = self._statements.claim_of(connection, turn, each, terms=rest)
+            if len(some) < rest.limit:
+                self._leave_out(turn, each, some)
+            found += some
+        if len(found) < terms.limit:
+            found += self._statements.claim(connection, terms=terms._replace(limit=terms.limit - len(found)))
+            self._waiting = len(found) == terms.limit
         return found
 
     def _claim_merged(self, connection: sa.Connection, terms: Terms) -> list[Claimed]:
+        found: list[Claimed] = []
         self._list(connection)
-        names = list(dict.fromkeys([*self._companies, *(job.company_id for job in self._due)]))
-        turn, each = self._turn(names, terms.limit)
-        heads = self._statements.heads(connection, turn, each * SPARE)
-        chosen = _in_turn([*heads, *(job for job in self._due if job.company_id in turn)], each * SPARE)
-        found = self._statements.claim_these(connection, [job.job_id for job in chosen], terms=terms)
-        # Of those that were named and not taken, others have some, unless the limit was reached first.
-        gone = {one.job_id for one in found} if len(found) == terms.limit else {job.job_id for job in chosen}
-        self._due = [job for job in self._due if job.job_id not in gone]
+        while self._due and len(found) < terms.limit:
+            rest = terms._replace(limit=terms.limit - len(found))
+            names = list(dict.fromkeys([*self._companies, *(job.company_id for job in self._due)]))
+            turn, each = self._turn(names, rest.limit)
+            heads = self._statements.heads(connection, turn, each * SPARE)
+            chosen = _in_turn([*heads, *(job for job in self._due if job.company_id in turn)], each * SPARE)
+            some = self._statements.claim_these(connection, [job.job_id for job in chosen], terms=rest)
+            # Of those that were named and not taken, others have some, unless the limit was reached first.
+            gone = {one.job_id for one in some} if len(some) == rest.limit else {job.job_id for job in chosen}
+            self._due = [job for job in self._due if job.job_id not in gone]
+            if len(some) < rest.limit:
+                self._leave_out(turn, each, some)
+            found += some
         self._waiting = True
-        if found:
-            return found
-        self._listed = float("-inf")
-        return self._claim_queued(connection, terms)
+        if len(found) < terms.limit:
+            found += self._claim_queued(connection, terms._replace(limit=terms.limit - len(found)))
+        return found
+
+    def _leave_out(self, turn: list[str], each: int, taken: list[Claimed]) -> None:
+        """Take the companies that could not give their share off the list, until they are listed again."""
+        given = Counter(one.company_id for one in taken)
+        spent = {company for company in turn if given[company] < each}
+        before = sum(company in spent for company in self._companies[: self._next])
+        self._companies = [company for company in self._companies if company not in spent]
+        self._next = max(0, self._next - before)
 
     def _list(self, connection: sa.Connection) -> None:
         if time.monotonic() - self._listed >= REFRESH:
