@@ -138,13 +138,13 @@ CLAIM_THESE = Sql(
     ids=sa.Text(),
 )
 
-# One look at each priority, however many jobs wait for a later time.
+# One look at each priority, however many jobs wait for a later time. After ANALYZE the planner would rather sort them.
 _LEVELS = """
 WITH RECURSIVE level(priority) AS (
-    SELECT * FROM (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
-        ORDER BY priority DESC, run_at, id LIMIT 1)
+    SELECT * FROM (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx
+        WHERE status = 'queued' AND run_at IS NOT NULL ORDER BY priority DESC, run_at, id LIMIT 1)
   UNION ALL
-    SELECT (SELECT priority FROM {s}content_jobs
+    SELECT (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx
         WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
         ORDER BY priority DESC, run_at, id LIMIT 1)
     FROM level WHERE level.priority IS NOT NULL
