@@ -315,11 +315,12 @@ _HOLDS = """
     AND fence = json_extract(f.value, '$.fence')
 """
 
+# Not IS NOT NULL: in RETURNING after UPDATE FROM, SQLite 3.40 answers that with true whatever the column holds.
 RENEW = Sql(
     f"""
 UPDATE {{s}}content_jobs SET lease_until = {_IN_SECONDS.format("lease")}
 FROM json_each(:jobs) AS f WHERE {_HOLDS}
-RETURNING id, cancel_requested_at IS NOT NULL
+RETURNING id, COALESCE(cancel_requested_at, '') <> ''
 """,
     *HELD,
     jobs=sa.Text(),

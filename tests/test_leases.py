@@ -1,0 +1,240 @@
+"""Leases and rescue: a claim lives as long as its worker, and a job outlives them both."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import sqlalchemy as sa
+
+import jobkit
+from jobkit import AssetStore, Job, JobStore, Rendered, Renderers, RescueReport, Runner, claims
+from jobkit.clock import utcnow
+from jobkit.tables import content_jobs
+from tests.support.invariants import violations
+from tests.support.recorder import Recorder
+
+Create = Callable[..., Job]
+c = content_jobs.c
+
+
+def claim_one(engine: sa.Engine, worker: str) -> claims.Claim:
+    with engine.begin() as connection:
+        (claim,), _ = claims.claim(connection, limit=1, worker_id=worker, lease=60.0, now=utcnow())
+    return claim
+
+
+def expire(engine: sa.Engine, job: Job) -> None:
+    """Let the lease of a job run out."""
+    with engine.begin() as connection:
+        connection.execute(
+            sa.update(content_jobs).where(c.id == job.id).values(lease_until=datetime(2020, 1, 1, tzinfo=UTC))
+        )
+
+
+def fresh(engine: sa.Engine, job: Job) -> Job:
+    with engine.connect() as connection:
+        found = JobStore(connection).get_by_id(job.id)
+    assert found is not None
+    return found
+
+
+def rescue(engine: sa.Engine) -> list[str]:
+    with engine.begin() as connection:
+        return [event.type for event in claims.rescue(connection, limit=10, now=utcnow())]
+
+
+def note(ctx: jobkit.RenderContext) -> Rendered:
+    return Rendered("a.txt", "text/plain", b"x")
+
+
+def until(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+# --- rescue
+
+
+def test_a_lost_workers_job_runs_again_with_a_higher_fence_and_the_attempt_not_charged(
+    engine: sa.Engine, disk: AssetStore, create: Create, recorder: Recorder
+) -> None:
+    job = create()
+    claim_one(engine, "dead")
+    expire(engine, job)
+    runner = Runner(engine, disk, Renderers(default=note))
+    assert runner.rescue() == RescueReport(queued=1)
+    waiting = fresh(engine, job)
+    assert (waiting.status, waiting.attempt, waiting.rescues, waiting.fence) == ("queued", 0, 1, 1)
+    assert (waiting.lease_until, waiting.worker_id, waiting.started_at) == (None, None, None)
+    assert runner.run_until_idle(timeout=20) == 1
+    done = fresh(engine, job)
+    assert (done.status, done.attempt, done.rescues, done.fence) == ("done", 1, 1, 2)
+    told = next(event for event in recorder.events if event.type == "content_job.retrying")
+    assert told.payload["jobId"] == str(job.id)
+    assert told.payload["attempt"] == 1
+    assert told.payload["errorMessage"] == "the worker was lost"
+    assert datetime.fromisoformat(told.payload["runAt"]).utcoffset() == timedelta(0)
+    assert violations(engine, disk.spool_folder().parent) == []
+
+
+def test_a_started_runner_rescues_by_itself_while_every_slot_is_busy(
+    engine: sa.Engine, disk: AssetStore, create: Create, recorder: Recorder
+) -> None:
+    gate, begun = threading.Event(), threading.Event()
+
+    def wait(ctx: jobkit.RenderContext) -> Rendered:
+        begun.set()
+        assert gate.wait(30)
+        return note(ctx)
+
+    renderers = Renderers(default=note)
+    renderers.register("wait")(wait)
+    with Runner(engine, disk, renderers, concurrency=1, lease=1.0, poll_interval=0.05):
+        create("wait")
+        assert begun.wait(20)
+        lost = create()
+        claim_one(engine, "dead")
+        expire(engine, lost)
+        until(lambda: fresh(engine, lost).rescues == 1)
+        assert fresh(engine, lost).status == "queued"
+        gate.set()
+        recorder.wait(lambda types: types.count("done") == 2)
+    assert recorder.types(lost.id) == ["queued", "running", "retrying", "running", "done"]
+
+
+def test_a_job_that_kills_its_workers_is_stopped_and_says_so(engine: sa.Engine, create: Create) -> None:
+    job = create()
+    for lost in range(claims.MAX_RESCUES):
+        claim_one(engine, f"worker {lost}")
+        expire(engine, job)
+        assert rescue(engine) == ["content_job.retrying"]
+    claim_one(engine, "the last")
+    expire(engine, job)
+    assert rescue(engine) == ["content_job.failed"]
+    failed = fresh(engine, job)
+    assert (failed.status, failed.rescues) == ("failed", claims.MAX_RESCUES + 1)
+    assert failed.error_message == "its worker was lost 6 times in a row; perhaps this job is what kills it"
+    assert failed.finished_at is not None
+
+
+def test_a_lost_job_that_was_asked_to_stop_is_cancelled(engine: sa.Engine, create: Create) -> None:
+    job = create()
+    claim_one(engine, "dead")
+    with engine.begin() as connection:
+        JobStore(connection).cancel(job.id)
+    expire(engine, job)
+    assert rescue(engine) == ["content_job.cancelled"]
+    assert fresh(engine, job).status == "cancelled"
+
+
+def test_what_is_claimed_by_hand_or_still_leased_is_never_rescued(engine: sa.Engine, create: Create) -> None:
+    by_hand = create()
+    with engine.begin() as connection:
+        JobStore(connection).transition(by_hand.id, status="running")
+    create()
+    claim_one(engine, "alive")
+    assert rescue(engine) == []
+
+
+@pytest.mark.parametrize("first", ["rescue", "finish", "renew"])
+def test_of_a_worker_and_a_rescue_at_the_same_moment_one_wins(engine: sa.Engine, create: Create, first: str) -> None:
+    job = create()
+    claim = claim_one(engine, "slow")
+    expire(engine, job)
+
+    def finish() -> int:
+        with engine.begin() as connection:
+            return len(claims.finish(connection, [claims.failed(claim, "slow")], now=utcnow()))
+
+    def renew() -> int:
+        with engine.begin() as connection:
+            return len(claims.renew(connection, [claim], lease=60.0))
+
+    if first == "rescue":
+        assert rescue(engine) == ["content_job.retrying"]
+        assert (finish(), renew()) == (0, 0)
+        assert fresh(engine, job).status == "queued"
+    elif first == "finish":
+        assert finish() == 1
+        assert rescue(engine) == []
+        assert fresh(engine, job).status == "failed"
+    else:
+        assert renew() == 1
+        assert rescue(engine) == []
+        assert finish() == 1
+
+
+def test_a_renewal_of_an_old_claim_changes_nothing(engine: sa.Engine, create: Create) -> None:
+    job = create()
+    old = claim_one(engine, "first")
+    expire(engine, job)
+    rescue(engine)
+    new = claim_one(engine, "second")
+    expire(engine, job)
+    with engine.begin() as connection:
+        assert claims.renew(connection, [old], lease=60.0) == {}
+        assert claims.look(connection, [old]) == {}
+        assert fresh(engine, job).lease_until == datetime(2020, 1, 1, tzinfo=UTC)
+        assert claims.renew(connection, [old, new], lease=60.0) == {job.id: False}
+
+
+# --- renewal
+
+
+def test_a_job_that_renders_for_several_leases_keeps_its_claim(
+    engine: sa.Engine, disk: AssetStore, create: Create, recorder: Recorder
+) -> None:
+    job = create()
+    start = time.monotonic()
+
+    def long(ctx: jobkit.RenderContext) -> Rendered:
+        until(lambda: time.monotonic() - start > 3 * lease)
+        ctx.check()
+        return note(ctx)
+
+    lease = 0.6
+    with Runner(engine, disk, Renderers(default=long), lease=lease, poll_interval=0.05):
+        recorder.wait(lambda types: "done" in types)
+    done = fresh(engine, job)
+    assert (done.status, done.rescues, done.fence) == ("done", 0, 1)
+    assert recorder.types(job.id) == ["running", "done"]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [("taken", jobkit.LeaseLost), ("cancelled", jobkit.JobCancelled)],
+    ids=["taken", "cancelled"],
+)
+def test_check_tells_the_renderer_that_its_work_is_not_wanted_any_more(
+    engine: sa.Engine, disk: AssetStore, create: Create, change: str, expected: type[BaseException]
+) -> None:
+    begun, raised = threading.Event(), []
+
+    def endless(ctx: jobkit.RenderContext) -> Rendered:
+        begun.set()
+        try:
+            until(lambda: ctx.check() is not None)
+        except BaseException as error:
+            raised.append(type(error))
+            raise
+        return note(ctx)
+
+    job = create("endless")
+    renderers = Renderers()
+    renderers.register("endless")(endless)
+    with Runner(engine, disk, renderers, lease=1.0, poll_interval=0.05):
+        assert begun.wait(20)
+        with engine.begin() as connection:
+            if change == "taken":
+                JobStore(connection).transition(job.id, expect="running", status="failed", error_message="by hand")
+            else:
+                JobStore(connection).cancel(job.id)
+        until(lambda: bool(raised))
+    assert raised == [expected]
+    assert fresh(engine, job).status == ("failed" if change == "taken" else "cancelled")
