@@ -9,7 +9,9 @@ import io
 import os
 import re
 import tempfile
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
@@ -27,6 +29,8 @@ _S3 = ("s3", "s3a")
 # Object stores, which show an object only when it is whole. The first part of the path is the bucket: without one, a
 # company's prefix would name it.
 _BUCKETS = (*_S3, "gs", "gcs", "az", "abfs", "abfss")
+# A connection that does one thing at a time.
+_ONE_THREAD = ("ftp",)
 # What is being stored where a file grows under its name. ``remove`` takes it too, so a record of the key covers it.
 _UNFINISHED = ".part"
 # AWS refuses a signature of version 4 that is valid for longer.
@@ -127,7 +131,7 @@ class FsspecStorage:
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.protocol = self.provider = url.partition("://")[0].lower()
         self._url, self._options = url, dict(options)
-        self._opened: tuple[int, Any, str] | None = None
+        self._of_process, self._of_thread = SimpleNamespace(), threading.local()
         self._spool: tuple[int, Path] | None = None
 
     def __repr__(self) -> str:
@@ -153,6 +157,7 @@ class FsspecStorage:
                 os.fspath(source), path, chunksize=_PART, max_concurrency=_PARTS_AT_ONCE, ContentType=content_type
             )
         elif self._renames(filesystem):
+            _make_remote_folders(filesystem, path.rpartition("/")[0])
             filesystem.put_file(os.fspath(source), path + _UNFINISHED)
             filesystem.mv(path + _UNFINISHED, path)
         else:
@@ -161,7 +166,8 @@ class FsspecStorage:
             raise AssetError(f"the storage kept {stored} of {size} bytes of {key!r}")
 
     def open(self, key: str) -> BinaryIO:
-        filesystem, root = self._filesystem()
+        # A file may be read by another thread than the one that opened it.
+        filesystem, root = self._open_filesystem() if self.protocol in _ONE_THREAD else self._filesystem()
         if self.protocol == "memory":  # its open() hands every reader the same file position
             return io.BytesIO(filesystem.cat_file(f"{root}/{key}"))
         # s3fs reads 50 MiB ahead by default.
@@ -195,12 +201,17 @@ class FsspecStorage:
         return self.protocol not in (*_BUCKETS, "memory") and type(filesystem).mv is not inherited
 
     def _filesystem(self) -> tuple[Any, str]:
-        if self._opened is None or self._opened[0] != os.getpid():
+        holder: Any = self._of_thread if self.protocol in _ONE_THREAD else self._of_process
+        opened: tuple[int, Any, str] | None = getattr(holder, "opened", None)
+        if opened is None or opened[0] != os.getpid():
             opened = os.getpid(), *self._open_filesystem()
             # Without a lock, which another thread of a parent process could hold for ever: the first one made stays.
-            if self._opened is None or self._opened[0] != os.getpid():
-                self._opened = opened
-        return self._opened[1], self._opened[2]
+            former = getattr(holder, "opened", None)
+            if former is None or former[0] != os.getpid():
+                holder.opened = opened
+            else:
+                opened = former
+        return opened[1], opened[2]
 
     def _open_filesystem(self) -> tuple[Any, str]:
         import fsspec
@@ -294,6 +305,20 @@ class _Window(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+def _make_remote_folders(filesystem: Any, folder: str) -> None:
+    """Make what is missing of ``folder``. Of two that make a folder at once one is refused, and is a level further when
+    it tries again. What is really wrong, ``put_file`` will tell.
+    """
+    for _ in range(folder.count("/") + 1):
+        try:
+            filesystem.makedirs(folder, exist_ok=True)
+        except (TimeoutError, ConnectionError, EOFError):
+            break
+        except Exception:
+            continue
+        break
 
 
 def _remove(filesystem: Any, path: str) -> None:
