@@ -267,6 +267,14 @@ def test_submitting_a_known_key_signals_nothing_more(
     assert recorder.types(first.id) == (["queued", "running", "done"] if started else ["queued"])
 
 
+def test_submitting_the_key_of_a_job_that_another_process_made_signals_nothing(
+    engine: sa.Engine, disk: jobkit.AssetStore, create: Create, recorder: Recorder
+) -> None:
+    job = create(idempotency_key="k")
+    assert jobkit.Runner(engine, disk, only()).submit("acme", job_type="note", idempotency_key="k").id == job.id
+    assert recorder.events == []
+
+
 def test_a_retry_starts_the_job_of_a_key_again(engine: sa.Engine, create: Create) -> None:
     job = create(idempotency_key="k")
     with engine.begin() as connection:
