@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 import jobkit
 from jobkit import JobStore, configure_sqlite
 from jobkit.ids import new_id
+from jobkit.sqlite import _begin_before_write, writing_in_this_thread
 from jobkit.tables import content_jobs
 from tests.support import busy
 from tests.support.databases import Database
@@ -169,3 +170,40 @@ def test_who_waits_too_long_for_the_lock_gets_sqlalchemys_error(engine: sa.Engin
         waiting.rollback()
         connection.rollback()
         JobStore(waiting).create("acme", job_type="note")
+
+
+def test_a_thread_whose_former_connection_begins_for_another_is_not_taken_for_the_writer(
+    sqlite_database: Database,
+) -> None:
+    """One pooled connection, written with here, then begun with in another thread: at that very moment we ask."""
+    engine, told = sqlite_database.connect(pool_size=1, max_overflow=0), []
+    with engine.begin() as connection:
+        JobStore(connection).create("acme", job_type="note")
+        assert writing_in_this_thread(engine)
+
+    def ask() -> None:
+        asked.wait(20)
+        told.append(writing_in_this_thread(engine))
+        answered.set()
+
+    class Slow:
+        def __init__(self, cursor: Any) -> None:
+            self.cursor = cursor
+
+        def execute(self, statement: str) -> None:
+            self.cursor.execute(statement)
+            asked.set()
+            assert answered.wait(20)
+
+    def begin() -> None:
+        with engine.connect() as connection:
+            _begin_before_write(connection, Slow(connection.connection.cursor()), "INSERT")
+            told.append(writing_in_this_thread(engine))
+            connection.connection.rollback()
+
+    asked, answered = threading.Event(), threading.Event()
+    other = threading.Thread(target=begin)
+    other.start()
+    ask()
+    other.join(20)
+    assert told == [False, True]

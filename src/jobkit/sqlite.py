@@ -120,13 +120,15 @@ def writing_in_this_thread(engine: sa.Engine) -> bool:
     """Whether this thread holds the write lock of ``engine``'s SQLite file: a second connection would wait for ever."""
     if engine.dialect.name != "sqlite":
         return False
-    thread, connection = _writers.get(_database(engine), (0, None))
-    if thread != threading.get_ident():
+    found = _writers.get(_database(engine))
+    if found is None or found[0] != threading.get_ident():
         return False
     try:
-        return bool(connection.in_transaction)
+        writing = bool(found[1].in_transaction)
     except Exception:  # a closed connection holds nothing
         return False
+    # The pool may have given the connection to another thread, which says so before it begins.
+    return writing and _writers.get(_database(engine)) is found
 
 
 def _prepare(connection: sa.Connection) -> None:
@@ -175,6 +177,9 @@ def _begin_before_write(connection: sa.Connection, cursor: Any, statement: str, 
     driver = _driver(connection)
     if driver.in_transaction or driver.isolation_level is None or not is_write(statement):
         return
+    database, mine = _database(connection.engine), (threading.get_ident(), driver)
+    if _writers.get(database, mine)[1] is driver:
+        _writers[database] = mine  # before: with the transaction it would look as if its last user still wrote
     try:
         cursor.execute("BEGIN IMMEDIATE")
     except connection.dialect.loaded_dbapi.Error as error:
@@ -182,7 +187,7 @@ def _begin_before_write(connection: sa.Connection, cursor: Any, statement: str, 
         raise sa.exc.DBAPIError.instance(
             "BEGIN IMMEDIATE", None, error, connection.dialect.loaded_dbapi.Error, dialect=connection.dialect
         ) from error
-    _writers[_database(connection.engine)] = (threading.get_ident(), driver)
+    _writers[database] = mine
 
 
 def _read_whole(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -32,6 +33,14 @@ class S3Server(Protocol):
 
 # By bucket: what a test knows of a storage is its URL.
 SERVERS: dict[str, S3Server] = {}
+
+
+def share_the_api_model() -> None:
+    """Read botocore's description of the S3 API once, not for each of hundreds of clients."""
+    import botocore.session
+    from botocore.loaders import create_loader
+
+    botocore.session.create_loader = functools.cache(create_loader)
 
 
 def environment(server: S3Server) -> Mapping[str, str]:
@@ -74,6 +83,7 @@ class Moto:
     def __init__(self) -> None:
         from moto.server import ThreadedMotoServer
 
+        share_the_api_model()
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._server.start()
@@ -113,6 +123,7 @@ class Rclone:
     bucket = "jobkit-rclone"
 
     def __init__(self) -> None:
+        share_the_api_model()
         self._home = Path(tempfile.mkdtemp(prefix="jobkit-rclone-"))
         self._folder = self._home / "served"
         (self._folder / self.bucket).mkdir(parents=True)
