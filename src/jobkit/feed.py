@@ -130,6 +130,11 @@ class Feed:
             return self._wake.wait_for(lambda: self._delivered >= accepted or not self._alive(), timeout)
 
     @property
+    def accepted(self) -> int:
+        """How many events were offered so far."""
+        return self._accepted
+
+    @property
     def cursor(self) -> Position:
         """The position below which everything was delivered."""
         return self._cursor

@@ -276,15 +276,17 @@ class Runner:
 
 
 def _until_idle(pipeline: Pipeline, feed: Feed, timeout: float | None) -> int:
-    """Wait until two looks in a row found nothing, all events delivered between them: receivers may create jobs."""
+    """Wait until a look found nothing and nothing was told meanwhile: receivers may create jobs, and run them
+    themselves.
+    """
     deadline = None if timeout is None else time.monotonic() + timeout
     before = pipeline.ended
     while True:
-        ended = pipeline.ended
+        ended, told = pipeline.ended, feed.accepted
         if not pipeline.wait_idle(pipeline.ask(), None if deadline is None else max(0.0, deadline - time.monotonic())):
             raise TimeoutError(f"jobs are still in flight after {timeout} s; {pipeline.ended - before} ended")
         feed.flush(DELIVERY_WAIT)
-        if pipeline.ended == ended:
+        if (pipeline.ended, feed.accepted) == (ended, told):
             return pipeline.ended - before
 
 
