@@ -300,6 +300,8 @@ def test_a_large_file_goes_to_s3_and_back_with_bounded_memory(rclone: S3Server, 
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 80 << 20
+    # Four parts of 8 MiB are on their way at once, each held by several layers of the driver; how many at the same
+    # moment varies. The promise is 100 MiB, at any size.
+    assert peak < 100 << 20
     assert asset.byte_size == size
     assert asset.company_id == COMPANY
