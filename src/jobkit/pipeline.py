@@ -49,8 +49,8 @@ BACKLOG = 16
 TAKEN = "job %s was taken from this runner; its result is dropped"
 
 
-# How long a turn waits for the other jobs in flight to join it, in seconds. A commit costs more than that, and jobs of a
-# millisecond otherwise arrive two at a time.
+# How long a turn waits for the other jobs in flight to join it, in seconds. A commit costs more than that, and jobs of
+# a millisecond otherwise arrive two at a time.
 GATHER = 0.002
 # Events of jobs that will run again.
 BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
