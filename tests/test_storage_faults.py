@@ -249,15 +249,16 @@ def test_when_the_second_file_of_a_job_fails_the_first_is_swept_too(engine: sa.E
 
 
 def test_under_random_faults_every_job_ends_and_only_whole_files_have_rows(engine: sa.Engine, create: Create) -> None:
+    fired = 0
     for seed in range(3):
         where = str(uuid.uuid4())
-        with faulty_filesystem(FaultPlan.seeded(seed, rate=0.15)) as plan:
+        with faulty_filesystem(FaultPlan.seeded(seed, rate=0.25)) as plan:
             store = AssetStore(f"faulty://{where}", provider=f"faulty-{seed}")
             for _ in range(30):
                 create()
             runner = Runner(engine, store, only(lambda ctx: note(body=os.urandom(500))))
             assert runner.run_until_idle(timeout=60) == 30
-            assert len(plan.fired) > 5, f"seed {seed} hit too little"
+            fired += len(plan.fired)
             for _ in range(30):  # removing fails now and then, too
                 store.collect_garbage(older_than=0, dry_run=False)
                 with engine.begin() as connection:
@@ -268,6 +269,7 @@ def test_under_random_faults_every_job_ends_and_only_whole_files_have_rows(engin
                 for row in mine:
                     calm.verify(row)
             assert set(objects(f"memory://{where}")) == {row.object_key for row in mine}
+    assert fired > 10, "the faults hit too little"  # of at least 90 calls, each with a chance of a quarter
     assert set(statuses(engine)) == {"done", "failed"}
 
 
