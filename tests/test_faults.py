@@ -16,8 +16,8 @@ import sqlalchemy as sa
 import jobkit
 from jobkit import claims
 from jobkit._dialects.base import Sql
-from jobkit._dialects.postgresql import sql as postgresql
-from jobkit._dialects.sqlite import sql as sqlite
+from jobkit._dialects.postgresql import claims as postgresql
+from jobkit._dialects.sqlite import claims as sqlite
 from jobkit.clock import utcnow
 from jobkit.tables import asset_intents, content_jobs
 from tests.support import doomed

@@ -20,6 +20,11 @@ SQLITE_TIME = "'%Y-%m-%d %H:%M:%f000'"
 SQLITE_NOW = f"strftime({SQLITE_TIME}, 'now')"
 
 
+def sqlite_in(seconds: str) -> str:
+    """SQL for the time so many seconds from SQLite's now; ``seconds`` is an SQL expression of text."""
+    return f"strftime({SQLITE_TIME}, 'now', {seconds} || ' seconds')"
+
+
 class UtcDateTime(sa.types.TypeDecorator[datetime]):
     """Aware UTC datetimes in and out: ``timestamptz`` on PostgreSQL, sortable text on SQLite."""
 

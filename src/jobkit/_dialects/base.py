@@ -115,7 +115,7 @@ class Due(NamedTuple):
 
 
 class JobStatements(Protocol):
-    """Creating jobs, and telling of what changes by hand."""
+    """Creating jobs."""
 
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
         """Insert a queued job with its first event; return the event's id, or None when its key has a job already."""
@@ -127,8 +127,23 @@ class JobStatements(Protocol):
         task, run_at, priority}``.
         """
 
-    def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
-        """Append one event to the log; return its id."""
+
+class QueueStatements(Protocol):
+    """What waits, and in which order. Locks nothing."""
+
+    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[Waiting]:
+        """Jobs whose ``run_at`` has come: the first ``limit``, the companies in turn, among the ``window`` first of
+        each priority. Locks nothing.
+        """
+
+    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[Waiting]:
+        """The first ``each`` jobs without ``run_at`` of each of these companies. Locks nothing."""
+
+    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
+        """Companies with jobs that may run now, in order; the first ``limit`` of them."""
+
+    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
+        """Whether a claim is worth its write lock. A hint."""
 
 
 class ClaimStatements(Protocol):
@@ -149,20 +164,6 @@ class ClaimStatements(Protocol):
 
     def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: Terms) -> list[Claimed]:
         """As ``claim``, of these jobs, in this order, those that still may run."""
-
-    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[Waiting]:
-        """Jobs whose ``run_at`` has come: the first ``limit``, the companies in turn, among the ``window`` first of
-        each priority. Locks nothing.
-        """
-
-    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[Waiting]:
-        """The first ``each`` jobs without ``run_at`` of each of these companies. Locks nothing."""
-
-    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
-        """Companies with jobs that may run now, in order; the first ``limit`` of them."""
-
-    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
-        """Whether a claim is worth its write lock. A hint."""
 
     def finish(
         self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
@@ -212,7 +213,10 @@ class IntentStatements(Protocol):
 
 
 class EventStatements(Protocol):
-    """Reading the event log."""
+    """The event log: appended to and read."""
+
+    def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
+        """Append one event to the log; return its id."""
 
     def start(self, connection: sa.Connection) -> Start:
         """The end of the event log as of now."""
@@ -228,7 +232,7 @@ class EventStatements(Protocol):
         """
 
 
-class Statements(JobStatements, ClaimStatements, IntentStatements, EventStatements, Protocol):
+class Statements(JobStatements, QueueStatements, ClaimStatements, IntentStatements, EventStatements, Protocol):
     """The statements that differ. Each takes a connection in the caller's transaction and commits nothing."""
 
 

@@ -1,0 +1,97 @@
+"""The event log: appended to and read, on PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+
+from jobkit._dialects.base import (
+    EVENT,
+    Document,
+    EventRow,
+    Position,
+    Sql,
+    Start,
+)
+from jobkit.columns import UtcDateTime
+
+APPEND = Sql(
+    """
+INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+VALUES (:company_id, :job_id, :seq, :type, CAST(:payload AS jsonb), :now)
+RETURNING id
+""",
+    company_id=sa.Text(),
+    job_id=sa.Uuid(),
+    seq=sa.Integer(),
+    type=sa.Text(),
+    payload=sa.Text(),
+    now=UtcDateTime(),
+)
+
+START = Sql("SELECT CAST(CAST(pg_snapshot_xmin(s) AS text) AS bigint), CAST(s AS text) FROM pg_current_snapshot() AS s")
+_HORIZON = "CAST(CAST(pg_snapshot_xmin(pg_current_snapshot()) AS text) AS bigint)"
+_SINCE_START = "NOT pg_visible_in_snapshot(CAST(CAST(xid AS text) AS xid8), CAST(:snapshot AS pg_snapshot))"
+
+# Ids become visible out of order, transaction ids below every running transaction's do not: (xid, id) skips nothing.
+SCAN = Sql(
+    f"""
+SELECT h.horizon, e.* FROM (SELECT {_HORIZON} AS horizon) h LEFT JOIN LATERAL (
+    SELECT id, xid, seq, company_id, type, job_id, created_at, payload FROM {{s}}content_job_events
+    WHERE (xid, id) > (:xid, :id) AND xid < h.horizon AND {_SINCE_START}
+    ORDER BY xid, id LIMIT :limit
+) e ON true
+ORDER BY e.xid, e.id
+""",
+    sa.column("horizon", sa.BigInteger()),
+    *EVENT,
+    xid=sa.BigInteger(),
+    id=sa.BigInteger(),
+    snapshot=sa.Text(),
+    limit=sa.Integer(),
+)
+
+# A job's row lock orders its transactions, so all events below a committed one are committed too.
+EARLIER = Sql(
+    f"""
+SELECT e.id, e.xid, e.seq, e.company_id, e.type, e.job_id, e.created_at, e.payload
+FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, seq int, queued boolean)
+JOIN {{s}}content_job_events e ON e.job_id = f.job AND e.seq < f.seq
+WHERE (e.xid, e.id) > (:xid, :id) AND {_SINCE_START}
+    OR f.queued AND e.seq = f.seq - 1 AND e.type = 'content_job.queued'
+ORDER BY e.job_id, e.seq
+""",
+    *EVENT,
+    jobs=sa.Text(),
+    xid=sa.BigInteger(),
+    id=sa.BigInteger(),
+    snapshot=sa.Text(),
+)
+
+
+class Events:
+    """``jobkit._dialects.base.EventStatements`` for PostgreSQL."""
+
+    def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
+        return int(connection.execute(APPEND(connection), values).scalar_one())
+
+    def start(self, connection: sa.Connection) -> Start:
+        xmin, snapshot = connection.execute(START(connection)).one()
+        return Start(Position(xmin, 0), snapshot)
+
+    def scan(
+        self, connection: sa.Connection, after: Position, start: Start, limit: int
+    ) -> tuple[list[EventRow], Position]:
+        values = {"xid": after.xid, "id": after.id, "snapshot": start.snapshot, "limit": limit}
+        rows = connection.execute(SCAN(connection), values).all()
+        events = [EventRow(*row[1:]) for row in rows if row[1] is not None]
+        if len(events) == limit:
+            return events, Position(events[-1].xid, events[-1].id)
+        return events, max(after, Position(rows[0].horizon, 0))
+
+    def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
+        values = {"jobs": json.dumps(jobs), "xid": after.xid, "id": after.id, "snapshot": start.snapshot}
+        return [EventRow(*row) for row in connection.execute(EARLIER(connection), values)]
