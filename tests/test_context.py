@@ -17,6 +17,7 @@ import jobkit
 from jobkit import AssetStore, Job, RenderContext, Rendered, Renderers
 from jobkit.attempt import Attempt
 from jobkit.claims import Claim
+from jobkit.pools import LoopThread
 from tests.support.files import COMPANY, intents, keep, rows
 
 Renderer = Callable[[RenderContext], Any]
@@ -254,7 +255,14 @@ def test_check_raises_what_interrupted_the_attempt_past_except_exception(disk: A
 
     renderers = Renderers()
     renderers.register("note")(stubborn)
-    attempt = Attempt(claim, renderers.find, disk, services=None, open_asset=no_asset, run_coroutine=asyncio.run)
+    attempt = Attempt(
+        claim,
+        renderers.registration(claim.job_type),
+        disk,
+        services=None,
+        open_asset=no_asset,
+        start_coroutine=LoopThread().start,
+    )
     with pytest.raises(jobkit.LeaseLost) as raised:
         attempt.render()
     assert raised.value is reason

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, Rendered, Runner
-from jobkit.pipeline import Pipeline
+from jobkit.committer import Committer
 from jobkit.tables import content_jobs
 from tests.support.databases import Database
 from tests.support.invariants import violations
@@ -59,7 +59,7 @@ def impatient(database: Database) -> sa.Engine:
 
 
 def failing(runner: Runner, times: int) -> None:
-    until(lambda: runner._pipeline is not None and runner._pipeline._failures >= times, f"{times} failures")
+    until(lambda: runner._running is not None and runner._running.pipeline._failures >= times, f"{times} failures")
 
 
 @pytest.mark.parametrize("moment", ["idle", "rendering", "storing"])
@@ -150,22 +150,24 @@ def test_a_commit_whose_reply_is_lost_is_neither_lost_nor_done_twice(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = Pipeline._commit
+    original = Committer._commit
     replies: list[str] = []
 
-    def commit(self: Pipeline, turn: Any) -> Any:
-        events, taken = original(self, turn)
+    def commit(self: Committer, connection: sa.Connection, turn: Any, unsure: bool) -> Any:
+        events, taken = original(self, connection, turn, unsure)
         if not replies and (taken if lost == "claim" else turn.ends):
             replies.append("lost")
             if stopped:
-                self.stop()
+                assert runner._running is not None
+                runner._running.pipeline.stop()
             raise sa.exc.OperationalError("COMMIT", {}, OSError("server closed the connection unexpectedly"))
         return events, taken
 
-    monkeypatch.setattr(Pipeline, "_commit", commit)
+    monkeypatch.setattr(Committer, "_commit", commit)
     gate = Gate()
     gate.open()
-    runner = Runner(engine, disk, only(gate), poll_interval=0.02).start()
+    runner = Runner(engine, disk, only(gate), poll_interval=0.02)
+    runner.start()
     job = create()
     runner.dispatch(job)
     put_back = stopped and lost == "claim"

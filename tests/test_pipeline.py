@@ -367,11 +367,13 @@ def test_a_full_runner_waits_instead_of_looking_again_and_again(
     gate.entered()
     create("second")
     full.dispatch(create("third"))
-    until(lambda: full._pipeline is not None and full._pipeline._inbox.empty())
+    until(lambda: full._running is not None and full._running.pipeline._inbox.empty())
+    running = full._running
+    assert running is not None
     monkeypatch.setattr(Pipeline, "_plan", lambda self: plans.append(self) or plan(self))
     other = Runner(database.connect(), disk, only(), concurrency=1)
     other.run_until_idle(timeout=20)
-    assert plans.count(full._pipeline) < 10
+    assert plans.count(running.pipeline) < 10
     assert len(plans) > 1
     gate.open()
     full.stop()

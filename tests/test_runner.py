@@ -258,7 +258,7 @@ def test_stop_drains_what_is_in_flight_and_claims_nothing_more(
     gate.entered(2)
     stopping = threading.Thread(target=runner.stop)
     stopping.start()
-    until(lambda: runner._pipeline is None)
+    until(lambda: runner._running is None)
     gate.open()
     stopping.join(20)
     assert not stopping.is_alive()

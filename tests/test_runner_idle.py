@@ -156,7 +156,7 @@ def test_stop_ends_a_wait_for_idleness(engine: sa.Engine, disk: AssetStore, crea
     waiting = threading.Thread(target=lambda: counts.append(runner.run_until_idle()), daemon=True)
     waiting.start()
     gate.entered()
-    until(lambda: runner._pipeline is not None and runner._pipeline._asked > 0)
+    until(lambda: runner._running is not None and runner._running.pipeline._asked > 0)
     runner.stop(timeout=0)
     waiting.join(10)
     gate.open()
@@ -263,7 +263,7 @@ def test_stop_returns_after_its_events_were_delivered_also_when_a_relay_goes_on(
 
     def slow(_: str, *, event: JobEvent) -> None:
         if event.type == "content_job.running":
-            until(lambda: runner._pipeline is None)
+            until(lambda: runner._running is None)
             until(lambda: statuses(engine) == ["done"])
             threading.Event().wait(0.2)
         heard.append(event.type)

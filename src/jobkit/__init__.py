@@ -46,6 +46,7 @@ from jobkit.types import (
     JobRequest,
     JobStatus,
     Rendered,
+    RunnerMetrics,
     StoredObject,
 )
 
@@ -90,6 +91,7 @@ __all__ = [
     "RescueReport",
     "Retry",
     "Runner",
+    "RunnerMetrics",
     "SchemaOutOfDate",
     "Snooze",
     "StoredObject",

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -15,7 +15,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit.claims import Intent, record_intents
+from jobkit.claims import INTENT_GRACE, Intent, record_intents
 from jobkit.clock import Clock, seconds, utcnow
 from jobkit.columns import now as database_now
 from jobkit.drafts import Draft, Limit
@@ -309,6 +309,10 @@ class AssetStore:
             raise ConfigurationError(f"{self!r} has no engine: pass collect_garbage(engine=) the one with its records")
         sweep = Sweep(chosen, self._storage, older_than=grace)
         return sweep.look() if dry_run else sweep.run()
+
+    def sweep(self, engine: sa.Engine, connect: Callable[[], contextlib.AbstractContextManager[sa.Connection]]) -> None:
+        """As ``collect_garbage`` after its usual time, on the connections that a runner gives it."""
+        Sweep(engine, self._storage, older_than=INTENT_GRACE, connect=connect).run()
 
     def _check(self, asset: Asset) -> None:
         """``AssetError`` for an asset of another storage, ``AssetKeyRefused`` for a key that is not its company's."""

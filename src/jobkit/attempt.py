@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import tempfile
+import threading
 import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Generator, Iterable
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
 from typing import Any, BinaryIO
 from uuid import UUID
@@ -16,14 +18,22 @@ from jobkit.assets import AssetStore
 from jobkit.claims import Claim
 from jobkit.context import Registration, RenderContext
 from jobkit.drafts import Draft
-from jobkit.errors import AssetNotFound, Discard, RenderInterrupted, Retry, Snooze, UnknownJobType
+from jobkit.errors import (
+    AssetNotFound,
+    Discard,
+    JobTimeout,
+    LeaseLost,
+    RenderInterrupted,
+    Retry,
+    Snooze,
+    UnknownJobType,
+)
 from jobkit.ids import new_id
 from jobkit.payload import canonical
 from jobkit.text import describe
 from jobkit.types import Rendered, StoredObject
 
-Find = Callable[[str], Registration]
-RunCoroutine = Callable[[Coroutine[Any, Any, Any]], Any]
+StartCoroutine = Callable[[Coroutine[Any, Any, Any]], "Future[Any]"]
 
 logger = logging.getLogger("jobkit")
 
@@ -34,22 +44,30 @@ class Attempt:
     def __init__(
         self,
         claim: Claim,
-        find: Find,
+        registration: Registration,
         assets: AssetStore,
         *,
         services: Any,
         open_asset: Callable[[UUID | str], BinaryIO],
-        run_coroutine: RunCoroutine,
+        start_coroutine: StartCoroutine,
+        lease: float = math.inf,
     ) -> None:
+        """``lease``: for how many seconds after its last renewal the claim holds."""
         self.claim = claim
         self.failure: BaseException | None = None
-        self.max_attempts = 1
+        self.max_attempts = registration.max_attempts
         # When the claim's lease was last known to have begun, on this machine's monotonic clock.
         self.renewed = time.monotonic()
         self.stored: tuple[StoredObject, ...] = ()
-        self._find = find
+        self._started: float | None = None
+        self._handover = threading.Lock()
+        self._at_work = self._left = False
+        self._interruption: RenderInterrupted | None = None
+        self._awaited: Future[Any] | None = None
+        self._registration = registration
         self._assets = assets
-        self._run_coroutine = run_coroutine
+        self._start_coroutine = start_coroutine
+        self._lease = lease
         self._context = RenderContext(
             job_id=claim.job_id,
             company_id=claim.company_id,
@@ -60,6 +78,7 @@ class Attempt:
             open_asset=open_asset,
             new_draft=self._draft,
             workspace=assets.spool_folder,
+            check=self.check,
         )
 
     @property
@@ -79,11 +98,11 @@ class Attempt:
 
     def render(self) -> None:
         """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk."""
+        self._started = time.monotonic()
+        self._at_work = True
         try:
-            registration = self._find(self.claim.job_type)
-            self.max_attempts = registration.max_attempts
-            self._context.input = registration.parse(self.claim.input)
-            self._read(registration.renderer(self._context))
+            self._context.input = self._registration.parse(self.claim.input)
+            self._read(self._registration.renderer(self._context))
             if not self.drafts:
                 raise ValueError(f"the renderer for {self.claim.job_type!r} gave no file")
             self.stored = tuple(draft.seal(recorded=True) for draft in self.drafts)
@@ -93,17 +112,65 @@ class Attempt:
         finally:
             self._context.clean()
 
+    # --- asked to stop: from other threads
+
+    @property
+    def remaining(self) -> float:
+        """For how many seconds its renderer may still run."""
+        timeout = self._registration.timeout
+        if timeout is None:
+            return math.inf
+        return timeout if self._started is None else self._started + timeout - time.monotonic()
+
     def interrupt(self, reason: RenderInterrupted) -> None:
-        """Let ``ctx.check()`` raise ``reason`` from now on. Called from other threads."""
-        self._context.interruption = reason
+        """Let ``ctx.check()`` raise ``reason`` from now on, and end the coroutine that the renderer waits for."""
+        self._interruption = reason
+        if (awaited := self._awaited) is not None:
+            awaited.cancel()
+
+    def leave(self) -> bool:
+        """Let another thread take the place of the one that is at work here; False when that is through already."""
+        with self._handover:
+            self._left = self._left or self._at_work
+            return self._at_work
+
+    def over(self) -> bool:
+        """The thread is through; whether another has taken its place. Called once after ``run`` and ``publish``."""
+        with self._handover:
+            self._at_work = False
+            return self._left
+
+    def give_up(self) -> JobTimeout:
+        """Stop a renderer that has taken too long, as far as it lets itself be stopped; the reason."""
+        reason = self._overdue()
+        self.interrupt(reason)
+        return reason
+
+    def check(self) -> None:
+        """Raise the reason why the work is not wanted any more, if there is one."""
+        if self._interruption is None:
+            if self.remaining <= 0:
+                self._interruption = self._overdue()
+            elif time.monotonic() > self.renewed + self._lease:
+                self._interruption = LeaseLost(f"the lease of job {self.claim.job_id} could not be renewed")
+        if self._interruption is not None:
+            raise self._interruption
 
     @property
     def interrupted(self) -> bool:
         """Whether the renderer was asked to stop."""
-        return self._context.interruption is not None
+        return self._interruption is not None
+
+    def _overdue(self) -> JobTimeout:
+        return JobTimeout(
+            f"the renderer for {self.claim.job_type!r} did not end within {self._registration.timeout:g} seconds"
+        )
+
+    # --- afterwards
 
     def publish(self) -> None:
         """Store every file under its key; the spool files are gone afterwards, whatever happened."""
+        self._at_work = True
         try:
             for draft in self.drafts:
                 draft.publish()
@@ -130,7 +197,7 @@ class Attempt:
 
     def _read(self, result: Any) -> None:
         if inspect.isawaitable(result):
-            result = self._run_coroutine(_awaited(result))
+            result = self._wait(result)
         if result is None:
             return
         if isinstance(result, Rendered):
@@ -160,16 +227,32 @@ class Attempt:
         try:
             while True:
                 try:
-                    rendered = self._run_coroutine(_awaited(anext(iterator)))
+                    rendered = self._wait(anext(iterator))
                 except StopAsyncIteration:
                     return
                 yield rendered
         except CancelledError:  # the loop has ended, and has closed its generators
             raise
-        except BaseException:
+        except BaseException as error:
             if hasattr(iterator, "aclose"):
-                self._run_coroutine(_awaited(iterator.aclose()))
+                closing = self._start_coroutine(_awaited(iterator.aclose()))
+                if not isinstance(error, RenderInterrupted):  # which does not wait: the generator may still be running
+                    closing.result()
             raise
+
+    def _wait(self, awaitable: Any) -> Any:
+        """What ``awaitable`` gives on the runner's loop; the reason instead, as soon as the attempt is interrupted."""
+        self._awaited = future = self._start_coroutine(_awaited(awaitable))
+        if self._interruption is not None:
+            future.cancel()
+        try:
+            return future.result()
+        except CancelledError:
+            if self._interruption is not None:
+                raise self._interruption from None
+            raise
+        finally:
+            self._awaited = None
 
     def _spool(self, rendered: Rendered) -> None:
         # Closed at once: a job of many files would run out of descriptors.
@@ -178,13 +261,13 @@ class Attempt:
 
 
 def render_alone(
-    find: Find, services: Any, job_type: str, input: dict[str, Any] | None, *, run_coroutine: RunCoroutine
+    registration: Registration, services: Any, job_type: str, input: dict[str, Any] | None, start: StartCoroutine
 ) -> list[Rendered]:
     """The files of one job type and input, each with its body as bytes, without a database."""
     claim = Claim(new_id(), "render", job_type, canonical({} if input is None else input)[1], None, 1, 1)
     with tempfile.TemporaryDirectory(prefix="jobkit-render-") as folder:
         attempt = Attempt(
-            claim, find, AssetStore(folder), services=services, open_asset=_nothing, run_coroutine=run_coroutine
+            claim, registration, AssetStore(folder), services=services, open_asset=_nothing, start_coroutine=start
         )
         attempt.render()
         return [Rendered(d.filename or "file", d.content_type, d.spool.path.read_bytes()) for d in attempt.drafts]

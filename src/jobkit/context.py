@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 from uuid import UUID
 
 from jobkit.drafts import Draft
-from jobkit.errors import RenderInterrupted
 from jobkit.spool import Spool
 from jobkit.types import Rendered
 
@@ -41,6 +40,7 @@ class RenderContext:
         open_asset: Callable[[UUID | str], BinaryIO],
         new_draft: Callable[[str, str], Draft],
         workspace: Callable[[], Path],
+        check: Callable[[], None],
     ) -> None:
         self.job_id = job_id
         self.company_id = company_id
@@ -49,10 +49,10 @@ class RenderContext:
         self.attempt = attempt
         self.services = services
         self.drafts: list[Draft] = []
-        self.interruption: RenderInterrupted | None = None
         self._open_asset = open_asset
         self._new_draft = new_draft
         self._workspace = workspace
+        self._check = check
         self._workdir: Path | None = None
 
     @property
@@ -66,8 +66,7 @@ class RenderContext:
         """Return when the work is still wanted; else raise ``LeaseLost``, ``JobCancelled`` or ``JobTimeout``. Cheap:
         call it often.
         """
-        if self.interruption is not None:
-            raise self.interruption
+        self._check()
 
     def open_asset(self, asset_id: UUID | str) -> BinaryIO:
         """Another asset of the same company, as a binary file to read and close; else ``AssetNotFound``."""
@@ -110,6 +109,7 @@ class Registration:
     renderer: Renderer
     input: Any = None
     max_attempts: int = 1
+    timeout: float | None = None
 
     def parse(self, value: dict[str, Any]) -> Any:
         """``value`` as the renderer's input model has it. Whatever the model raises fails the job."""

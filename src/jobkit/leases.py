@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -12,6 +11,7 @@ import sqlalchemy as sa
 from jobkit import claims
 from jobkit.attempt import Attempt
 from jobkit.errors import JobCancelled, LeaseLost
+from jobkit.link import Link
 from jobkit.pools import Periodic
 
 # How often the claims are looked at in between, in seconds: so soon a renderer hears that its job was cancelled.
@@ -27,17 +27,17 @@ class LeaseKeeper:
     """
 
     def __init__(self, engine: sa.Engine, lease: float, attempts: Callable[[], list[Attempt]]) -> None:
-        self._engine, self._lease, self._attempts = engine, lease, attempts
-        self._connection: sa.Connection | None = None
+        self._lease, self._attempts = lease, attempts
         self._renew_at = time.monotonic() + lease / 3
-        self._timer = Periodic("jobkit-leases", min(LOOK, lease / 3), self._tick, self._disconnect)
+        self.link = Link(engine, autocommit=True)  # one statement carries the whole step
+        self.timer = Periodic("jobkit-leases", min(LOOK, lease / 3), self._tick, self.link.close)
 
     def start(self) -> None:
-        self._timer.start()
+        self.timer.start()
 
     def stop(self) -> None:
         """End the thread; what it does just now may take a moment longer."""
-        self._timer.stop()
+        self.timer.stop()
 
     def _tick(self) -> None:
         attempts = self._attempts()
@@ -48,7 +48,6 @@ class LeaseKeeper:
         try:
             held = self._ask(attempts, renewing=renewing)
         except Exception:
-            self._disconnect()
             for attempt in attempts:
                 if time.monotonic() - attempt.renewed > self._lease:
                     attempt.interrupt(LeaseLost(f"the lease of job {attempt.claim.job_id} could not be renewed"))
@@ -66,16 +65,6 @@ class LeaseKeeper:
                 attempt.interrupt(JobCancelled(f"job {job_id} was cancelled"))
 
     def _ask(self, attempts: list[Attempt], *, renewing: bool) -> dict[UUID, bool]:
-        if self._connection is None or self._connection.closed or self._connection.invalidated:
-            # AUTOCOMMIT: one statement carries the whole step.
-            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         held = [attempt.claim for attempt in attempts]
-        if renewing:
-            return claims.renew(self._connection, held, lease=self._lease)
-        return claims.look(self._connection, held)
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with suppress(Exception):
-                connection.close()
+        with self.link.use() as connection:
+            return claims.renew(connection, held, lease=self._lease) if renewing else claims.look(connection, held)

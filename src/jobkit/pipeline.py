@@ -11,29 +11,25 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import partial
 from queue import Empty, SimpleQueue
-from typing import BinaryIO, Protocol
 from uuid import UUID
 
 import sqlalchemy as sa
 
 from jobkit import claims, policy
-from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow
 from jobkit.assets import AssetStore
 from jobkit.attempt import Attempt
-from jobkit.claims import Claim, Completion, Intent
+from jobkit.claims import Claim, Completion
 from jobkit.clock import Clock, pause_after
-from jobkit.errors import AssetNotFound, LeaseLost
-from jobkit.pools import LoopThread, Task
+from jobkit.committer import Committer
+from jobkit.errors import LeaseLost
+from jobkit.link import SharedLink
 from jobkit.renderers import Renderers
-from jobkit.rotation import Rotation
-from jobkit.tables import content_jobs
 from jobkit.text import describe
 from jobkit.turns import Turn, is_outage
-from jobkit.types import JobStatus
+from jobkit.types import JobStatus, RunnerMetrics
+from jobkit.workshop import Pool, Workshop
 
 logger = logging.getLogger("jobkit")
 
@@ -47,18 +43,11 @@ FULL_PAUSE = 5.0
 # can be shared without their spool files filling the disk.
 BACKLOG = 16
 TAKEN = "job %s was taken from this runner; its result is dropped"
-
-
 # How long a turn waits for the other jobs in flight to join it, in seconds. A commit costs more than that, and jobs of
 # a millisecond otherwise arrive two at a time.
 GATHER = 0.002
 # Events of jobs that will run again.
 BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
-
-
-class Pool(Protocol):
-    def submit(self, task: Task) -> None: ...
-    def close(self) -> None: ...
 
 
 class Pipeline:
@@ -79,32 +68,35 @@ class Pipeline:
         poll_interval: float,
         worker_id: str,
         clock: Clock,
+        shared: SharedLink,
         on_commit: Callable[[Sequence[EventRow]], object],
     ) -> None:
-        self._engine, self._assets, self._renderers = engine, assets, renderers
-        self._slots, self._publishers = slots, publishers
-        self._concurrency, self._lease, self._poll_interval = concurrency, lease, poll_interval
-        self._worker_id, self._clock, self._on_commit = worker_id, clock, on_commit
-        self._statements = statements_for(engine)
-        self._rotation = Rotation(engine)
-        self._loop = LoopThread()
-        self.reading = threading.Lock()
-        self._connection: sa.Connection | None = None
+        self._concurrency, self._poll_interval = concurrency, poll_interval
+        self._clock, self._on_commit = clock, on_commit
+        self._committer = Committer(engine, worker_id=worker_id, lease=lease, clock=clock, holds=self._holds)
         self._inbox: SimpleQueue[Attempt | Completion | None] = SimpleQueue()
+        self._workshop = Workshop(
+            assets,
+            renderers,
+            slots=slots,
+            publishers=publishers,
+            lease=lease,
+            shared=shared,
+            wanted=lambda attempt: not self._abandoned and self._holds(attempt.claim),
+            rendered=self._inbox.put,
+            stored=self._stored,
+        )
+        self.link = self._committer.link
         self._turn = Turn()
         self._attempts: dict[UUID, Attempt] = {}
-        self._rendering: set[Attempt] = set()
         self._hungry, self._next_poll, self._active_until = True, 0.0, 0.0
         self._stopping = self._abandoned = False
         self._failures = 0
-        # Whether a claim may have been committed without this runner knowing: its reply was lost.
-        self._unsure = False
         self._asking = threading.Condition()
         self._asked = self._answered = 0
         self._over = False
         self.ended = 0
-        #: Ends of attempts that the database did not take, because the claim was lost.
-        self.rejected = 0
+        self._rejected = 0
 
     def wake(self) -> None:
         """Look for jobs now rather than at the next poll. From any thread."""
@@ -129,6 +121,10 @@ class Pipeline:
         with self._asking:
             return self._asking.wait_for(lambda: self._answered >= asked or self._over, timeout)
 
+    def metrics(self) -> RunnerMetrics:
+        """What this pipeline counted. From any thread."""
+        return RunnerMetrics(self.ended, self._rejected, self._workshop.replaced)
+
     def wait_over(self, timeout: float) -> bool:
         """Wait until ``run`` has returned; False at the timeout."""
         with self._asking:
@@ -146,24 +142,36 @@ class Pipeline:
         self._stopping = self._abandoned = True
         self._inbox.put(None)
 
+    def desert(self) -> None:
+        """Count as over although ``run`` goes on: a call to the database never answers. Its jobs are left to their
+        leases.
+        """
+        self.abandon()
+        for attempt in self.attempts():
+            attempt.interrupt(LeaseLost(f"the database does not answer the runner of job {attempt.claim.job_id}"))
+        self._close()
+
     def run(self, *, until_idle: bool = False) -> None:
         """Work until stopped, or until there is nothing to do. Survives whatever the database does."""
         try:
             while not self._finished(until_idle):
-                self._collect(self._patience())
+                self._collect(min(self._patience(), self._workshop.patience))
+                for attempt, reason in self._workshop.overdue():
+                    self._turn.ends.append(self._failed(attempt, reason))
                 turn, self._turn = self._plan(), Turn()
                 if turn:
                     self._take(turn)
-            if self._abandoned or self._unsure:
+            if self._abandoned or self._committer.unsure:
                 self._release_all()
         finally:
-            self._disconnect()
-            self._slots.close()
-            self._publishers.close()
-            self._loop.close()
-            with self._asking:
-                self._over = True
-                self._asking.notify_all()
+            self.link.close()
+            self._close()
+
+    def _close(self) -> None:
+        self._workshop.close()
+        with self._asking:
+            self._over = True
+            self._asking.notify_all()
 
     def _finished(self, until_idle: bool) -> bool:
         if self._abandoned:
@@ -204,8 +212,10 @@ class Pipeline:
             self._hungry = True
         elif isinstance(message, Completion):
             self._turn.ends.append(message)
+            if (attempt := self._attempts.get(message.claim.job_id)) is not None:
+                self._workshop.ended(attempt)
         else:
-            self._rendering.discard(message)
+            self._workshop.ended(message)
             if message.failure is None:
                 self._turn.rendered.append(message)
             else:
@@ -226,7 +236,7 @@ class Pipeline:
     def _free(self) -> int:
         if self._stopping:
             return 0
-        return min(self._concurrency - len(self._rendering), self._concurrency + BACKLOG - len(self._attempts))
+        return min(self._concurrency - len(self._workshop.rendering), self._concurrency + BACKLOG - len(self._attempts))
 
     def _plan(self) -> Turn:
         turn = self._turn
@@ -235,7 +245,7 @@ class Pipeline:
             attempt.discard()
             turn.rendered.remove(attempt)
         turn.limit = max(0, self._free()) if self._hungry else 0
-        turn.asked = self._asked
+        turn.asked, turn.thorough = self._asked, self._asked > self._answered
         return turn
 
     def _holds(self, claim: Claim) -> bool:
@@ -249,7 +259,7 @@ class Pipeline:
 
     def _take(self, turn: Turn) -> None:
         try:
-            events, taken = self._commit(turn)
+            events, taken = self._committer.commit(turn)
         except Exception as error:
             if is_outage(error):
                 self._pause(turn, error)
@@ -259,58 +269,7 @@ class Pipeline:
         if self._failures:
             logger.warning("the database answers again")
         self._failures = 0
-        self._unsure = self._unsure and not turn.limit
         self._after(turn, events, taken)
-
-    def _commit(self, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
-        connection = self._connect()
-        if (
-            turn.limit
-            and self._statements.claim_locks
-            and not self._unsure
-            and not (turn.ends or turn.rendered)
-            and not self._queued(connection)
-        ):
-            return [], []
-        now = self._clock()
-        events: list[EventRow] = []
-        taken: list[Claim] = []
-        with connection.begin():
-            if turn.ends:
-                events += claims.finish(connection, turn.ends, now=now)
-            if turn.rendered:
-                claims.record_intents(
-                    connection, [intent for attempt in turn.rendered for intent in self._intents(attempt)]
-                )
-            if turn.limit and self._unsure:
-                events += claims.release(connection, self._unknown(connection), now=now)
-            if turn.limit:
-                taken, running = claims.claim(
-                    connection,
-                    limit=turn.limit,
-                    worker_id=self._worker_id,
-                    lease=self._lease,
-                    now=now,
-                    pick=partial(self._rotation.claim, thorough=turn.asked > self._answered),
-                )
-                events += running
-        return events, taken
-
-    def _queued(self, connection: sa.Connection) -> bool:
-        with connection.begin():
-            return self._statements.has_queued(connection, now=self._clock())
-
-    def _unknown(self, connection: sa.Connection) -> list[Claim]:
-        """What is claimed in this runner's name and not in its books."""
-        c = content_jobs.c
-        rows = connection.execute(
-            sa.select(c.id, c.company_id, c.fence).where(c.worker_id == self._worker_id, c.status == "running")
-        )
-        found = [Claim(row.id, row.company_id, "", {}, None, row.fence, 0) for row in rows]
-        return [claim for claim in found if not self._holds(claim)]
-
-    def _intents(self, attempt: Attempt) -> list[Intent]:
-        return [Intent(attempt.claim.company_id, file.provider, file.object_key) for file in attempt.stored]
 
     def _after(self, turn: Turn, events: list[EventRow], taken: list[Claim]) -> None:
         """What follows a commit: signals, then the work that the commit allows."""
@@ -322,10 +281,10 @@ class Pipeline:
             self._attempts.pop(job_id, None)
             self.ended += told.get(job_id, BACK_IN_QUEUE[0]) not in BACK_IN_QUEUE
             if job_id not in told:
-                self.rejected += 1
+                self._rejected += 1
                 logger.warning(TAKEN, job_id)
         for attempt in turn.rendered:
-            self._publishers.submit(lambda attempt=attempt: self._publish(attempt))  # type: ignore[misc]
+            self._workshop.store(attempt)
         for claim in taken:
             self._begin(claim)
         if turn.limit:
@@ -333,7 +292,7 @@ class Pipeline:
 
     def _polled(self, turn: Turn, *, found: int) -> None:
         now = time.monotonic()
-        self._hungry = self._rotation.waiting
+        self._hungry = self._committer.waiting
         if found:
             self._active_until = now + ACTIVE_FOR
         elif not self._attempts:
@@ -372,76 +331,35 @@ class Pipeline:
         self._failures += 1
         if self._failures == 1:
             logger.error("the database failed; jobs in flight are kept and tried again: %s", describe(error))
-        self._disconnect()
         self._turn.ends[:0] = turn.ends
         self._turn.rendered[:0] = turn.rendered
         self._hungry = self._hungry or bool(turn.limit)
-        self._unsure = self._unsure or bool(turn.limit)
-
-    def _connect(self) -> sa.Connection:
-        if self._connection is None or self._connection.closed:
-            self._connection = self._engine.connect()
-        return self._connection
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with suppress(Exception):
-                connection.close()
 
     # --- other threads
 
     def _begin(self, claim: Claim) -> None:
-        attempt = Attempt(
-            claim,
-            self._renderers.find,
-            self._assets,
-            services=self._renderers.services,
-            open_asset=lambda asset_id: self._open_asset(claim.company_id, asset_id),
-            run_coroutine=self._loop.run,
-        )
+        attempt = self._workshop.attempt(claim)
         if (former := self._attempts.get(claim.job_id)) is not None:
             logger.warning(TAKEN, claim.job_id)
             former.interrupt(LeaseLost(f"job {claim.job_id} was taken from this runner, and claimed again"))
         self._attempts[claim.job_id] = attempt
-        self._rendering.add(attempt)
-        self._slots.submit(lambda: self._render(attempt))
+        self._workshop.render(attempt)
 
-    def _render(self, attempt: Attempt) -> None:
-        attempt.run()
-        if self._abandoned or not self._holds(attempt.claim):
-            attempt.discard()
-        self._inbox.put(attempt)
-
-    def _publish(self, attempt: Attempt) -> None:
-        try:
-            attempt.publish()
-        except BaseException as error:  # storages run event loops, whose CancelledError is no Exception
-            self._inbox.put(self._failed(attempt, error))  # first: a host's log handler may raise
-            logger.warning("job %s: its files could not be stored", attempt.claim.job_id, exc_info=error)
-        else:
+    def _stored(self, attempt: Attempt, failure: BaseException | None) -> None:
+        if failure is None:
             self._inbox.put(Completion(attempt.claim, files=attempt.stored))
-
-    def _open_asset(self, company_id: str, asset_id: UUID | str) -> BinaryIO:
-        # One at a time: renderers of any number use one connection.
-        with self.reading, self._engine.connect() as connection:
-            asset = self._assets.get_by_id(connection, asset_id, company_id=company_id)
-        if asset is None:
-            raise AssetNotFound(f"no asset {asset_id}")
-        return self._assets.open(asset)
+        else:
+            self._inbox.put(self._failed(attempt, failure))
 
     def _release_all(self) -> None:
         """Give back what is still in flight, as far as the database lets us."""
         for attempt in self._attempts.values():
             attempt.interrupt(LeaseLost(f"the runner stopped before job {attempt.claim.job_id} ended"))
         held = [attempt.claim for attempt in self._attempts.values()]
-        if not held and not self._unsure:
+        if not held and not self._committer.unsure:
             return
         try:
-            connection = self._connect()
-            with connection.begin():
-                unknown = self._unknown(connection) if self._unsure else []
-                events = claims.release(connection, held + unknown, now=self._clock())
+            events = self._committer.release(held)
             self._on_commit(events)
             if events:
                 logger.warning("stopped with %d jobs unfinished; they are queued again", len(events))

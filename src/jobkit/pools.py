@@ -6,7 +6,9 @@ import asyncio
 import logging
 import random
 import threading
+import time
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 from jobkit.clock import pause_after
 from jobkit.text import describe
 
-Task = Callable[[], None]
+# True when the thread that ran it was replaced meanwhile, and should end.
+Task = Callable[[], bool | None]
 
 logger = logging.getLogger("jobkit")
 
@@ -31,44 +34,62 @@ class DaemonPool:
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._idle = threading.Semaphore(0)
+        self._resize = threading.Lock()
+        self._count = 0
 
     def submit(self, task: Task) -> None:
         """Run ``task`` on a thread, or in this one when there is none and none can be started.
 
         Called from one thread only. A task that raises is logged.
         """
-        if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
-            self._start_thread()
-        if self._threads:
+        with self._resize:
+            if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
+                self._start_thread()
+            there_is_one = bool(self._threads)
+        if there_is_one:
             self._tasks.put(task)
         else:
             self._run(task)
 
+    def replace(self) -> None:
+        """Allow one more thread, in the place of one whose task goes on: that task will return True when it ends.
+
+        Called from the thread that submits.
+        """
+        with self._resize:
+            self._size += 1
+
     def close(self) -> None:
         """Let every thread end once the tasks before this call are through. Waits for none."""
-        for _ in self._threads:
+        for _ in list(self._threads):
             self._tasks.put(None)
 
     def _start_thread(self) -> None:
-        thread = threading.Thread(target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True)
+        thread = threading.Thread(target=self._work, name=f"{self._name}-{self._count}", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # there are too many, or the host stops its runner at the exit of Python 3.12
             logger.warning("%s goes on with %d threads: %s", self._name, len(self._threads), error)
         else:
             self._threads.append(thread)
+            self._count += 1
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
-            self._run(task)
+            if self._run(task):
+                with self._resize:
+                    self._size -= 1
+                    self._threads.remove(threading.current_thread())
+                break
             self._idle.release()
 
-    def _run(self, task: Task) -> None:
+    def _run(self, task: Task) -> bool:
         try:
-            task()
+            return bool(task())
         except BaseException:
             with suppress(Exception):  # a host's log handler that raises must not end the thread
                 logger.exception("a task of %s failed", self._name)
+            return False
 
 
 class InlinePool:
@@ -76,6 +97,9 @@ class InlinePool:
 
     def submit(self, task: Task) -> None:
         task()
+
+    def replace(self) -> None:
+        pass  # the task is over when anybody could ask
 
     def close(self) -> None:
         pass
@@ -88,10 +112,19 @@ class Periodic:
     and tried again after a growing pause. ``after`` is called on the thread when it ends.
     """
 
-    def __init__(self, name: str, interval: float, task: Task, after: Task = lambda: None) -> None:
+    def __init__(
+        self, name: str, interval: float, task: Callable[[], None], after: Callable[[], None] = lambda: None
+    ) -> None:
         self._name, self._interval, self._task, self._after = name, interval, task, after
         self._stopped = threading.Event()
         self._failures = 0
+        self._since: float | None = None
+
+    @property
+    def busy(self) -> float:
+        """For how many seconds the task has been running; 0 between two runs. From any thread."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
         threading.Thread(target=self._run, name=self._name, daemon=True).start()
@@ -102,13 +135,17 @@ class Periodic:
 
     def _run(self) -> None:
         while not self._stopped.wait(self._pause()):
+            self._since = time.monotonic()
             try:
                 self._task()
                 self._failures = 0
             except Exception as error:
                 self._failures += 1
                 if self._failures == 1:
-                    logger.error("%s failed and is tried again: %s", self._name, describe(error))
+                    with suppress(Exception):  # a host's log handler that raises must not end the thread
+                        logger.error("%s failed and is tried again: %s", self._name, describe(error))
+            finally:
+                self._since = None
         self._after()
 
     def _pause(self) -> float:
@@ -124,14 +161,13 @@ class LoopThread:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        """What ``coroutine`` returns or raises. Blocks the calling thread, not the loop."""
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run ``coroutine`` on the loop; what it returns or raises comes with the future."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
                 threading.Thread(target=_serve, args=(self._loop,), name="jobkit-loop", daemon=True).start()
-            future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        return future.result()
+            return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def close(self) -> None:
         """Stop the loop; coroutines that still run are abandoned."""

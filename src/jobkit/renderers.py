@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from jobkit.attempt import render_alone
+from jobkit.clock import seconds
 from jobkit.context import Registration, RenderContext, Renderer
 from jobkit.errors import UnknownJobType
 from jobkit.pools import LoopThread
@@ -30,12 +32,17 @@ class Renderers:
         self._default = None if default is None else Registration(_checked(default))
         self._by_type: dict[str, Registration] = {}
 
-    def register(self, job_type: str, *, max_attempts: int = 1, input: Any = None) -> Callable[[R], R]:
+    def register(
+        self, job_type: str, *, max_attempts: int = 1, timeout: timedelta | float | None = None, input: Any = None
+    ) -> Callable[[R], R]:
         """A decorator that makes a function, plain or ``async``, the renderer of ``job_type``; the function stays as it
         is.
 
         ``max_attempts``: how often it may run before its error fails the job; the pauses between grow exponentially
-        from five seconds to an hour. A worker that is lost does not count. ``input``: a pydantic model, msgspec struct,
+        from five seconds to an hour. A worker that is lost does not count. ``timeout``: how long a run may take, in
+        seconds or as timedelta; then the attempt fails with ``JobTimeout``. A thread cannot be killed: what a renderer
+        does that goes on, neither a coroutine nor calling ``ctx.check()``, changes nothing, and keeps its thread until
+        it ends, while another takes its place. ``input``: a pydantic model, msgspec struct,
         dataclass or callable that turns the job's input into ``ctx.input``. ``ValueError`` when the type is blank or
         taken.
         """
@@ -43,10 +50,12 @@ class Renderers:
         if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
             raise ValueError(f"max_attempts must be a count above zero, not {max_attempts!r}")
 
+        limit = None if timeout is None else seconds(timeout, "timeout")
+
         def keep(renderer: R) -> R:
             if job_type in self._by_type:
                 raise ValueError(f"job_type {job_type!r} has a renderer already")
-            self._by_type[job_type] = Registration(_checked(renderer), input, max_attempts)
+            self._by_type[job_type] = Registration(_checked(renderer), input, max_attempts, limit)
             return renderer
 
         return keep
@@ -58,14 +67,28 @@ class Renderers:
             raise UnknownJobType(job_type)
         return found
 
+    def registration(self, job_type: str) -> Registration:
+        """As ``find``, except that for an unknown type it is one whose renderer raises ``UnknownJobType``."""
+        try:
+            return self.find(job_type)
+        except UnknownJobType as error:
+            return Registration(_raising(error))
+
     def render(self, job_type: str, input: dict[str, Any] | None = None) -> list[Rendered]:
         """Render in this thread, without a database: the files, each with its body as ``bytes``. For tests and scripts.
 
         Raises what the renderer raises, and what would fail the job. ``ctx.open_asset`` finds nothing.
         """
-        self.find(job_type)
+        registration = self.find(job_type)
         with closing(LoopThread()) as loop:
-            return render_alone(self.find, self.services, job_type, input, run_coroutine=loop.run)
+            return render_alone(registration, self.services, job_type, input, loop.start)
+
+
+def _raising(error: UnknownJobType) -> Renderer:
+    def render(_: RenderContext) -> None:
+        raise error
+
+    return render
 
 
 def _checked(renderer: R) -> R:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from jobkit import claims
 from jobkit._dialects import statements_for
-from jobkit._dialects.base import EventRow
+from jobkit._dialects.base import EventRow, Statements
 from jobkit.clock import Clock
+from jobkit.link import Link, SharedLink
 from jobkit.pools import Periodic
 
 # How often a started runner looks for expired leases, in seconds, and how many jobs one transaction rescues.
@@ -28,14 +28,15 @@ class RescueReport:
     cancelled: int = 0
 
 
-def rescue(engine: sa.Engine, *, clock: Clock, on_commit: Callable[[Sequence[EventRow]], object]) -> RescueReport:
+def rescue(
+    link: Link | SharedLink, statements: Statements, *, clock: Clock, on_commit: Callable[[Sequence[EventRow]], object]
+) -> RescueReport:
     """Take every job whose lease is over from its worker, in transactions of its own; their events go to ``on_commit``.
 
     Compare and set: a worker that renews or ends its job at the same moment wins or loses as a whole.
     """
-    statements = statements_for(engine)
     told: list[str] = []
-    with engine.connect() as connection:
+    with link.use() as connection:
         if statements.claim_locks:
             with connection.begin():
                 if not statements.has_expired(connection):
@@ -62,22 +63,22 @@ class Rescuer:
         *,
         lease: float,
         clock: Clock,
-        turn: AbstractContextManager[object],
+        shared: SharedLink,
         on_commit: Callable[[Sequence[EventRow]], object],
         wake: Callable[[], None],
     ) -> None:
-        """``turn`` is held while a connection is in use, so that a runner's connections can be counted."""
-        self._engine, self._clock, self._turn, self._on_commit, self._wake = engine, clock, turn, on_commit, wake
-        self._timer = Periodic("jobkit-rescue", min(INTERVAL, lease / 2), self._tick)
+        self._clock, self._on_commit, self._wake = clock, on_commit, wake
+        self._statements = statements_for(engine)
+        self.link = shared
+        self.timer = Periodic("jobkit-rescue", min(INTERVAL, lease / 2), self._tick)
 
     def start(self) -> None:
-        self._timer.start()
+        self.timer.start()
 
     def stop(self) -> None:
-        self._timer.stop()
+        self.timer.stop()
 
     def _tick(self) -> None:
-        with self._turn:
-            report = rescue(self._engine, clock=self._clock, on_commit=self._on_commit)
+        report = rescue(self.link, self._statements, clock=self._clock, on_commit=self._on_commit)
         if report.queued:
             self._wake()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import logging
+import math
 import os
 import socket
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -24,28 +25,33 @@ from jobkit.feed import Feed
 from jobkit.ids import new_id
 from jobkit.jobs import JobStore
 from jobkit.leases import LeaseKeeper
+from jobkit.link import Link, SharedLink
 from jobkit.pipeline import Pipeline
-from jobkit.pools import DaemonPool, InlinePool
+from jobkit.pools import DaemonPool, InlinePool, Periodic
 from jobkit.renderers import Renderers
 from jobkit.rescue import Rescuer, RescueReport, rescue
 from jobkit.schema import require_schema
 from jobkit.sqlite import is_memory, writing_in_this_thread
-from jobkit.types import Job, JobRequest
-
-logger = logging.getLogger("jobkit")
+from jobkit.supervisor import Supervisor
+from jobkit.types import Job, JobRequest, RunnerMetrics
 
 PUBLISHERS = 4
-# How long a caller waits for receivers of an event it caused, and a stopping runner for its last statement, in seconds.
+# How often a runner sweeps its storage, in seconds.
+SWEEP_INTERVAL = 3600.0
+# How long a caller waits for receivers of an event it caused, in seconds.
 DELIVERY_WAIT = 10.0
-RELEASE_WAIT = 2.0
 
 
 class Runner:
     """Renders the queued jobs of ``engine``'s database, up to ``concurrency`` at a time.
 
     ``lease``: for how long a claim is its runner's, in seconds or as timedelta. ``poll_interval``: how often an idle
-    runner looks for jobs of other processes. At most four connections of ``engine`` are used, at any concurrency.
-    Every method may be called from any thread; all threads are daemons, and no signal handler is installed.
+    runner looks for jobs of other processes. ``db_timeout``: how long a call to the database may take; then its
+    connection is cut, and the work goes on with another.
+
+    At most four connections of ``engine`` are used, at any concurrency. Every method may be called from any thread; all
+    threads are daemons, and no signal handler is installed. A started runner also rescues the jobs of lost workers
+    every second, and every hour removes from its storage what got no row within a day, or whose row was deleted.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class Runner:
         concurrency: int = 4,
         lease: timedelta | float = 60.0,
         poll_interval: timedelta | float = 1.0,
+        db_timeout: timedelta | float = 30.0,
         clock: Clock = utcnow,
     ) -> None:
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
@@ -70,10 +77,12 @@ class Runner:
         self.assets, self._assets, self._renderers = assets, assets, renderers
         self._concurrency = concurrency
         self._lease, self._poll_interval = seconds(lease, "lease"), seconds(poll_interval, "poll_interval")
+        self._db_timeout = seconds(db_timeout, "db_timeout")
         self._clock = clock
         self._lock = threading.RLock()
-        self._pipeline: Pipeline | None = None
-        self._ending: Pipeline | None = None
+        self._running: Supervisor | None = None
+        self._ending: Supervisor | None = None
+        self._past = RunnerMetrics()
 
     # --- creating
 
@@ -126,9 +135,9 @@ class Runner:
         A started runner looks for queued jobs now; one that was never started will when it is. Harmless for a job whose
         transaction is not committed, for one that is dispatched twice, and for one that another runner has claimed.
         """
-        pipeline = self._pipeline
-        if pipeline is not None:
-            pipeline.wake()
+        running = self._running
+        if running is not None:
+            running.pipeline.wake()
 
     # --- running
 
@@ -139,10 +148,9 @@ class Runner:
         ``ConfigurationError`` for an SQLite database in memory; ``SchemaOutOfDate`` without the tables.
         """
         with self._lock:
-            if self._pipeline is None:
-                feed = relay.acquire(self.engine)
-                self._pipeline = self._new_pipeline(feed)
-                self._spawn(self._pipeline, feed)
+            if self._running is None:
+                self._running = self._supervisor(relay.acquire(self.engine))
+                self._running.start()
         return self
 
     def stop(self, timeout: timedelta | float = 30.0) -> None:
@@ -154,20 +162,27 @@ class Runner:
         """
         limit = seconds(timeout, "timeout", positive=False)
         with self._lock:
-            pipeline, self._pipeline = self._pipeline, None
+            running, self._running = self._running, None
             ending = self._ending
-            if pipeline is not None:
-                self._ending = pipeline
-        if pipeline is None:
+            if running is not None:
+                self._ending = running
+        if running is None:
             if ending is not None:
-                _end(ending, limit)
+                ending.stop(limit)
             return
         try:
-            _end(pipeline, limit)
+            running.stop(limit)
         finally:
             with self._lock:
                 self._ending = None
+                self._past += running.metrics()
             relay.release(self.engine, DELIVERY_WAIT)
+
+    def metrics(self) -> RunnerMetrics:
+        """What this runner counted since it was made, over every start and stop."""
+        with self._lock:
+            present = self._running or self._ending
+            return self._past if present is None else self._past + present.metrics()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -185,21 +200,23 @@ class Runner:
         """
         limit = None if timeout is None else seconds(timeout, "timeout", positive=False)
         with self._lock:
-            started, feed = self._pipeline, relay.running_feed(self.engine)
+            started, feed = self._running, relay.running_feed(self.engine)
         if started is not None and feed is not None:
-            return _until_idle(started, feed, limit)
+            return _until_idle(started, feed, limit, before=started.metrics().ended)
         if is_memory(self.engine):
             return self._run_here()
         feed = relay.acquire(self.engine)
         try:
             with feed.catching_up():
-                rescue(self.engine, clock=self._clock, on_commit=feed.offer)
-                pipeline = self._new_pipeline(feed)
-                self._spawn(pipeline, feed)
+                self._rescue(feed)
+                mine = self._supervisor(feed)
+                mine.start()
                 try:
-                    return _until_idle(pipeline, feed, limit)
+                    return _until_idle(mine, feed, limit, before=0)
                 finally:
-                    _end(pipeline, 0.0)
+                    mine.stop(0.0)
+                    with self._lock:
+                        self._past += mine.metrics()
         finally:
             relay.release(self.engine, DELIVERY_WAIT)
 
@@ -211,22 +228,44 @@ class Runner:
         """
         feed = relay.acquire(self.engine)
         try:
-            report = rescue(self.engine, clock=self._clock, on_commit=feed.offer)
+            report = self._rescue(feed)
         finally:
             relay.release(self.engine, DELIVERY_WAIT)
-        if report.queued and self._pipeline is not None:
-            self._pipeline.wake()
+        running = self._running
+        if report.queued and running is not None:
+            running.pipeline.wake()
         return report
+
+    def _rescue(self, feed: Feed) -> RescueReport:
+        link = Link(self.engine)
+        with closing(link):
+            return rescue(link, statements_for(self.engine), clock=self._clock, on_commit=feed.offer)
 
     def _run_here(self) -> int:
         """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""
         require_schema(self.engine)
-        pipeline = self._new_pipeline(None)
+        pipeline = self._pipeline(None, SharedLink(self.engine, 0.0))
         pipeline.ask()
         pipeline.run(until_idle=True)
+        self._past += pipeline.metrics()
         return pipeline.ended
 
-    def _new_pipeline(self, feed: Feed | None) -> Pipeline:
+    def _supervisor(self, feed: Feed) -> Supervisor:
+        engine, lease, clock = self.engine, self._lease, self._clock
+        shared = SharedLink(engine, self._db_timeout / 2)
+        return Supervisor(
+            pipeline=lambda: self._pipeline(feed, shared),
+            keeper=lambda attempts: LeaseKeeper(engine, lease, attempts),
+            rescuer=lambda wake: Rescuer(
+                engine, lease=lease, clock=clock, shared=shared, on_commit=feed.offer, wake=wake
+            ),
+            sweeper=Periodic("jobkit-sweep", SWEEP_INTERVAL, lambda: self._assets.sweep(engine, shared.use)),
+            shared=shared,
+            db_timeout=self._db_timeout,
+            lease=lease,
+        )
+
+    def _pipeline(self, feed: Feed | None, shared: SharedLink) -> Pipeline:
         return Pipeline(
             self.engine,
             self._assets,
@@ -234,10 +273,11 @@ class Runner:
             slots=DaemonPool(self._concurrency, "jobkit-render") if feed else InlinePool(),
             publishers=DaemonPool(PUBLISHERS, "jobkit-store") if feed else InlinePool(),
             concurrency=self._concurrency if feed else 1,
-            lease=self._lease,
+            lease=self._lease if feed else math.inf,
             poll_interval=self._poll_interval,
             worker_id=f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}",
             clock=self._clock,
+            shared=shared,
             on_commit=feed.offer if feed else self._deliver_here,
         )
 
@@ -253,51 +293,18 @@ class Runner:
             ]
         relay.deliver_here(self.engine, [*queued, *rows], start.position)
 
-    def _spawn(self, pipeline: Pipeline, feed: Feed) -> None:
-        threading.Thread(target=self._work, args=(pipeline, feed), name="jobkit-runner", daemon=True).start()
 
-    def _work(self, pipeline: Pipeline, feed: Feed) -> None:
-        keeper = LeaseKeeper(self.engine, self._lease, pipeline.attempts)
-        rescuer = Rescuer(
-            self.engine,
-            lease=self._lease,
-            clock=self._clock,
-            turn=pipeline.reading,
-            on_commit=feed.offer,
-            wake=pipeline.wake,
-        )
-        keeper.start()
-        rescuer.start()
-        try:
-            pipeline.run()
-        finally:
-            keeper.stop()
-            rescuer.stop()
-
-
-def _until_idle(pipeline: Pipeline, feed: Feed, timeout: float | None) -> int:
+def _until_idle(supervisor: Supervisor, feed: Feed, timeout: float | None, *, before: int) -> int:
     """Wait until a look found nothing and nothing was told meanwhile: receivers may create jobs, and run them
     themselves.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    before = pipeline.ended
     while True:
-        ended, told = pipeline.ended, feed.accepted
-        if not pipeline.wait_idle(pipeline.ask(), None if deadline is None else max(0.0, deadline - time.monotonic())):
-            raise TimeoutError(f"jobs are still in flight after {timeout} s; {pipeline.ended - before} ended")
+        ended, told = supervisor.metrics().ended, feed.accepted
+        if not supervisor.wait_idle(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(
+                f"jobs are still in flight after {timeout} s; {supervisor.metrics().ended - before} ended"
+            )
         feed.flush(DELIVERY_WAIT)
-        if (pipeline.ended, feed.accepted) == (ended, told):
-            return pipeline.ended - before
-
-
-def _end(pipeline: Pipeline, timeout: float) -> None:
-    pipeline.stop()
-    over = False
-    try:
-        over = pipeline.wait_over(timeout)
-    finally:  # also when Ctrl-C ends the wait: what is in flight goes back to the queue
-        if not over:
-            pipeline.abandon()
-            over = pipeline.wait_over(RELEASE_WAIT)
-    if not over:
-        logger.error("the runner's thread does not answer; its jobs stay claimed until their lease runs out")
+        if (supervisor.metrics().ended, feed.accepted) == (ended, told):
+            return supervisor.metrics().ended - before

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 from asyncio import CancelledError
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -51,12 +52,18 @@ class Sweep:
     """
 
     def __init__(
-        self, engine: sa.Engine, storage: Storage, *, older_than: float, quarantine: float | None = None
+        self,
+        engine: sa.Engine,
+        storage: Storage,
+        *,
+        older_than: float,
+        quarantine: float | None = None,
+        connect: Callable[[], AbstractContextManager[sa.Connection]] | None = None,
     ) -> None:
         if not isinstance(engine, sa.Engine):
             raise ConfigurationError(f"a sweep needs a synchronous Engine, not {type(engine).__name__}")
         require_configured(engine)
-        self._engine, self._storage = engine, storage
+        self._engine, self._storage, self._connect = engine, storage, connect or engine.connect
         self._statements = statements_for(engine)
         self._grace = min(older_than, _CENTURY)
         self._quarantine = self._grace if quarantine is None else min(quarantine, _CENTURY)
@@ -92,12 +99,12 @@ class Sweep:
     def _batch(self, tally: _Tally, state: str, after: datetime, limit: int) -> datetime | None:
         """Visit the next keys from ``after`` on. Where to go on, None at the end."""
         self._refuse_deadlock()
-        with self._engine.connect() as connection:
+        with self._connect() as connection:
             found = list(self._due(connection, state, after, limit))
         if not found:
             return None
         # What was read may be outdated already. The claim decides, and it is a write.
-        with self._engine.begin() as connection:
+        with self._connect() as connection, connection.begin():
             claimed = set(
                 self._statements.claim_intents(
                     connection,
@@ -129,7 +136,7 @@ class Sweep:
                 tally.count(state, due.object_key, size)
         forgotten = gone if state == "collected" else []
         if forgotten or failures:
-            with self._engine.begin() as connection:
+            with self._connect() as connection, connection.begin():
                 if failures:
                     self._statements.postpone_intents(connection, failures, provider=self._storage.provider)
                 if forgotten:

@@ -18,6 +18,7 @@ class Turn:
     rendered: list[Attempt] = field(default_factory=list)
     limit: int = 0
     asked: int = 0
+    thorough: bool = False
 
     @property
     def size(self) -> int:
@@ -30,7 +31,7 @@ class Turn:
     def parts(self) -> list[Turn]:
         """Each thing by itself, so that what the database refuses fails alone."""
         found = [Turn(ends=[end]) for end in self.ends] + [Turn(rendered=[attempt]) for attempt in self.rendered]
-        return [*found, Turn(limit=self.limit)] if self.limit else found
+        return [*found, Turn(limit=self.limit, asked=self.asked, thorough=self.thorough)] if self.limit else found
 
 
 def is_outage(error: Exception) -> bool:

@@ -148,6 +148,23 @@ class GarbageReport:
 
 
 @dataclass(frozen=True, slots=True)
+class RunnerMetrics:
+    """What a runner counted since it was made.
+
+    ``ended``: attempts that ended a job. ``rejected``: results that the database did not take because the job had been
+    taken from this runner meanwhile, after a lost lease or a cancel. ``replaced``: threads left behind by a renderer
+    beyond its ``timeout``, a storage that takes long, or a database that never answers.
+    """
+
+    ended: int = 0
+    rejected: int = 0
+    replaced: int = 0
+
+    def __add__(self, other: RunnerMetrics) -> RunnerMetrics:
+        return RunnerMetrics(self.ended + other.ended, self.rejected + other.rejected, self.replaced + other.replaced)
+
+
+@dataclass(frozen=True, slots=True)
 class Rendered:
     """One file of a renderer's result. The body is read once, as a stream, before the renderer's next output is asked
     for.

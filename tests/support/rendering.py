@@ -13,6 +13,7 @@ import jobkit
 from jobkit.attempt import Attempt
 from jobkit.claims import Claim
 from jobkit.ids import new_id
+from jobkit.pools import LoopThread
 
 
 def attempt(
@@ -38,8 +39,8 @@ def attempt(
     renderers = jobkit.Renderers(default=checked)
     with tempfile.TemporaryDirectory() as folder:
         run = Attempt(
-            Claim(new_id(), "acme", "kind", input, None, 1, 1), renderers.find, jobkit.AssetStore(folder),
-            services=None, open_asset=open_asset, run_coroutine=lambda coroutine: coroutine.close(),
+            Claim(new_id(), "acme", "kind", input, None, 1, 1), renderers.find("kind"), jobkit.AssetStore(folder),
+            services=None, open_asset=open_asset, start_coroutine=LoopThread().start,
         )  # fmt: skip
         run.render()
         assert not list(Path(folder).rglob("work-*")), "the working folder is left"

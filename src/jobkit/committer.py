@@ -1,0 +1,102 @@
+"""The committer: each turn of a pipeline as one transaction, on one connection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import sqlalchemy as sa
+
+from jobkit import claims
+from jobkit._dialects import statements_for
+from jobkit._dialects.base import EventRow
+from jobkit.attempt import Attempt
+from jobkit.claims import Claim, Intent
+from jobkit.clock import Clock
+from jobkit.link import Link
+from jobkit.rotation import Rotation
+from jobkit.tables import content_jobs
+from jobkit.turns import Turn
+
+
+class Committer:
+    """Ends, intents and claims of one runner. Used by one thread; ``link`` may be cut by others."""
+
+    def __init__(
+        self, engine: sa.Engine, *, worker_id: str, lease: float, clock: Clock, holds: Callable[[Claim], bool]
+    ) -> None:
+        """``holds``: whether the runner knows of a claim."""
+        self.link = Link(engine)
+        self._worker_id, self._lease, self._clock, self._holds = worker_id, lease, clock, holds
+        self._statements = statements_for(engine)
+        self._rotation = Rotation(engine)
+        #: Whether a claim may have been committed without this runner knowing: its reply was lost.
+        self.unsure = False
+
+    @property
+    def waiting(self) -> bool:
+        """Whether more jobs wait than the last claim took."""
+        return self._rotation.waiting
+
+    def commit(self, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
+        """What ``turn`` says, as a whole; its events, and what was claimed."""
+        unsure, self.unsure = self.unsure, self.unsure or bool(turn.limit)
+        with self.link.use() as connection:
+            done = self._commit(connection, turn, unsure)
+        if turn.limit:
+            self.unsure = False
+        return done
+
+    def _commit(self, connection: sa.Connection, turn: Turn, unsure: bool) -> tuple[list[EventRow], list[Claim]]:
+        if (
+            turn.limit
+            and self._statements.claim_locks
+            and not unsure
+            and not (turn.ends or turn.rendered)
+            and not self._queued(connection)
+        ):
+            return [], []
+        now = self._clock()
+        events: list[EventRow] = []
+        taken: list[Claim] = []
+        with connection.begin():
+            if turn.ends:
+                events += claims.finish(connection, turn.ends, now=now)
+            if turn.rendered:
+                claims.record_intents(connection, [intent for attempt in turn.rendered for intent in _intents(attempt)])
+            if turn.limit and unsure:
+                events += claims.release(connection, self._unknown(connection), now=now)
+            if turn.limit:
+                taken, running = claims.claim(
+                    connection,
+                    limit=turn.limit,
+                    worker_id=self._worker_id,
+                    lease=self._lease,
+                    now=now,
+                    pick=partial(self._rotation.claim, thorough=turn.thorough),
+                )
+                events += running
+        return events, taken
+
+    def release(self, held: Sequence[Claim]) -> list[EventRow]:
+        """Give back what is held, and what may have been claimed without the runner knowing; the events."""
+        with self.link.use() as connection, connection.begin():
+            unknown = self._unknown(connection) if self.unsure else []
+            return claims.release(connection, [*held, *unknown], now=self._clock())
+
+    def _queued(self, connection: sa.Connection) -> bool:
+        with connection.begin():
+            return self._statements.has_queued(connection, now=self._clock())
+
+    def _unknown(self, connection: sa.Connection) -> list[Claim]:
+        """What is claimed in this runner's name and not in its books."""
+        c = content_jobs.c
+        rows = connection.execute(
+            sa.select(c.id, c.company_id, c.fence).where(c.worker_id == self._worker_id, c.status == "running")
+        )
+        found = [Claim(row.id, row.company_id, "", {}, None, row.fence, 0) for row in rows]
+        return [claim for claim in found if not self._holds(claim)]
+
+
+def _intents(attempt: Attempt) -> list[Intent]:
+    return [Intent(attempt.claim.company_id, file.provider, file.object_key) for file in attempt.stored]

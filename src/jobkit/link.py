@@ -1,0 +1,112 @@
+"""A connection that one loop keeps for itself, and that can be cut from outside when a call on it never answers."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import sqlalchemy as sa
+
+
+class Link:
+    """The connection of one thread, opened when it is needed, closed after whatever goes wrong on it.
+
+    ``waiting`` and ``cut`` are for other threads; the rest is for the one.
+    """
+
+    def __init__(self, engine: sa.Engine, *, autocommit: bool = False) -> None:
+        self._engine, self._autocommit = engine, autocommit
+        self._connection: sa.Connection | None = None
+        self._since: float | None = None
+
+    @contextmanager
+    def use(self) -> Iterator[sa.Connection]:
+        """The connection, for as long as the ``with`` lasts; closed when it raises."""
+        self._since = time.monotonic()
+        try:
+            yield self._opened()
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._since = None
+
+    def close(self) -> None:
+        """Give the connection back; the next use opens one anew."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.close()
+
+    @property
+    def waiting(self) -> float:
+        """For how many seconds the present use has lasted; 0 when there is none."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def cut(self) -> None:
+        """End the call that is under way: it raises what a lost connection raises, or an interrupted statement.
+
+        Does nothing while the connection is being opened, and with drivers that have no socket to show.
+        """
+        connection = self._connection
+        if connection is None:
+            return
+        with suppress(Exception):  # it may be closed at this very moment
+            driver: Any = connection.connection.driver_connection
+            if hasattr(driver, "interrupt"):  # sqlite3
+                driver.interrupt()
+            else:  # psycopg, psycopg2
+                # A copy of the descriptor: should the driver close its own now, the number may be somebody else's.
+                with socket.socket(fileno=os.dup(driver.fileno())) as copy:
+                    copy.shutdown(socket.SHUT_RDWR)
+
+    def _opened(self) -> sa.Connection:
+        if self._connection is None or self._connection.closed or self._connection.invalidated:
+            self.close()
+            connection = self._engine.connect()
+            # AUTOCOMMIT: one statement carries a whole step, and no snapshot stays open between two.
+            if self._autocommit:
+                connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+            self._connection = connection
+        return self._connection
+
+
+class SharedLink:
+    """Short uses by several threads, one at a time, each with a connection of its own: so they need one together."""
+
+    def __init__(self, engine: sa.Engine, patience: float) -> None:
+        """After ``patience`` seconds a thread no longer waits for the one before it, whose call may never answer."""
+        self._engine, self._patience = engine, patience
+        self._turn = threading.Lock()
+        self._links: dict[Link, None] = {}
+
+    @contextmanager
+    def use(self) -> Iterator[sa.Connection]:
+        """A connection, for as long as the ``with`` lasts."""
+        mine = self._turn.acquire(timeout=self._patience)
+        link = Link(self._engine)
+        self._links[link] = None
+        try:
+            with link.use() as connection:
+                yield connection
+        finally:
+            link.close()
+            del self._links[link]
+            if mine:
+                self._turn.release()
+
+    @property
+    def waiting(self) -> float:
+        """For how many seconds the longest of the present uses has lasted."""
+        return max((link.waiting for link in list(self._links)), default=0.0)
+
+    def cut(self) -> None:
+        """As ``Link.cut``, for the use that has lasted longest."""
+        if links := list(self._links):
+            max(links, key=lambda link: link.waiting).cut()

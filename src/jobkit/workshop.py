@@ -1,0 +1,148 @@
+"""The workshop: the threads on which a runner's jobs are rendered and stored. No transaction is open there."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import BinaryIO, Protocol
+from uuid import UUID
+
+from jobkit.assets import AssetStore
+from jobkit.attempt import Attempt
+from jobkit.claims import Claim
+from jobkit.errors import AssetNotFound, JobTimeout
+from jobkit.link import SharedLink
+from jobkit.pools import LoopThread, Task
+from jobkit.renderers import Renderers
+
+logger = logging.getLogger("jobkit")
+
+# How long storing one job's files may take, in seconds, before another thread takes the place of the one that waits for
+# the storage. Nothing is given up: the files may still arrive.
+STALLED = 60.0
+
+
+class Pool(Protocol):
+    def submit(self, task: Task) -> None: ...
+    def replace(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class Workshop:
+    """Renders and stores. ``rendered`` and ``stored`` are called on its threads; the rest belongs to one thread."""
+
+    def __init__(
+        self,
+        assets: AssetStore,
+        renderers: Renderers,
+        *,
+        slots: Pool,
+        publishers: Pool,
+        lease: float,
+        shared: SharedLink,
+        wanted: Callable[[Attempt], bool],
+        rendered: Callable[[Attempt], None],
+        stored: Callable[[Attempt, BaseException | None], None],
+    ) -> None:
+        self._assets, self._renderers, self._lease = assets, renderers, lease
+        self._slots, self._publishers = slots, publishers
+        self._shared, self._wanted, self._rendered, self._stored = shared, wanted, rendered, stored
+        self._loop = LoopThread()
+        #: The attempts whose renderers run, in the order in which they began.
+        self.rendering: dict[Attempt, None] = {}
+        self._storing: dict[Attempt, float] = {}
+        #: How many threads were replaced because what they called went on for too long.
+        self.replaced = 0
+
+    def attempt(self, claim: Claim) -> Attempt:
+        """An attempt at a claimed job, to be rendered here."""
+        return Attempt(
+            claim,
+            self._renderers.registration(claim.job_type),
+            self._assets,
+            services=self._renderers.services,
+            open_asset=lambda asset_id: self._open_asset(claim.company_id, asset_id),
+            start_coroutine=self._loop.start,
+            lease=self._lease,
+        )
+
+    def render(self, attempt: Attempt) -> None:
+        """Begin; ``rendered`` gets it when its renderer has ended."""
+        self.rendering[attempt] = None
+        self._slots.submit(lambda: self._render(attempt))
+
+    def store(self, attempt: Attempt) -> None:
+        """Store the files of a rendered job, whose keys are recorded; ``stored`` gets what came of it."""
+        self._storing[attempt] = time.monotonic() + STALLED
+        self._publishers.submit(lambda: self._store(attempt))
+
+    def ended(self, attempt: Attempt) -> None:
+        """Its renderer, or storing its files, is over: what ``rendered`` and ``stored`` tell comes back here."""
+        self.rendering.pop(attempt, None)
+        self._storing.pop(attempt, None)
+
+    @property
+    def patience(self) -> float:
+        """For how many seconds nothing can be overdue."""
+        now = time.monotonic()
+        renderers = [attempt.remaining for attempt in self.rendering]
+        return max(0.0, min([*renderers, *(late - now for late in self._storing.values())], default=3600.0))
+
+    def overdue(self) -> list[tuple[Attempt, JobTimeout]]:
+        """Give up the attempts whose renderers took too long, and replace the threads that wait for the storage."""
+        given_up = []
+        for attempt in [attempt for attempt in self.rendering if attempt.remaining <= 0]:
+            if attempt.leave():
+                del self.rendering[attempt]
+                given_up.append((attempt, attempt.give_up()))
+                self._replace(self._slots)
+        now = time.monotonic()
+        for attempt in [attempt for attempt, late in self._storing.items() if late <= now]:
+            self._storing[attempt] = now + STALLED
+            if attempt.leave():
+                self._storing[attempt] = math.inf
+                self._replace(self._publishers)
+                logger.warning("job %s: its files take long to be stored", attempt.claim.job_id)
+        return given_up
+
+    def close(self) -> None:
+        """Let the threads end when they are through. Waits for none."""
+        self._slots.close()
+        self._publishers.close()
+        self._loop.close()
+
+    def _replace(self, pool: Pool) -> None:
+        pool.replace()
+        self.replaced += 1
+
+    def _render(self, attempt: Attempt) -> bool:
+        attempt.run()
+        late = attempt.over()
+        if late or not self._wanted(attempt):
+            attempt.discard()
+        if not late:
+            self._rendered(attempt)
+        return late
+
+    def _store(self, attempt: Attempt) -> bool:
+        failure: BaseException | None = None
+        try:
+            attempt.publish()
+        except BaseException as error:  # storages run event loops, whose CancelledError is no Exception
+            failure = error
+        late = attempt.over()
+        self._stored(attempt, failure)
+        if failure is not None:
+            with suppress(Exception):  # a host's log handler may raise
+                logger.warning("job %s: its files could not be stored", attempt.claim.job_id, exc_info=failure)
+        return late
+
+    def _open_asset(self, company_id: str, asset_id: UUID | str) -> BinaryIO:
+        with self._shared.use() as connection:
+            asset = self._assets.get_by_id(connection, asset_id, company_id=company_id)
+        if asset is None:
+            raise AssetNotFound(f"no asset {asset_id}")
+        return self._assets.open(asset)
