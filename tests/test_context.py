@@ -257,7 +257,7 @@ def test_check_raises_what_interrupted_the_attempt_past_except_exception(disk: A
     renderers.register("note")(stubborn)
     attempt = Attempt(
         claim,
-        renderers.registration(claim.job_type),
+        renderers.find("note"),
         disk,
         services=None,
         open_asset=no_asset,

@@ -34,9 +34,9 @@ def pg(postgres_database: Database) -> sa.Engine:
 def by_hand(engine: sa.Engine) -> Iterator[Feed]:
     """A feed without its thread: the test says when it scans."""
     made = Feed(engine, Memory())
-    made._begin(made._connect())
+    made._begin()
     yield made
-    made._disconnect()
+    made._link.close()
 
 
 def taking_a_number(session: Session) -> Session:
@@ -243,7 +243,7 @@ def test_an_event_that_the_scan_told_before_it_was_offered_comes_once(
 
 def test_an_event_that_was_offered_is_skipped_by_the_scan(by_hand: Feed, create: Create, recorder: Recorder) -> None:
     jobs = [create() for _ in range(3)]
-    rows, _ = by_hand._statements.scan(by_hand._connect(), by_hand.cursor, by_hand._started, 500)
+    rows, _ = by_hand._ask(by_hand._statements.scan, by_hand.cursor, by_hand._started, 500)
     by_hand._deliver_offered(rows[1:2])
     assert [event.job_id for event in recorder.events] == [jobs[1].id]
     by_hand._scan()
@@ -270,7 +270,7 @@ def test_a_cursor_is_a_position_below_which_nothing_is_missing(
     create()
     by_hand._scan()
     cursor = Position(*map(int, recorder.events[-1].cursor.split("-")))
-    rows, _ = by_hand._statements.scan(by_hand._connect(), cursor, by_hand._started, 500)
+    rows, _ = by_hand._ask(by_hand._statements.scan, cursor, by_hand._started, 500)
     assert recorder.events[-1].id in {row.id for row in rows}
 
 

@@ -16,7 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import AssetStore, Rendered, Runner
+from jobkit import AssetStore, Rendered, Runner, RunnerMetrics
 from jobkit.committer import Committer
 from jobkit.tables import content_jobs
 from tests.support.databases import Database
@@ -177,6 +177,7 @@ def test_a_commit_whose_reply_is_lost_is_neither_lost_nor_done_twice(
     row = seen(engine, job)
     assert (row.status, row.attempt, len(gate.jobs)) == (("queued", 0, 0) if put_back else ("done", 1, 1))
     assert recorder.types() == told[lost]
+    assert runner.metrics() == RunnerMetrics(ended=0 if put_back else 1)
     assert violations(engine, tmp_path / "assets") == []
 
 

@@ -310,7 +310,9 @@ class AssetStore:
         sweep = Sweep(chosen, self._storage, older_than=grace)
         return sweep.look() if dry_run else sweep.run()
 
-    def sweep(self, engine: sa.Engine, connect: Callable[[], contextlib.AbstractContextManager[sa.Connection]]) -> None:
+    def _sweep(
+        self, engine: sa.Engine, connect: Callable[[], contextlib.AbstractContextManager[sa.Connection]]
+    ) -> None:
         """As ``collect_garbage`` after its usual time, on the connections that a runner gives it."""
         Sweep(engine, self._storage, older_than=INTENT_GRACE, connect=connect).run()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -17,6 +19,17 @@ from jobkit.link import Link
 from jobkit.rotation import Rotation
 from jobkit.tables import content_jobs
 from jobkit.turns import Turn
+from jobkit.types import JobStatus
+
+
+class Committed(NamedTuple):
+    """What a turn came to: its events, what it claimed, and of the ends whose first reply was lost those that had been
+    committed then, with the status they brought: no other claim has come since, and the job does not run.
+    """
+
+    events: list[EventRow]
+    taken: list[Claim]
+    settled: dict[UUID, JobStatus]
 
 
 class Committer:
@@ -38,14 +51,15 @@ class Committer:
         """Whether more jobs wait than the last claim took."""
         return self._rotation.waiting
 
-    def commit(self, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
-        """What ``turn`` says, as a whole; its events, and what was claimed."""
+    def commit(self, turn: Turn) -> Committed:
+        """Do what ``turn`` says, as a whole."""
         unsure, self.unsure = self.unsure, self.unsure or bool(turn.limit)
         with self.link.use() as connection:
-            done = self._commit(connection, turn, unsure)
+            events, taken = self._commit(connection, turn, unsure)
+            settled = self._settled(connection, turn, {event.job_id for event in events}) if turn.again else {}
         if turn.limit:
             self.unsure = False
-        return done
+        return Committed(events, taken, settled)
 
     def _commit(self, connection: sa.Connection, turn: Turn, unsure: bool) -> tuple[list[EventRow], list[Claim]]:
         if (
@@ -83,6 +97,15 @@ class Committer:
         with self.link.use() as connection, connection.begin():
             unknown = self._unknown(connection) if self.unsure else []
             return claims.release(connection, [*held, *unknown], now=self._clock())
+
+    def _settled(self, connection: sa.Connection, turn: Turn, told: set[UUID]) -> dict[UUID, JobStatus]:
+        c = content_jobs.c
+        fences = {end.claim.job_id: end.claim.fence for end in turn.ends if end.claim.job_id not in told}
+        with connection.begin():
+            rows = connection.execute(
+                sa.select(c.id, c.fence, c.status).where(c.id.in_(list(fences)), c.status != JobStatus.RUNNING.value)
+            ).all()
+        return {row.id: JobStatus(row.status) for row in rows if row.fence == fences[row.id]}
 
     def _queued(self, connection: sa.Connection) -> bool:
         with connection.begin():

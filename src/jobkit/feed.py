@@ -10,8 +10,9 @@ import logging
 import threading
 import time
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -20,7 +21,9 @@ from jobkit import signals
 from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position, Start
 from jobkit.clock import pause_after
+from jobkit.link import Link
 from jobkit.outbox import event_of
+from jobkit.pools import Periodic
 from jobkit.text import describe
 
 logger = logging.getLogger("jobkit")
@@ -29,11 +32,21 @@ logger = logging.getLogger("jobkit")
 ACTIVE_POLL = 0.025
 ACTIVE_FOR = 2.0
 IDLE_POLL = 0.5
+# How long a call to the database may take, in seconds, before its connection is cut; a runner may ask for less. After
+# twice that, another thread takes the place of the one that waits.
+DB_TIMEOUT = 30.0
 BATCH = 500
 # Jobs whose last delivered seq is remembered; of others it is read from the log.
 REMEMBERED_JOBS = 10_000
 # ``queued`` events, and those delivered without a feed, that are remembered beyond the feed.
 REMEMBERED_EVENTS = 10_000
+
+
+T = TypeVar("T")
+
+
+class _Replaced(BaseException):
+    """Another thread has taken the place of this one."""
 
 
 class Memory:
@@ -65,11 +78,15 @@ class Feed:
     def __init__(self, engine: sa.Engine, memory: Memory) -> None:
         self._engine, self._memory = engine, memory
         self._statements = statements_for(engine)
-        self._connection: sa.Connection | None = None
+        # AUTOCOMMIT: no snapshot stays open between two looks, which would hold back vacuum and other feeds.
+        self._link = Link(engine, autocommit=True)
+        self._db_timeout = DB_TIMEOUT
+        self._watch = Periodic("jobkit-relay-watch", 1.0, self._look)
         self._started: Start
         self._cursor: Position
         self._wake = threading.Condition()
         self._offered: list[EventRow] = []
+        self._in_hand: list[EventRow] = []
         self._held_back = False
         self._catching_up = 0
         self._accepted = self._delivered = 0
@@ -84,15 +101,22 @@ class Feed:
 
     def start(self) -> None:
         """Begin now: what is committed after this returns becomes signals. Raises what the database raises."""
-        self._begin(self._connect())
-        self._thread = threading.Thread(target=self._run, name="jobkit-relay", daemon=True)
-        self._thread.start()
+        self._begin()
+        self._spawn()
+        self._watch.start()
+
+    def hurry(self, db_timeout: float) -> None:
+        """Wait no longer than this for the database from now on."""
+        if db_timeout < self._db_timeout:
+            self._db_timeout = db_timeout
+            self._watch.interval = min(1.0, db_timeout / 4)
 
     def close(self, timeout: float) -> None:
         """Deliver what was offered, then end; wait at most ``timeout`` seconds for that."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
+        self._watch.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
 
@@ -142,7 +166,38 @@ class Feed:
     def _alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def _run(self) -> None:
+    def _spawn(self) -> None:
+        self._thread = threading.Thread(target=self._run, args=(self._link,), name="jobkit-relay", daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        link = self._link
+        if link.waiting > self._db_timeout:
+            link.cut()
+        if link.waiting > 2 * self._db_timeout and not self._closing:
+            logger.error("the database does not answer the relay's thread; another takes its place")
+            with self._wake:
+                self._link = Link(self._engine, autocommit=True)
+                self._offered[:0] = self._in_hand
+                self._in_hand = []
+            self._spawn()
+
+    def _ask(self, statement: Callable[..., T], *arguments: Any) -> T:
+        """What ``statement`` gives, unless this thread has been replaced meanwhile."""
+        link = self._link
+        try:
+            with link.use() as connection:
+                return statement(connection, *arguments)
+        finally:
+            if link is not self._link:
+                raise _Replaced
+
+    def _run(self, link: Link) -> None:
+        with suppress(_Replaced):
+            self._work()
+        link.close()
+
+    def _work(self) -> None:
         while True:
             offered, closing = self._wait()
             delivered = len(offered)
@@ -153,26 +208,27 @@ class Feed:
                 if time.monotonic() >= self._next_scan:
                     self._scan()
                     self._failures = 0
+            except _Replaced:
+                delivered = 0
+                raise
             except Exception as error:
                 self._trouble(error)
             finally:
                 with self._wake:
                     self._delivered += delivered
                     self._wake.notify_all()
-        self._disconnect()
 
     def _wait(self) -> tuple[list[EventRow], bool]:
         with self._wake:
             timeout = max(0.0, self._next_scan - time.monotonic())
             self._wake.wait_for(lambda: (self._offered and not self._held_back) or self._closing, timeout)
-            offered, self._offered = self._offered, []
-            return offered, self._closing
+            self._in_hand, self._offered = self._offered, []
+            return self._in_hand, self._closing
 
     def _trouble(self, error: Exception) -> None:
         self._failures += 1
         if self._failures == 1:
             logger.error("the event log could not be read; signals are late: %s", describe(error))
-        self._disconnect()
         self._next_scan = time.monotonic() + pause_after(self._failures)
 
     # --- events of this process
@@ -214,7 +270,7 @@ class Feed:
         if not gaps:
             return []
         jobs = [{"job": job.hex, "seq": seq, "queued": self._catching_up > 0} for job, seq in gaps.items()]
-        found = self._statements.earlier(self._connect(), self._cursor, self._started, jobs)
+        found = self._ask(self._statements.earlier, self._cursor, self._started, jobs)
         return [row for row in found if self._is_due(row) and (row.job_id, row.seq) not in known]
 
     def _is_due(self, row: EventRow) -> bool:
@@ -223,17 +279,16 @@ class Feed:
     # --- events of all processes
 
     def _scan(self) -> None:
-        connection = self._connect()
         if not signals.any_receivers():
-            self._begin(connection)  # nobody listens: what was committed until now is not owed to anyone
+            self._begin()  # nobody listens: what was committed until now is not owed to anyone
         else:
-            self._read(connection)
+            self._read()
         active = time.monotonic() < self._active_until
         self._next_scan = time.monotonic() + (ACTIVE_POLL if active else IDLE_POLL)
 
-    def _read(self, connection: sa.Connection) -> None:
+    def _read(self) -> None:
         while not self._closing:
-            rows, position = self._statements.scan(connection, self._cursor, self._started, BATCH)
+            rows, position = self._ask(self._statements.scan, self._cursor, self._started, BATCH)
             fresh = [row for row in rows if row.id not in self._ahead and row not in self._memory]
             if fresh:
                 self._active_until = time.monotonic() + ACTIVE_FOR
@@ -245,8 +300,8 @@ class Feed:
             if len(rows) < BATCH:
                 break
 
-    def _begin(self, connection: sa.Connection) -> None:
-        self._started = self._statements.start(connection)
+    def _begin(self) -> None:
+        self._started = self._ask(self._statements.start)
         self._cursor = self._started.position
         self._ahead.clear()
         self._last.clear()
@@ -264,19 +319,6 @@ class Feed:
             self._last.popitem(last=False)
         self._memory.add(row for row in ordered if row.type == "content_job.queued")
         signals.deliver(event_of(row, self._cursor) for row in ordered)
-
-    def _connect(self) -> sa.Connection:
-        # AUTOCOMMIT: no snapshot stays open between two looks, which would hold back vacuum and other feeds.
-        if self._connection is None or self._connection.closed or self._connection.invalidated:
-            self._disconnect()
-            self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        return self._connection
-
-    def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None:
-            with suppress(Exception):
-                connection.close()
 
 
 def _by_seq(rows: Iterable[EventRow]) -> list[EventRow]:

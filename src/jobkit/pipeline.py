@@ -22,7 +22,7 @@ from jobkit.assets import AssetStore
 from jobkit.attempt import Attempt
 from jobkit.claims import Claim, Completion
 from jobkit.clock import Clock, pause_after
-from jobkit.committer import Committer
+from jobkit.committer import Committed, Committer
 from jobkit.errors import LeaseLost
 from jobkit.link import SharedLink
 from jobkit.renderers import Renderers
@@ -259,7 +259,7 @@ class Pipeline:
 
     def _take(self, turn: Turn) -> None:
         try:
-            events, taken = self._committer.commit(turn)
+            committed = self._committer.commit(turn)
         except Exception as error:
             if is_outage(error):
                 self._pause(turn, error)
@@ -269,18 +269,22 @@ class Pipeline:
         if self._failures:
             logger.warning("the database answers again")
         self._failures = 0
-        self._after(turn, events, taken)
+        self._after(turn, committed)
 
-    def _after(self, turn: Turn, events: list[EventRow], taken: list[Claim]) -> None:
+    def _after(self, turn: Turn, committed: Committed) -> None:
         """What follows a commit: signals, then the work that the commit allows."""
+        events, taken, settled = committed
         if events:
             self._on_commit(events)
         told = {event.job_id: event.type for event in events if event.type != "content_job.running"}
         for completion in turn.ends:
             job_id = completion.claim.job_id
             self._attempts.pop(job_id, None)
-            self.ended += told.get(job_id, BACK_IN_QUEUE[0]) not in BACK_IN_QUEUE
-            if job_id not in told:
+            if job_id in settled:
+                self.ended += settled[job_id].terminal
+            else:
+                self.ended += told.get(job_id, BACK_IN_QUEUE[0]) not in BACK_IN_QUEUE
+            if job_id not in told and job_id not in settled:
                 self._rejected += 1
                 logger.warning(TAKEN, job_id)
         for attempt in turn.rendered:
@@ -333,6 +337,7 @@ class Pipeline:
             logger.error("the database failed; jobs in flight are kept and tried again: %s", describe(error))
         self._turn.ends[:0] = turn.ends
         self._turn.rendered[:0] = turn.rendered
+        self._turn.again = self._turn.again or bool(turn.ends)
         self._hungry = self._hungry or bool(turn.limit)
 
     # --- other threads

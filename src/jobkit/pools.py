@@ -58,6 +58,8 @@ class DaemonPool:
         """
         with self._resize:
             self._size += 1
+            if not self._tasks.empty():
+                self._start_thread()
 
     def close(self) -> None:
         """Let every thread end once the tasks before this call are through. Waits for none."""
@@ -115,7 +117,7 @@ class Periodic:
     def __init__(
         self, name: str, interval: float, task: Callable[[], None], after: Callable[[], None] = lambda: None
     ) -> None:
-        self._name, self._interval, self._task, self._after = name, interval, task, after
+        self._name, self.interval, self._task, self._after = name, interval, task, after
         self._stopped = threading.Event()
         self._failures = 0
         self._since: float | None = None
@@ -150,8 +152,8 @@ class Periodic:
 
     def _pause(self) -> float:
         if self._failures:
-            return min(self._interval, pause_after(self._failures))
-        return self._interval * random.uniform(0.9, 1.1)
+            return min(self.interval, pause_after(self._failures))
+        return self.interval * random.uniform(0.9, 1.1)
 
 
 class LoopThread:

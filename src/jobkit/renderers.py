@@ -67,13 +67,6 @@ class Renderers:
             raise UnknownJobType(job_type)
         return found
 
-    def registration(self, job_type: str) -> Registration:
-        """As ``find``, except that for an unknown type it is one whose renderer raises ``UnknownJobType``."""
-        try:
-            return self.find(job_type)
-        except UnknownJobType as error:
-            return Registration(_raising(error))
-
     def render(self, job_type: str, input: dict[str, Any] | None = None) -> list[Rendered]:
         """Render in this thread, without a database: the files, each with its body as ``bytes``. For tests and scripts.
 
@@ -82,13 +75,6 @@ class Renderers:
         registration = self.find(job_type)
         with closing(LoopThread()) as loop:
             return render_alone(registration, self.services, job_type, input, loop.start)
-
-
-def _raising(error: UnknownJobType) -> Renderer:
-    def render(_: RenderContext) -> None:
-        raise error
-
-    return render
 
 
 def _checked(renderer: R) -> R:

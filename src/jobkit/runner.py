@@ -252,6 +252,7 @@ class Runner:
 
     def _supervisor(self, feed: Feed) -> Supervisor:
         engine, lease, clock = self.engine, self._lease, self._clock
+        feed.hurry(self._db_timeout)
         shared = SharedLink(engine, self._db_timeout / 2)
         return Supervisor(
             pipeline=lambda: self._pipeline(feed, shared),
@@ -259,7 +260,7 @@ class Runner:
             rescuer=lambda wake: Rescuer(
                 engine, lease=lease, clock=clock, shared=shared, on_commit=feed.offer, wake=wake
             ),
-            sweeper=Periodic("jobkit-sweep", SWEEP_INTERVAL, lambda: self._assets.sweep(engine, shared.use)),
+            sweeper=Periodic("jobkit-sweep", SWEEP_INTERVAL, lambda: self._assets._sweep(engine, shared.use)),
             shared=shared,
             db_timeout=self._db_timeout,
             lease=lease,

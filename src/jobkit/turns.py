@@ -19,6 +19,8 @@ class Turn:
     limit: int = 0
     asked: int = 0
     thorough: bool = False
+    # Whether some of the ends were sent to the database before, without a reply.
+    again: bool = False
 
     @property
     def size(self) -> int:

@@ -13,7 +13,8 @@ from uuid import UUID
 from jobkit.assets import AssetStore
 from jobkit.attempt import Attempt
 from jobkit.claims import Claim
-from jobkit.errors import AssetNotFound, JobTimeout
+from jobkit.context import Registration, RenderContext, Renderer
+from jobkit.errors import AssetNotFound, JobTimeout, UnknownJobType
 from jobkit.link import SharedLink
 from jobkit.pools import LoopThread, Task
 from jobkit.renderers import Renderers
@@ -59,9 +60,13 @@ class Workshop:
 
     def attempt(self, claim: Claim) -> Attempt:
         """An attempt at a claimed job, to be rendered here."""
+        try:
+            registration = self._renderers.find(claim.job_type)
+        except UnknownJobType as error:
+            registration = Registration(_raising(error))
         return Attempt(
             claim,
-            self._renderers.registration(claim.job_type),
+            registration,
             self._assets,
             services=self._renderers.services,
             open_asset=lambda asset_id: self._open_asset(claim.company_id, asset_id),
@@ -146,3 +151,10 @@ class Workshop:
         if asset is None:
             raise AssetNotFound(f"no asset {asset_id}")
         return self._assets.open(asset)
+
+
+def _raising(error: UnknownJobType) -> Renderer:
+    def render(_: RenderContext) -> None:
+        raise error
+
+    return render
