@@ -10,7 +10,9 @@ import pytest
 import sqlalchemy as sa
 
 from jobkit import AssetStore
+from jobkit.tables import content_jobs
 from tests.support.files import intents, objects, rows
+from tests.support.invariants import violations
 
 PRELOADING = """
 import os, sys, threading
@@ -95,3 +97,114 @@ def test_a_store_that_was_used_before_a_fork_works_in_parent_and_children(databa
     ]
     assert set(objects(storage_url)) == {row.object_key for row in kept}
     assert intents(engine) == {}
+
+
+STARTED = """
+import contextlib, os, sys, threading, traceback
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+import jobkit
+
+url, folder = sys.argv[1:]
+engine = sa.create_engine(url)
+if engine.dialect.name == "sqlite":
+    jobkit.configure_sqlite(engine)
+store = jobkit.AssetStore(folder, engine=engine)
+rendered = []
+
+def note(ctx):
+    rendered.append(os.getpid())
+    return jobkit.Rendered("a.txt", "text/plain", str(os.getpid()).encode())
+
+runner = jobkit.Runner(engine, store, jobkit.Renderers(default=note), poll_interval=0.05).start()
+relay = jobkit.Relay(engine).start()
+told, changed = [], threading.Condition()
+
+def hear(company, *, event):
+    with changed:
+        told.append((os.getpid(), event.type))
+        changed.notify_all()
+
+jobkit.signals.content_job_done.connect(hear)
+busy = threading.Event()
+
+def create():
+    while not busy.is_set():
+        with Session(engine) as session, session.begin():
+            jobkit.JobStore(session).create("master", job_type="note")
+        runner.dispatch(None)
+
+creating = threading.Thread(target=create)
+creating.start()
+
+@contextlib.contextmanager
+def refused():
+    try:
+        yield
+    except jobkit.ConfigurationError as error:
+        assert "fork first" in str(error)
+    else:
+        raise AssertionError("not refused")
+
+def worker(number):
+    assert runner.metrics() == jobkit.RunnerMetrics()
+    runner.stop()                                         # was never started here
+    relay.stop()
+    runner.dispatch(None)
+    if engine.dialect.name == "sqlite":                   # what the parent had locked stays locked in the child
+        for call in (runner.start, relay.start, runner.run_until_idle, runner.rescue):
+            with refused():
+                call()
+        with refused():
+            runner.submit("web", job_type="note")
+    elif number % 2:                                        # a web process that renders nothing: the parent will
+        runner.submit(f"web-{number}", job_type="note")
+    else:                                                 # a worker of its own
+        with runner:
+            runner.submit(f"worker-{number}", job_type="note")
+            with changed:
+                assert changed.wait_for(lambda: (os.getpid(), "content_job.done") in told, 60), told
+
+children = []
+for number in range(12):
+    child = os.fork()
+    if not child:
+        try:
+            worker(number)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    children.append(child)
+codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+busy.set()
+creating.join()
+runner.run_until_idle(timeout=60)
+runner.stop()
+relay.stop()
+print(codes, runner.metrics().rejected, len(rendered) > 0)
+"""
+
+
+def test_a_runner_that_was_started_before_a_fork_is_the_parents_and_may_be_started_in_the_child(
+    database: Any, tmp_path: Any
+) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", STARTED, database.url, str(tmp_path / "assets")],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (0, f"{[0] * 12} 0 True\n"), ran.stderr[-3000:]
+    assert ran.stderr.count("was started before its process was forked") == 12
+    engine: sa.Engine = database.engine
+    with engine.connect() as connection:
+        jobs = connection.execute(
+            sa.select(content_jobs.c.company_id, content_jobs.c.status, content_jobs.c.fence)
+        ).all()
+    assert {(job.status, job.fence) for job in jobs} == {("done", 1)}
+    assert len([job for job in jobs if job.company_id != "master"]) == (
+        12 if engine.dialect.name == "postgresql" else 0
+    )
+    assert violations(engine, tmp_path / "assets") == []

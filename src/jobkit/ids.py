@@ -10,6 +10,9 @@ from uuid import UUID
 _lock = threading.Lock()
 _last = 0
 
+if hasattr(os, "register_at_fork"):  # held across a fork, so that no child inherits it locked
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
 
 def new_id() -> UUID:
     """A UUID version 7: 48 bits of milliseconds, then 12 + 62 bits that never go backwards within this process.

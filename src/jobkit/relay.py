@@ -13,6 +13,7 @@ from jobkit import signals
 from jobkit._dialects.base import EventRow, Position
 from jobkit.errors import ConfigurationError
 from jobkit.feed import Feed, Memory
+from jobkit.forks import forget_in_children, refuse_inherited
 from jobkit.outbox import event_of
 from jobkit.schema import require_schema
 from jobkit.sqlite import is_memory, require_configured
@@ -30,16 +31,18 @@ class Relay:
     """
 
     def __init__(self, engine: sa.Engine) -> None:
-        self._engine = sync_engine(engine)
-        self._held = False
+        self.engine = sync_engine(engine)
+        self._held = self._inherited = False
+        forget_in_children(self)
 
     def start(self) -> Self:
         """Signals for whatever is committed from now on, by any process. Raises when the database or its tables are not
         there.
         """
+        refuse_inherited(self.engine, self._inherited)
         with _lock:
             if not self._held:
-                acquire(self._engine)
+                acquire(self.engine)
                 self._held = True
         return self
 
@@ -50,7 +53,11 @@ class Relay:
         with _lock:
             held, self._held = self._held, False
         if held:
-            release(self._engine, timeout)
+            release(self.engine, timeout)
+
+    def _after_fork(self) -> None:
+        """Be as if never started: called in a forked child, whose ``start`` then begins anew."""
+        self._inherited, self._held = self._held or self._inherited, False
 
     def __enter__(self) -> Self:
         return self.start()
@@ -59,6 +66,17 @@ class Relay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _forget() -> None:
+    """No feed runs in a forked child, and a lock that another thread held there is held for ever."""
+    global _lock, _memory
+    _lock, _memory = threading.RLock(), Memory()
+    _feeds.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
 
 
 def sync_engine(engine: object) -> sa.Engine:

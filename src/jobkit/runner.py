@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import socket
@@ -22,6 +23,7 @@ from jobkit.assets import AssetStore
 from jobkit.clock import Clock, seconds, utcnow
 from jobkit.errors import ConfigurationError
 from jobkit.feed import Feed
+from jobkit.forks import forget_in_children, refuse_inherited
 from jobkit.ids import new_id
 from jobkit.jobs import JobStore
 from jobkit.leases import LeaseKeeper
@@ -41,6 +43,8 @@ SWEEP_INTERVAL = 3600.0
 # How long a caller waits for receivers of an event it caused, in seconds.
 DELIVERY_WAIT = 10.0
 
+logger = logging.getLogger("jobkit")
+
 
 class Runner:
     """Renders the queued jobs of ``engine``'s database, up to ``concurrency`` at a time.
@@ -50,8 +54,9 @@ class Runner:
     connection is cut, and the work goes on with another.
 
     At most four connections of ``engine`` are used, at any concurrency. Every method may be called from any thread; all
-    threads are daemons, and no signal handler is installed. A started runner also rescues the jobs of lost workers
-    every second, and every hour removes from its storage what got no row within a day, or whose row was deleted.
+    threads are daemons, and no signal handler is installed. In a forked child it is as if never started; with SQLite it
+    then refuses to work there. A started runner also rescues the jobs of lost workers every second, and every hour
+    removes from its storage what got no row within a day, or whose row was deleted.
     """
 
     def __init__(
@@ -83,6 +88,8 @@ class Runner:
         self._running: Supervisor | None = None
         self._ending: Supervisor | None = None
         self._past = RunnerMetrics()
+        self._inherited = self._warned = False
+        forget_in_children(self)
 
     # --- creating
 
@@ -103,6 +110,7 @@ class Runner:
         Blocks on the database. Raises what ``JobStore.create`` raises, and ``ConfigurationError`` within an SQLite
         transaction of this thread that has written: it would wait for itself; use ``JobStore.create`` there.
         """
+        refuse_inherited(self.engine, self._inherited)
         if writing_in_this_thread(self.engine):
             raise ConfigurationError(
                 "submit would wait for this thread's own SQLite transaction, which has written: use "
@@ -138,6 +146,12 @@ class Runner:
         running = self._running
         if running is not None:
             running.pipeline.wake()
+        elif self._inherited and not self._warned:
+            self._warned = True
+            logger.warning(
+                "this runner was started before its process was forked, and does not run in the child: call start() in "
+                "each worker process that shall render"
+            )
 
     # --- running
 
@@ -147,6 +161,7 @@ class Runner:
 
         ``ConfigurationError`` for an SQLite database in memory; ``SchemaOutOfDate`` without the tables.
         """
+        refuse_inherited(self.engine, self._inherited)
         with self._lock:
             if self._running is None:
                 self._running = self._supervisor(relay.acquire(self.engine))
@@ -184,6 +199,13 @@ class Runner:
             present = self._running or self._ending
             return self._past if present is None else self._past + present.metrics()
 
+    def _after_fork(self) -> None:
+        """Be as if never started: called in a forked child, whose ``start`` then begins anew."""
+        self._inherited = self._inherited or self._running is not None
+        self._lock = threading.RLock()
+        self._running = self._ending = None
+        self._past = RunnerMetrics()
+
     def __enter__(self) -> Self:
         return self.start()
 
@@ -198,6 +220,7 @@ class Runner:
         Needs no ``start``: for scripts and tests. The events were delivered when this returns. ``TimeoutError`` when
         jobs are still in flight after ``timeout``; unless the runner is started, they go back to the queue.
         """
+        refuse_inherited(self.engine, self._inherited)
         limit = None if timeout is None else seconds(timeout, "timeout", positive=False)
         with self._lock:
             started, feed = self._running, relay.running_feed(self.engine)
@@ -226,6 +249,7 @@ class Runner:
         A started runner does so every second by itself. The attempt is not charged; a job that lost its worker six
         times in a row has failed instead, and one that was asked to stop is cancelled.
         """
+        refuse_inherited(self.engine, self._inherited)
         feed = relay.acquire(self.engine)
         try:
             report = self._rescue(feed)

@@ -7,6 +7,7 @@ Receivers get ``receiver(company_id, *, event)``. ``connect`` is blinker's: it h
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -26,6 +27,11 @@ _delivering = threading.local()
 # Connecting, disconnecting and choosing receivers, one at a time: blinker's bookkeeping is not made for threads. An
 # RLock, because a weak receiver may be collected, and thereby disconnected, in the middle of any of them.
 _bookkeeping = threading.RLock()
+
+if hasattr(os, "register_at_fork"):  # held across a fork, so that no child inherits it locked
+    os.register_at_fork(
+        before=_bookkeeping.acquire, after_in_parent=_bookkeeping.release, after_in_child=_bookkeeping.release
+    )
 
 
 class JobSignal(NamedSignal):

@@ -54,6 +54,9 @@ _settings: WeakKeyDictionary[sa.Dialect, tuple[int, str]] = WeakKeyDictionary()
 # asked of the connection, so nothing has to be cleared.
 _writers: dict[str, tuple[int, Any]] = {}
 
+if hasattr(os, "register_at_fork"):  # they are the parent's
+    os.register_at_fork(after_in_child=_writers.clear)
+
 
 def configure_sqlite(
     engine: sa.Engine | AsyncEngine,
