@@ -98,10 +98,6 @@ def append(connection: sa.Connection, values: Mapping[str, Any]) -> int:
     return int(connection.execute(APPEND(connection), values).scalar_one())
 
 
-def append(connection: sa.Connection, values: Mapping[str, Any]) -> int:
-    return int(connection.execute(APPEND(connection), values).scalar_one())
-
-
 def tell(connection: sa.Connection, events: Document, now: datetime) -> list[Told]:
     rows = connection.execute(TELL(connection), {"events": json.dumps(events), "now": now})
     return [Told(*row) for row in rows]
