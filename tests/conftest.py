@@ -140,7 +140,8 @@ def no_receiver_left() -> Iterator[None]:
 def no_thread_left() -> Iterator[None]:
     """A test that leaves a runner or relay behind fails: the next test would hear its signals."""
     yield
-    left = [t for t in threading.enumerate() if t.name in ("jobkit-runner", "jobkit-relay")]
+    names = {f"jobkit-{name}" for name in ("runner", "relay", "relay-watch", "leases", "rescue", "sweep", "watch")}
+    left = [thread for thread in threading.enumerate() if thread.name in names]
     for thread in left:
         thread.join(5)
     assert not [thread for thread in left if thread.is_alive()]
