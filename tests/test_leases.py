@@ -13,6 +13,8 @@ import sqlalchemy as sa
 import jobkit
 from jobkit import AssetStore, Job, JobStore, Rendered, Renderers, RescueReport, Runner, claims
 from jobkit.clock import utcnow
+from jobkit.link import SharedLink
+from jobkit.rescue import Rescuer
 from jobkit.tables import content_jobs
 from tests.support.invariants import violations
 from tests.support.recorder import Recorder
@@ -59,6 +61,24 @@ def until(condition: Callable[[], bool], seconds: float = 20) -> None:
 
 
 # --- rescue
+
+
+def test_whoever_was_frozen_does_not_rescue_before_its_keeper_could_renew(
+    engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = create()
+    claim_one(engine, "me")
+    expire(engine, job)
+    woken: list[bool] = []
+    rescuer = Rescuer(
+        engine, lease=10, clock=utcnow, shared=SharedLink(engine, 1), on_commit=lambda rows: None,
+        wake=lambda: woken.append(True),
+    )  # fmt: skip
+    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 60)
+    rescuer._tick()
+    assert (woken, fresh(engine, job).status) == ([], "running")
+    rescuer._tick()
+    assert (woken, fresh(engine, job).status) == ([True], "queued")
 
 
 def test_a_lost_workers_job_runs_again_with_a_higher_fence_and_the_attempt_not_charged(

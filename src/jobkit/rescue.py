@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from jobkit.pools import Periodic
 # How often a started runner looks for expired leases, in seconds, and how many jobs one transaction rescues.
 INTERVAL = 1.0
 BATCH = 100
+# A pause that was longer by so much, in seconds, was no pause: the process or its machine stood still.
+OVERSLEPT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,9 @@ class Rescuer:
         self._clock, self._on_commit, self._wake = clock, on_commit, wake
         self._statements = statements_for(engine)
         self.link = shared
-        self.timer = Periodic("jobkit-rescue", min(INTERVAL, lease / 2), self._tick)
+        self._pause = min(INTERVAL, lease / 2)
+        self._awake = time.monotonic()
+        self.timer = Periodic("jobkit-rescue", self._pause, self._tick)
 
     def start(self) -> None:
         self.timer.start()
@@ -79,6 +84,17 @@ class Rescuer:
         self.timer.stop()
 
     def _tick(self) -> None:
+        # Whoever was frozen together with its keeper lets that renew first, rather than take its own jobs.
+        frozen = time.monotonic() - self._awake > self._pause + OVERSLEPT
+        self._awake = time.monotonic()
+        if frozen:
+            return
+        try:
+            self._rescue()
+        finally:
+            self._awake = time.monotonic()
+
+    def _rescue(self) -> None:
         report = rescue(self.link, self._statements, clock=self._clock, on_commit=self._on_commit)
         if report.queued:
             self._wake()
