@@ -38,8 +38,8 @@ class JobStore:
     """Create, read and change jobs inside the transaction of ``session``: a Session, scoped_session or Connection.
 
     Never commits, never opens a transaction or connection of its own. As thread-safe as the session is: use one store
-    per session. ``notify`` sends one payload-free ``pg_notify('jobkit', '')`` with a transaction that creates jobs, a
-    hint for idle runners on PostgreSQL.
+    per session. ``notify`` sends one ``pg_notify`` without payload with a transaction that creates or changes jobs, on
+    PostgreSQL: a hint for idle runners and relays.
     """
 
     def __init__(
@@ -254,7 +254,7 @@ class JobStore:
             return None
         changed = job_of(row)
         if status != job.status:
-            outbox.append(connection, changed)
+            outbox.append(connection, changed, notify=self._notify)
         return changed
 
     def _connection(self) -> sa.Connection:

@@ -12,8 +12,11 @@ from jobkit._dialects.base import EventRow, Position
 from jobkit.types import Job, JobEvent, JobStatus
 
 
-def append(connection: sa.Connection, job: Job) -> int:
-    """Append the event of the status that ``job`` was just given, in the caller's transaction; return its id."""
+def append(connection: sa.Connection, job: Job, *, notify: bool) -> int:
+    """Append the event of the status that ``job`` was just given, in the caller's transaction; return its id.
+
+    ``notify``: hint at it to other processes when the transaction commits, where the database can.
+    """
     values = {
         "company_id": job.company_id,
         "job_id": job.id,
@@ -22,7 +25,7 @@ def append(connection: sa.Connection, job: Job) -> int:
         "payload": json.dumps(_payload(job)),
         "now": job.updated_at,
     }
-    return statements_for(connection).append_event(connection, values)
+    return statements_for(connection).append_event(connection, values, notify=notify)
 
 
 def event_of(row: EventRow, cursor: Position) -> JobEvent:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -13,6 +14,10 @@ import sqlalchemy as sa
 from jobkit.columns import JsonObject, UtcDateTime
 
 Document = list[dict[str, Any]]
+_CURSOR = re.compile(r"([0-9]{1,19})-([0-9]{1,19})", re.ASCII)
+# The row of the event log that says up to where events were removed from it.
+MARK = UUID(int=0)
+PRUNED = "pruned"
 
 
 class Position(NamedTuple):
@@ -23,6 +28,13 @@ class Position(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.xid}-{self.id}"
+
+    @classmethod
+    def parse(cls, cursor: str) -> Position:
+        """The position that ``str()`` gave; ``ValueError`` for anything else."""
+        if not isinstance(cursor, str) or not (found := _CURSOR.fullmatch(cursor)):
+            raise ValueError(f"not a cursor of an event: {cursor!r:.80}")
+        return cls(int(found[1]), int(found[2]))
 
 
 class Start(NamedTuple):
@@ -215,11 +227,28 @@ class IntentStatements(Protocol):
 class EventStatements(Protocol):
     """The event log: appended to and read."""
 
-    def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
-        """Append one event to the log; return its id."""
+    #: Channels of NOTIFY: that there may be jobs to run, and that the log has grown. None where there is no NOTIFY.
+    channels: tuple[str, ...]
+
+    def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
+        """Append one event to the log; return its id. ``notify``: hint at it when the transaction commits."""
+
+    def version(self, connection: sa.Connection) -> int | None:
+        """A number that differs from the last one of this connection when others have committed since; None where a
+        scan is the only way to know.
+        """
 
     def start(self, connection: sa.Connection) -> Start:
         """The end of the event log as of now."""
+
+    def start_after(self, after: Position) -> Start:
+        """A start that leaves out nothing beyond ``after``."""
+
+    def log_begins(self, connection: sa.Connection) -> Position:
+        """The position up to which events may be gone from the log: a reader from below it may miss some."""
+
+    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
+        """Remember, in the transaction that removes events, up to where that is. Never moves back."""
 
     def scan(
         self, connection: sa.Connection, after: Position, start: Start, limit: int

@@ -104,6 +104,7 @@ WITH f AS (
     UPDATE {s}content_jobs j
     SET status = f.status, result_asset_id = f.asset, error_message = f.error, event_seq = j.event_seq + 1,
         lease_until = NULL, worker_id = NULL, attempt = j.attempt - f.refund, updated_at = :now,
+        rescues = CASE f.status WHEN 'queued' THEN 0 ELSE j.rescues END,
         run_at = CASE f.status WHEN 'queued' THEN f.run_at ELSE j.run_at END,
         started_at = CASE f.status WHEN 'queued' THEN NULL ELSE j.started_at END,
         finished_at = CASE f.status WHEN 'queued' THEN NULL ELSE CAST(:now AS timestamptz) END

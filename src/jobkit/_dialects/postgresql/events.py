@@ -10,6 +10,8 @@ import sqlalchemy as sa
 
 from jobkit._dialects.base import (
     EVENT,
+    MARK,
+    PRUNED,
     Document,
     EventRow,
     Position,
@@ -18,18 +20,31 @@ from jobkit._dialects.base import (
 )
 from jobkit.columns import UtcDateTime
 
-APPEND = Sql(
-    """
-INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
-VALUES (:company_id, :job_id, :seq, :type, CAST(:payload AS jsonb), :now)
-RETURNING id
-""",
-    company_id=sa.Text(),
-    job_id=sa.Uuid(),
-    seq=sa.Integer(),
-    type=sa.Text(),
-    payload=sa.Text(),
-    now=UtcDateTime(),
+# Channels of NOTIFY, without payload: there may be jobs to run; the log has grown.
+JOBS, LOG = "jobkit", "jobkit_log"
+
+_APPEND = """
+WITH told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    VALUES (:company_id, :job_id, :seq, :type, CAST(:payload AS jsonb), :now)
+    RETURNING id
+)
+"""
+_APPEND_PARAMETERS: dict[str, Any] = {
+    "company_id": sa.Text(),
+    "job_id": sa.Uuid(),
+    "seq": sa.Integer(),
+    "type": sa.Text(),
+    "payload": sa.Text(),
+    "now": UtcDateTime(),
+}
+APPEND = Sql(_APPEND + "SELECT id FROM told", **_APPEND_PARAMETERS)
+# What is queued again is worth a look of every idle runner; the rest only of those who follow the log.
+APPEND_NOTIFY = Sql(
+    _APPEND
+    + f"""SELECT id, pg_notify(CASE :type WHEN 'content_job.queued' THEN '{JOBS}' ELSE '{LOG}' END, '')
+FROM told""",
+    **_APPEND_PARAMETERS,
 )
 
 START = Sql("SELECT CAST(CAST(pg_snapshot_xmin(s) AS text) AS bigint), CAST(s AS text) FROM pg_current_snapshot() AS s")
@@ -41,7 +56,7 @@ SCAN = Sql(
     f"""
 SELECT h.horizon, e.* FROM (SELECT {_HORIZON} AS horizon) h LEFT JOIN LATERAL (
     SELECT id, xid, seq, company_id, type, job_id, created_at, payload FROM {{s}}content_job_events
-    WHERE (xid, id) > (:xid, :id) AND xid < h.horizon AND {_SINCE_START}
+    WHERE (xid, id) > (:xid, :id) AND xid < h.horizon AND seq > 0 AND {_SINCE_START}
     ORDER BY xid, id LIMIT :limit
 ) e ON true
 ORDER BY e.xid, e.id
@@ -71,16 +86,57 @@ ORDER BY e.job_id, e.seq
     snapshot=sa.Text(),
 )
 
+# A snapshot that no transaction of a log is visible in: the first two numbers are never given.
+NOTHING_VISIBLE = "1:1:"
+
+# The mark is a row of the log that belongs to no job, and that no scan gives.
+LOG_BEGINS = Sql(
+    f"""
+SELECT CAST(payload->>'xid' AS bigint), CAST(payload->>'id' AS bigint) FROM {{s}}content_job_events
+WHERE job_id = '{MARK}' AND seq = 0
+""",
+    sa.column("xid", sa.BigInteger()),
+    sa.column("id", sa.BigInteger()),
+)
+
+MARK_PRUNED = Sql(
+    f"""
+INSERT INTO {{s}}content_job_events AS e (id, xid, company_id, job_id, seq, type, payload)
+VALUES (0, 0, '', '{MARK}', 0, '{PRUNED}',
+    jsonb_build_object('xid', CAST(:xid AS bigint), 'id', CAST(:id AS bigint)))
+ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
+WHERE (CAST(e.payload->>'xid' AS bigint), CAST(e.payload->>'id' AS bigint)) < (:xid, :id)
+""",
+    xid=sa.BigInteger(),
+    id=sa.BigInteger(),
+)
+
 
 class Events:
     """``jobkit._dialects.base.EventStatements`` for PostgreSQL."""
 
-    def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
-        return int(connection.execute(APPEND(connection), values).scalar_one())
+    channels: tuple[str, ...] = (JOBS, LOG)
+
+    def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
+        statement = APPEND_NOTIFY if notify else APPEND
+        return int(connection.execute(statement(connection), values).scalar_one())
+
+    def version(self, connection: sa.Connection) -> int | None:
+        return None
 
     def start(self, connection: sa.Connection) -> Start:
         xmin, snapshot = connection.execute(START(connection)).one()
         return Start(Position(xmin, 0), snapshot)
+
+    def start_after(self, after: Position) -> Start:
+        return Start(after, NOTHING_VISIBLE)
+
+    def log_begins(self, connection: sa.Connection) -> Position:
+        row = connection.execute(LOG_BEGINS(connection)).one_or_none()
+        return Position(0, 0) if row is None else Position(*row)
+
+    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
+        connection.execute(MARK_PRUNED(connection), upto._asdict())
 
     def scan(
         self, connection: sa.Connection, after: Position, start: Start, limit: int

@@ -91,6 +91,7 @@ UPDATE {s}content_jobs
 SET status = json_extract(f.value, '$.status'), result_asset_id = json_extract(f.value, '$.asset'),
     error_message = json_extract(f.value, '$.error'), event_seq = event_seq + 1, lease_until = NULL, worker_id = NULL,
     attempt = attempt - json_extract(f.value, '$.refund'), updated_at = :now,
+    rescues = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN 0 ELSE rescues END,
     run_at = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN substr(json_extract(f.value, '$.run_at'), 1, 26)
         ELSE run_at END,
     started_at = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN NULL ELSE started_at END,

@@ -11,6 +11,8 @@ import sqlalchemy as sa
 
 from jobkit._dialects.base import (
     EVENT,
+    MARK,
+    PRUNED,
     TOLD,
     Document,
     EventRow,
@@ -52,7 +54,7 @@ START = Sql("SELECT COALESCE((SELECT seq FROM {s}sqlite_sequence WHERE name = 'c
 _COLUMNS = "id, 0 AS xid, seq, company_id, type, job_id, created_at, payload"
 
 SCAN = Sql(
-    f"SELECT {_COLUMNS} FROM {{s}}content_job_events WHERE id > :id ORDER BY id LIMIT :limit",
+    f"SELECT {_COLUMNS} FROM {{s}}content_job_events WHERE id > :id AND seq > 0 ORDER BY id LIMIT :limit",
     *EVENT,
     id=sa.BigInteger(),
     limit=sa.Integer(),
@@ -73,15 +75,51 @@ ORDER BY e.job_id, e.seq
     id=sa.BigInteger(),
 )
 
+# The mark is a row of the log that belongs to no job, and that no scan gives.
+LOG_BEGINS = Sql(
+    f"""
+SELECT json_extract(payload, '$.id') AS id FROM {{s}}content_job_events
+WHERE job_id = '{MARK.hex}' AND seq = 0
+""",
+    sa.column("id", sa.BigInteger()),
+)
+
+MARK_PRUNED = Sql(
+    f"""
+INSERT INTO {{s}}content_job_events (id, company_id, job_id, seq, type, payload)
+VALUES (0, '', '{MARK.hex}', 0, '{PRUNED}', json_object('xid', 0, 'id', :id))
+ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
+WHERE json_extract(payload, '$.id') < :id
+""",
+    id=sa.BigInteger(),
+)
+
 
 class Events:
     """``jobkit._dialects.base.EventStatements`` for SQLite."""
 
-    def append_event(self, connection: sa.Connection, values: Mapping[str, Any]) -> int:
+    channels: tuple[str, ...] = ()
+
+    def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
         return append(connection, values)
+
+    def version(self, connection: sa.Connection) -> int | None:
+        # Past SQLAlchemy, because a feed asks a hundred times a second.
+        driver: Any = connection.connection.driver_connection
+        return int(driver.execute("PRAGMA data_version").fetchone()[0])
 
     def start(self, connection: sa.Connection) -> Start:
         return Start(Position(0, connection.execute(START(connection)).scalar_one()), "")
+
+    def start_after(self, after: Position) -> Start:
+        return Start(after, "")
+
+    def log_begins(self, connection: sa.Connection) -> Position:
+        row = connection.execute(LOG_BEGINS(connection)).one_or_none()
+        return Position(0, 0) if row is None else Position(0, row.id)
+
+    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
+        connection.execute(MARK_PRUNED(connection), {"id": upto.id})
 
     def scan(
         self, connection: sa.Connection, after: Position, start: Start, limit: int
