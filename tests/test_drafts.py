@@ -30,7 +30,7 @@ def draft(storage: LocalStorage) -> Callable[..., Draft]:
 
 
 def files(storage: LocalStorage) -> list[Path]:
-    return [path for path in storage.root.rglob("*") if path.is_file()]
+    return [path for path in storage.root.rglob("*") if path.is_file() and path.suffix != ".lock"]
 
 
 @pytest.mark.parametrize(

@@ -302,18 +302,24 @@ class AssetStore:
         its object after the first visit. So ``older_than`` must exceed the time that any file takes from its record to
         its row. A file that is swept before ``create`` or the end of its job gets no row (``AssetNotFound``, a failed
         job). An object that cannot be removed is tried again later; the others go.
+
+        Unfinished files that dead processes left on this machine's disk are removed too, unless ``dry_run``.
         """
         grace = seconds(older_than, "older_than", positive=False)
         chosen = self.engine if engine is None else engine
         if chosen is None:
             raise ConfigurationError(f"{self!r} has no engine: pass collect_garbage(engine=) the one with its records")
         sweep = Sweep(chosen, self._storage, older_than=grace)
-        return sweep.look() if dry_run else sweep.run()
+        if dry_run:
+            return sweep.look()
+        self._storage.scratch.sweep()
+        return sweep.run()
 
     def _sweep(
         self, engine: sa.Engine, connect: Callable[[], contextlib.AbstractContextManager[sa.Connection]]
     ) -> None:
         """As ``collect_garbage`` after its usual time, on the connections that a runner gives it."""
+        self._storage.scratch.sweep()
         Sweep(engine, self._storage, older_than=INTENT_GRACE, connect=connect).run()
 
     def _check(self, asset: Asset) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
 from jobkit.errors import AssetError, AssetKeyRefused, AssetUrlUnavailable, ConfigurationError
+from jobkit.scratch import Scratch
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +43,8 @@ class Storage(Protocol):
 
     provider: str
 
+    scratch: Scratch
+
     def spool_folder(self) -> Path:
         """A private local folder to make files in, from which ``publish`` is cheapest."""
 
@@ -67,14 +70,13 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.provider = LOCAL
+        self.scratch = Scratch(lambda: root / ".spool")
 
     def __repr__(self) -> str:
         return f"{self.root.as_uri()}"
 
     def spool_folder(self) -> Path:
-        folder = self.root / ".spool"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder
+        return self.scratch.folder()
 
     def publish(self, source: Path, key: str, content_type: str) -> None:
         target = self._path(key)
@@ -132,20 +134,14 @@ class FsspecStorage:
         self.protocol = self.provider = url.partition("://")[0].lower()
         self._url, self._options = url, dict(options)
         self._of_process, self._of_thread = SimpleNamespace(), threading.local()
-        self._spool: tuple[int, Path] | None = None
+        self.scratch = Scratch(lambda: Path(tempfile.gettempdir()) / f"jobkit-spool-{os.getuid()}")
 
     def __repr__(self) -> str:
         # Not by urlsplit: a password with a slash or a number sign in it would count as part of the host.
         return f"{self.protocol}://{self._url.partition('://')[2].rpartition('@')[2].partition('?')[0]}"
 
     def spool_folder(self) -> Path:
-        if self._spool is None or self._spool[0] != os.getpid():
-            self._spool = os.getpid(), Path(tempfile.gettempdir()) / f"jobkit-spool-{os.getuid()}"
-        folder = self._spool[1]
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-            raise ConfigurationError(f"{folder} belongs to someone else; set TMPDIR to a folder of your own")
-        return folder
+        return self.scratch.folder()
 
     def publish(self, source: Path, key: str, content_type: str) -> None:
         filesystem, root = self._filesystem()

@@ -43,8 +43,8 @@ def objects(storage_url: str) -> dict[str, bytes]:
         kept: dict[str, bytes] = server.objects(prefix)
         return kept
     folder = Path(unquote(parts.path))
-    found = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != ".spool"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in found}
+    found = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {key.as_posix(): path.read_bytes() for key, path in found.items() if key.parts[0] != ".spool"}
 
 
 def intents(engine: sa.Engine) -> dict[str, str]:

@@ -1,0 +1,201 @@
+"""A private folder of this process for files that are being made; what dead processes left in theirs is removed.
+
+Beside each folder lies a lock file, which its process holds (``flock``) as long as it lives: however a process ends,
+the kernel lets go. So a lock that can be had is that of a dead process, whatever pids and containers there are. That
+proves nothing about a process on another machine, because some network file systems keep locks to themselves: a folder
+of another machine, or without a lock, is removed only when nothing in it has changed for a week.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobkit.errors import ConfigurationError
+from jobkit.ids import new_id
+
+logger = logging.getLogger("jobkit")
+
+ABANDONED = 7 * 24 * 3600.0
+_SUFFIX = ".lock"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Scratch:
+    """A folder within ``base()``, made on first use and again in each forked child. Safe to share by threads."""
+
+    def __init__(self, base: Callable[[], Path]) -> None:
+        self._base = base
+        self._lock = threading.Lock()
+        self._held: _Held | None = None
+        _known.add(self)
+
+    def folder(self) -> Path:
+        """A folder that only this object uses; empty when it is new, and then what dead processes left is removed.
+
+        ``ConfigurationError`` when ``base`` is someone else's, or a symbolic link.
+        """
+        held = self._held
+        if held is None or not held.stands():
+            with self._lock:
+                held = self._held
+                if held is None or not held.stands():
+                    self._held = held = self._make()
+                    weakref.finalize(self, held.release)
+                    self.sweep()
+        return held.folder
+
+    def sweep(self) -> int:
+        """Remove what dead processes left; from how many. What cannot be removed is tried again another time."""
+        base, count = self._base(), 0
+        with suppress(OSError):
+            for name in {path.name.removesuffix(_SUFFIX) for path in base.iterdir()}:
+                with suppress(OSError):
+                    count += _settle(base / name, base / (name + _SUFFIX))
+        if count:
+            logger.info("removed the unfinished files of %d ended processes from %s", count, base)
+        return count
+
+    def _make(self) -> _Held:
+        base = self._base()
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if base.is_symlink() or base.stat().st_uid != os.getuid():
+            raise ConfigurationError(
+                f"{base} is a symbolic link or belongs to someone else: remove it; or set TMPDIR to a folder of your "
+                "own, where it is in the one for temporary files"
+            )
+        while (held := _hold(base / f"{_machine()}.{new_id().hex}")) is None:
+            pass
+        return held
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+        if self._held is not None and self._held.holds():
+            os.close(self._held.descriptor)  # only a copy: the parent's lock stays
+        self._held = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A folder of this process, and the descriptor that holds its lock."""
+
+    folder: Path
+    lock: Path
+    descriptor: int
+    inode: tuple[int, int] | None
+    pid: int
+
+    def stands(self) -> bool:
+        """Whether it is there and locked still. A cleaner of temporary files may have come, or the program has closed
+        all descriptors to become a daemon, or has forked in a way that Python did not notice.
+        """
+        return self.pid == os.getpid() and self.folder.is_dir() and self.inode == _inode(self.lock) and self.holds()
+
+    def release(self) -> None:
+        """Remove the folder if it is empty, and let go. What is in it goes when the next process comes."""
+        if self.pid != os.getpid():
+            return
+        with suppress(OSError):
+            with suppress(FileNotFoundError):
+                self.folder.rmdir()
+            if self.inode == _inode(self.lock):
+                self.lock.unlink()
+        if self.holds():
+            os.close(self.descriptor)
+
+    def holds(self) -> bool:
+        """Whether the descriptor is still that of the lock, and no other's."""
+        return self.inode == _inode(self.descriptor)
+
+
+def _hold(folder: Path) -> _Held | None:
+    """Lock, and only then make ``folder``. None when a sweep came in between and took it for a dead process's."""
+    lock = folder.with_name(folder.name + _SUFFIX)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with suppress(OSError):  # a file system without locks: then only time tells
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if _inode(lock) == _inode(descriptor):
+            folder.mkdir(mode=0o700)
+            return _Held(folder, lock, descriptor, _inode(descriptor), os.getpid())
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _settle(folder: Path, lock: Path) -> bool:
+    """Remove ``folder`` and its ``lock`` if its process has ended."""
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return _idle(folder) > ABANDONED and _remove(folder)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            proved = lock.name.startswith(f"{_machine()}.")
+        except BlockingIOError:
+            return False
+        except OSError:
+            proved = False
+        if _inode(lock) != _inode(descriptor):  # another sweep was faster
+            return False
+        if not proved and min(_idle(folder), _idle(lock)) <= ABANDONED:
+            return False
+        return _remove(folder) and _remove(lock)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> bool:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    return not os.path.lexists(path)
+
+
+def _idle(path: Path) -> float:
+    """Seconds since something in ``path`` has changed; infinite when there is none."""
+    found = [path, *path.rglob("*")]
+    times = [os.lstat(one).st_mtime for one in found if os.path.lexists(one)]
+    return time.time() - max(times, default=-float("inf"))
+
+
+def _inode(file: Path | int) -> tuple[int, int] | None:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _machine() -> str:
+    """What all processes have in common whose locks the same kernel keeps."""
+    try:
+        return _BOOT_ID.read_text().strip().replace("-", "")
+    except OSError:
+        return hashlib.sha256(platform.node().encode()).hexdigest()[:32]
+
+
+_known: weakref.WeakSet[Scratch] = weakref.WeakSet()
+
+
+def _after_in_child() -> None:
+    for scratch in list(_known):
+        scratch._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_in_child)
