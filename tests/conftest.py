@@ -140,7 +140,7 @@ def no_receiver_left() -> Iterator[None]:
 def no_thread_left() -> Iterator[None]:
     """A test that leaves a runner or relay behind fails: the next test would hear its signals."""
     yield
-    names = {f"jobkit-{name}" for name in ("runner", "relay", "relay-watch", "leases", "rescue", "sweep", "watch")}
+    names = {f"jobkit-{name}" for name in ("runner", "relay", "relay-watch", "listen", "leases", "rescue", "sweep", "watch")}
     left = [thread for thread in threading.enumerate() if thread.name in names]
     for thread in left:
         thread.join(5)

@@ -12,11 +12,12 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetStore, JobStore, Relay, Runner, feed
+from jobkit import AssetStore, JobStore, Relay, Runner, bookmark, feed
 from jobkit._dialects.base import EventRow, Position, Start
 from jobkit._dialects.postgresql import Postgresql
+from jobkit.bookmark import Bookmark, Memory
 from jobkit.clock import utcnow
-from jobkit.feed import Feed, Memory
+from jobkit.feed import Feed
 from jobkit.tables import content_job_events
 from tests.support.databases import Database
 from tests.support.recorder import Recorder
@@ -33,8 +34,8 @@ def pg(postgres_database: Database) -> sa.Engine:
 @pytest.fixture
 def by_hand(engine: sa.Engine) -> Iterator[Feed]:
     """A feed without its thread: the test says when it scans."""
-    made = Feed(engine, Memory())
-    made._begin()
+    made = Feed(engine, Memory(), "log")
+    made._place = Bookmark(made._ask(made._statements.start))
     yield made
     made._link.close()
 
@@ -198,7 +199,7 @@ def test_seq_restores_the_order_that_transaction_numbers_turn_round(
 ) -> None:
     """``between``: the horizon lies between the two. ``restored=False`` plants its absence."""
     if not restored:
-        monkeypatch.setattr(feed, "_by_seq", list)
+        monkeypatch.setattr(feed, "in_order", list)
         monkeypatch.setattr(Feed, "_earlier", lambda *_: [])
     with Session(pg) as session, session.begin():
         job = JobStore(session).create("acme", job_type="note")
@@ -230,7 +231,7 @@ def test_an_event_that_the_scan_told_before_it_was_offered_comes_once(
     def late(self: Feed, rows: Any) -> bool:
         told = {row.id for row in rows}
         until(lambda: told <= {event.id for event in recorder.events}, "the scan")
-        until(lambda: not told & self._ahead)
+        until(lambda: not told & self._place.ahead)
         return original(self, rows)
 
     monkeypatch.setattr(Feed, "offer", late)
@@ -243,12 +244,12 @@ def test_an_event_that_the_scan_told_before_it_was_offered_comes_once(
 
 def test_an_event_that_was_offered_is_skipped_by_the_scan(by_hand: Feed, create: Create, recorder: Recorder) -> None:
     jobs = [create() for _ in range(3)]
-    rows, _ = by_hand._ask(by_hand._statements.scan, by_hand.cursor, by_hand._started, 500)
+    rows, _ = by_hand._ask(by_hand._statements.scan, by_hand.cursor, by_hand._place.start, 500)
     by_hand._deliver_offered(rows[1:2])
     assert [event.job_id for event in recorder.events] == [jobs[1].id]
     by_hand._scan()
     assert [event.job_id for event in recorder.events] == [jobs[1].id, jobs[0].id, jobs[2].id]
-    assert by_hand._ahead == set()
+    assert by_hand._place.ahead == set()
 
 
 def test_a_scan_after_a_scan_tells_nothing_again(
@@ -270,7 +271,7 @@ def test_a_cursor_is_a_position_below_which_nothing_is_missing(
     create()
     by_hand._scan()
     cursor = Position(*map(int, recorder.events[-1].cursor.split("-")))
-    rows, _ = by_hand._ask(by_hand._statements.scan, cursor, by_hand._started, 500)
+    rows, _ = by_hand._ask(by_hand._statements.scan, cursor, by_hand._place.start, 500)
     assert recorder.events[-1].id in {row.id for row in rows}
 
 
@@ -282,18 +283,18 @@ def test_ten_thousand_events_that_nobody_hears_leave_nothing(by_hand: Feed) -> N
     by_hand.offer([row(number) for number in range(1, 10_001)])
     assert by_hand.flush(20)
     by_hand.close(20)
-    left = (by_hand._ahead, by_hand._last, by_hand._offered, by_hand._memory._seen)
+    left = (by_hand._place.ahead, by_hand._place._last, by_hand._offered, by_hand._memory._seen)
     assert [len(each) for each in left] == [0, 0, 0, 0]
 
 
 def test_what_is_remembered_of_jobs_and_events_is_bounded(
     by_hand: Feed, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed, "REMEMBERED_JOBS", 10)
-    monkeypatch.setattr(feed, "REMEMBERED_EVENTS", 20)
+    monkeypatch.setattr(bookmark, "REMEMBERED_JOBS", 10)
+    monkeypatch.setattr(bookmark, "REMEMBERED_EVENTS", 20)
     by_hand._deliver_offered([row(number) for number in range(1, 101)])
     assert len(recorder.events) == 100
-    assert (len(by_hand._last), len(by_hand._memory._seen)) == (10, 20)
+    assert (len(by_hand._place._last), len(by_hand._memory._seen)) == (10, 20)
 
 
 def test_what_was_told_ahead_is_forgotten_once_scanned(
@@ -305,7 +306,7 @@ def test_what_was_told_ahead_is_forgotten_once_scanned(
         runner.run_until_idle(timeout=30)
         running = jobkit.relay.running_feed(engine)
         assert running is not None
-        until(lambda: not running._ahead, "an empty set of events told ahead")
+        until(lambda: not running._place.ahead, "an empty set of events told ahead")
     assert len(recorder.events) == 300
 
 
@@ -325,7 +326,10 @@ def test_more_events_than_a_batch_come_all_and_in_order(
     monkeypatch.setattr(feed, "BATCH", 7)
     with Session(engine) as session, session.begin():
         jobs = [JobStore(session).create("acme", job_type="note") for _ in range(50)]
-    by_hand._scan()
+    looks = 1
+    while not by_hand._scan():
+        looks += 1
+    assert looks == 8
     assert [event.job_id for event in recorder.events] == [job.id for job in jobs]
 
 

@@ -77,6 +77,23 @@ class IdempotencyConflict(JobkitError):
         super().__init__(f"job {job_id} has the idempotency key {key!r:.80} and another input")
 
 
+class EventsPruned(JobkitError):
+    """The log does not hold every event after this cursor: some were removed, or the cursor is of another log.
+
+    What happened meanwhile can only be read from the jobs themselves.
+    """
+
+    def __init__(self, cursor: str, reason: str) -> None:
+        super().__init__(f"cannot replay the events after {cursor}: {reason}; read the state of the jobs instead")
+
+
+class SubscriberTooSlow(JobkitError):
+    """More events waited for an asynchronous subscriber than its limit: read the state anew, and subscribe again."""
+
+    def __init__(self, company_id: str, limit: int) -> None:
+        super().__init__(f"more than {limit} events of company {company_id!r} waited for this subscriber")
+
+
 class AssetError(JobkitError):
     """Base of what can go wrong with an asset's bytes."""
 

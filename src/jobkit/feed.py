@@ -2,6 +2,8 @@
 
 Two ways lead in. The scan follows a cursor that skips nothing, and therefore waits for the oldest open writing
 transaction. What this process committed itself is offered directly and does not wait; the scan then skips it.
+
+When to scan is told by hints: PostgreSQL's notifications, SQLite's ``data_version``. Without any it polls.
 """
 
 from __future__ import annotations
@@ -9,38 +11,44 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
-from uuid import UUID
 
 import sqlalchemy as sa
 
 from jobkit import signals
 from jobkit._dialects import statements_for
-from jobkit._dialects.base import EventRow, Position, Start
+from jobkit._dialects.base import EventRow, Position
+from jobkit.bookmark import Bookmark, Memory, Stretch, cursors, in_order
 from jobkit.clock import pause_after
 from jobkit.link import Link
-from jobkit.outbox import event_of
+from jobkit.listener import Listener
+from jobkit.outbox import event_of, may_run
 from jobkit.pools import Periodic
+from jobkit.tables import content_job_events
 from jobkit.text import describe
 
 logger = logging.getLogger("jobkit")
 
-# How often the log is scanned, in seconds: for a while after an event, and else.
-ACTIVE_POLL = 0.025
+# How often the log is scanned, in seconds: for a while after an event, and else. Where a look at a version number tells
+# whether a scan is worth it, the other two are how often that is looked at.
+ACTIVE_POLL, IDLE_POLL = 0.025, 0.5
+ACTIVE_LOOK, IDLE_LOOK = 0.01, 0.04
 ACTIVE_FOR = 2.0
-IDLE_POLL = 0.5
+# The least time between two scans that hints ask for, in seconds.
+AFTER_SCAN = 0.01
+# After so long without a scan, events may have been removed from the log before they were told.
+STALE = 60.0
 # How long a call to the database may take, in seconds, before its connection is cut; a runner may ask for less. After
 # twice that, another thread takes the place of the one that waits.
 DB_TIMEOUT = 30.0
 BATCH = 500
-# Jobs whose last delivered seq is remembered; of others it is read from the log.
-REMEMBERED_JOBS = 10_000
-# ``queued`` events, and those delivered without a feed, that are remembered beyond the feed.
-REMEMBERED_EVENTS = 10_000
-
+# Events of this process that wait for slow receivers, and those told while the cursor has to wait, are held up to these
+# numbers. The scan comes upon the others.
+MOST_OFFERED = 10_000
+MOST_AHEAD = 100_000
 
 T = TypeVar("T")
 
@@ -49,61 +57,55 @@ class _Replaced(BaseException):
     """Another thread has taken the place of this one."""
 
 
-class Memory:
-    """Which events this process delivered, as far as a later feed of any database could come upon them again.
-
-    By job and seq: event ids begin anew when a database is made anew.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seen: OrderedDict[tuple[UUID, int], None] = OrderedDict()
-
-    def __contains__(self, row: EventRow) -> bool:
-        return (row.job_id, row.seq) in self._seen
-
-    def add(self, rows: Iterable[EventRow]) -> list[EventRow]:
-        """Remember; return those that were not."""
-        with self._lock:
-            fresh = [row for row in rows if row not in self]
-            self._seen.update(((row.job_id, row.seq), None) for row in fresh)
-            while len(self._seen) > REMEMBERED_EVENTS:
-                self._seen.popitem(last=False)
-        return fresh
-
-
 class Feed:
     """Signals of one database in this process. ``start`` and ``close`` once; the rest from any thread."""
 
-    def __init__(self, engine: sa.Engine, memory: Memory) -> None:
-        self._engine, self._memory = engine, memory
+    def __init__(self, engine: sa.Engine, memory: Memory, log: str) -> None:
+        """``log``: what ``memory`` knows the log of ``engine``'s database by."""
+        self._engine, self._memory, self._log = engine, memory, log
         self._statements = statements_for(engine)
         # AUTOCOMMIT: no snapshot stays open between two looks, which would hold back vacuum and other feeds.
         self._link = Link(engine, autocommit=True)
+        self._listener: Listener | None = None
+        if self._statements.channels and Listener.possible(engine):
+            self._listener = Listener(engine, self._statements.channels, self._hint)
         self._db_timeout = DB_TIMEOUT
         self._watch = Periodic("jobkit-relay-watch", 1.0, self._look)
-        self._started: Start
-        self._cursor: Position
         self._wake = threading.Condition()
+        self._place: Bookmark
+        # What this process told before. A feed that begins now cannot come upon it; one that goes back can.
+        self._past: tuple[Stretch, ...] | None = None
+        # Whether the place is kept until somebody listens, because a replay was asked for.
+        self._owed = False
+        self._replays: deque[Bookmark] = deque()
+        self._version: int | None = None
         self._offered: list[EventRow] = []
         self._in_hand: list[EventRow] = []
-        self._held_back = False
-        self._catching_up = 0
-        self._accepted = self._delivered = 0
-        self._closing = False
+        self._held_back = self._hinted = self._closing = False
+        # Events that were offered, those of them that are left to the scan, and those that are through.
+        self._accepted = self._left = self._delivered = 0
+        self._told = self._catching_up = 0
         self._thread: threading.Thread | None = None
-        self._next_scan = self._active_until = 0.0
+        self._next_scan = self._last_scan = self._active_until = 0.0
         self._failures = 0
-        # Delivered beyond the cursor, so that the scan skips them; and each job's last delivered seq, as far as
-        # remembered.
-        self._ahead: set[int] = set()
-        self._last: OrderedDict[UUID, int] = OrderedDict()
+        self._wanting: dict[object, Callable[[], object]] = {}
 
-    def start(self) -> None:
-        """Begin now: what is committed after this returns becomes signals. Raises what the database raises."""
-        self._begin()
+    def start(self, after: Position | None = None) -> None:
+        """Begin now: what is committed after this returns becomes signals. Raises what the database raises.
+
+        ``after``: begin there instead, once anybody listens.
+        """
+        if after is None:
+            self._place = Bookmark(self._ask(self._statements.start))
+        else:
+            self._place, self._owed = Bookmark(self._statements.start_after(after)), True
+            self._recall()
+        self._last_scan = time.monotonic()
+        self._active_until = self._last_scan + ACTIVE_FOR
         self._spawn()
         self._watch.start()
+        if self._listener is not None:
+            self._listener.start()
 
     def hurry(self, db_timeout: float) -> None:
         """Wait no longer than this for the database from now on."""
@@ -119,6 +121,23 @@ class Feed:
         self._watch.stop()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
+        if self._listener is not None:
+            self._listener.stop()
+
+    def replay(self, after: Position) -> None:
+        """Tell also what lies between ``after`` and where this feed began, as far as this process has not told it."""
+        with self._wake:
+            self._replays.append(Bookmark(self._statements.start_after(after)))
+            self._owed = True
+            self._wake.notify_all()
+
+    def on_jobs(self, wanting: Callable[[], object]) -> Callable[[], None]:
+        """Call ``wanting()``, from some thread, soon after another process or a host's transaction has queued jobs,
+        until the function returned is called. A hint: it may be late, missing or vain.
+        """
+        token = object()
+        self._wanting[token] = wanting
+        return lambda: self._wanting.pop(token, None) and None
 
     def offer(self, rows: Sequence[EventRow]) -> bool:
         """Deliver events that this process just committed. False when the feed was closed, and delivers nothing any
@@ -127,10 +146,16 @@ class Feed:
         with self._wake:
             if self._closing:
                 return False
-            self._offered += rows
+            if len(self._offered) + len(rows) > MOST_OFFERED or len(self._place.ahead) > MOST_AHEAD:
+                self._left += len(rows)
+            else:
+                self._offered += rows
             self._accepted += len(rows)
             self._wake.notify_all()
-            return True
+        # JobStore notifies of new jobs itself.
+        if self._listener is not None and (later := [row for row in rows if row.seq > 1]):
+            self._listener.tell(jobs=any(map(may_run, later)))
+        return True
 
     @contextmanager
     def catching_up(self) -> Iterator[None]:
@@ -154,14 +179,16 @@ class Feed:
             return self._wake.wait_for(lambda: self._delivered >= accepted or not self._alive(), timeout)
 
     @property
-    def accepted(self) -> int:
-        """How many events were offered so far."""
-        return self._accepted
+    def told(self) -> int:
+        """How many events have been through their receivers so far."""
+        return self._told
 
     @property
     def cursor(self) -> Position:
         """The position below which everything was delivered."""
-        return self._cursor
+        return self._place.cursor
+
+    # --- the thread
 
     def _alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
@@ -172,14 +199,16 @@ class Feed:
 
     def _look(self) -> None:
         link = self._link
-        if link.waiting > self._db_timeout:
-            link.cut()
+        for each in [link] if self._listener is None else [link, self._listener.link]:
+            if each.waiting > self._db_timeout:
+                each.cut()
         if link.waiting > 2 * self._db_timeout and not self._closing:
             logger.error("the database does not answer the relay's thread; another takes its place")
             with self._wake:
                 self._link = Link(self._engine, autocommit=True)
                 self._offered[:0] = self._in_hand
                 self._in_hand = []
+                self._version = None
             self._spawn()
 
     def _ask(self, statement: Callable[..., T], *arguments: Any) -> T:
@@ -195,40 +224,74 @@ class Feed:
     def _run(self, link: Link) -> None:
         with suppress(_Replaced):
             self._work()
+            self._memory.keep(self._log, self._place.stretch())
         link.close()
 
     def _work(self) -> None:
         while True:
-            offered, closing = self._wait()
+            offered, left, closing = self._wait()
             delivered = len(offered)
             try:
                 delivered = self._deliver_offered(offered)
-                if closing:
+                if closing and not left:
                     break
-                if time.monotonic() >= self._next_scan:
-                    self._scan()
+                self._replay()
+                if left or time.monotonic() >= self._next_scan:
+                    complete = self._scan(forced=left > 0)
                     self._failures = 0
+                    if complete and left:
+                        delivered += self._settle(left)
             except _Replaced:
                 delivered = 0
                 raise
             except Exception as error:
                 self._trouble(error)
+                if closing:
+                    break
             finally:
                 with self._wake:
                     self._delivered += delivered
                     self._wake.notify_all()
 
-    def _wait(self) -> tuple[list[EventRow], bool]:
+    def _wait(self) -> tuple[list[EventRow], int, bool]:
         with self._wake:
-            timeout = max(0.0, self._next_scan - time.monotonic())
-            self._wake.wait_for(lambda: (self._offered and not self._held_back) or self._closing, timeout)
+            while not ((self._offered and not self._held_back) or self._closing):
+                if self._hinted and not self._failures:
+                    self._next_scan = min(self._next_scan, self._last_scan + AFTER_SCAN)
+                pause = self._next_scan - time.monotonic()
+                if pause <= 0 or (self._replays and not self._failures and signals.any_receivers()):
+                    break
+                self._wake.wait(pause)
             self._in_hand, self._offered = self._offered, []
-            return self._in_hand, self._closing
+            return self._in_hand, self._left, self._closing
+
+    def _settle(self, left: int) -> int:
+        with self._wake:
+            self._left -= left
+        return left
+
+    def _hint(self, jobs: bool) -> None:
+        """Others have committed. On any thread."""
+        if signals.any_receivers():
+            with self._wake:
+                self._hinted = True
+                self._active_until = time.monotonic() + ACTIVE_FOR
+                self._wake.notify_all()
+        if jobs:
+            self._wanted()
+
+    def _wanted(self) -> None:
+        for wanting in list(self._wanting.values()):
+            try:
+                wanting()
+            except Exception:
+                logger.exception("%r failed", wanting)
 
     def _trouble(self, error: Exception) -> None:
         self._failures += 1
         if self._failures == 1:
             logger.error("the event log could not be read; signals are late: %s", describe(error))
+        self._version = None
         self._next_scan = time.monotonic() + pause_after(self._failures)
 
     # --- events of this process
@@ -239,16 +302,17 @@ class Feed:
         if not offered or not signals.any_receivers():
             return len(offered)
         self._active_until = time.monotonic() + ACTIVE_FOR
-        fresh = [row for row in offered if self._is_due(row)]  # the scan may have been faster
+        # The scan may have been faster.
+        fresh = [row for row in offered if self._place.is_due(row) and row not in self._memory]
         try:
-            earlier = self._earlier(fresh)
+            earlier = self._earlier(self._place, fresh)
         except Exception as error:
             self._trouble(error)
             if self._hold_back(offered):
                 return 0
             earlier = []
-        self._deliver([*earlier, *fresh])
-        self._ahead.update(row.id for row in [*earlier, *fresh])
+        self._deliver(self._place, [*earlier, *fresh])
+        self._place.ahead.update(row.id for row in [*earlier, *fresh])
         return len(offered)
 
     def _hold_back(self, offered: list[EventRow]) -> bool:
@@ -259,67 +323,118 @@ class Feed:
                 self._offered[:0] = offered
             return not self._closing
 
-    def _earlier(self, rows: Sequence[EventRow]) -> list[EventRow]:
+    def _earlier(self, place: Bookmark, rows: Sequence[EventRow]) -> list[EventRow]:
         """The events of the same jobs that come before ``rows`` or between them, and were not delivered yet."""
-        known = {(row.job_id, row.seq) for row in rows}
-        gaps = {
-            row.job_id: row.seq
-            for row in _by_seq(rows)
-            if row.seq > 1 and (row.job_id, row.seq - 1) not in known and self._last.get(row.job_id) != row.seq - 1
-        }
+        gaps = place.gaps(rows)
         if not gaps:
             return []
+        known = {(row.job_id, row.seq) for row in rows}
         jobs = [{"job": job.hex, "seq": seq, "queued": self._catching_up > 0} for job, seq in gaps.items()]
-        found = self._ask(self._statements.earlier, self._cursor, self._started, jobs)
-        return [row for row in found if self._is_due(row) and (row.job_id, row.seq) not in known]
+        found = self._ask(self._statements.earlier, place.cursor, place.start, jobs)
+        return [row for row in found if place.is_due(row) and (row.job_id, row.seq) not in known and self._untold(row)]
 
-    def _is_due(self, row: EventRow) -> bool:
-        return row.id not in self._ahead and row not in self._memory and row.seq > self._last.get(row.job_id, 0)
+    def _untold(self, row: EventRow) -> bool:
+        """Whether no reader before this one has told it."""
+        return row not in self._memory and not any(stretch.covers(row) for stretch in self._past or ())
 
     # --- events of all processes
 
-    def _scan(self) -> None:
-        if not signals.any_receivers():
-            self._begin()  # nobody listens: what was committed until now is not owed to anyone
+    def _scan(self, *, forced: bool = False) -> bool:
+        """One look at the log; False when there is more to read at once."""
+        began, self._hinted = time.monotonic(), False
+        version = self._ask(self._statements.version)
+        complete = True
+        if forced or self._owed or version is None or version != self._version:
+            if signals.any_receivers():
+                if began > self._last_scan + STALE:
+                    self._look_for_gaps()
+                complete = self._read(self._place)
+                self._owed = bool(self._replays)
+            elif not self._owed:
+                self._skip(hint=version is not None)
+        self._version = version if complete else None
+        self._last_scan = began
+        active = began < self._active_until
+        if version is None:
+            pause = ACTIVE_POLL if active else IDLE_POLL
         else:
-            self._read()
-        active = time.monotonic() < self._active_until
-        self._next_scan = time.monotonic() + (ACTIVE_POLL if active else IDLE_POLL)
+            pause = ACTIVE_LOOK if active else IDLE_LOOK
+        self._next_scan = began + pause if complete else began
+        return complete
 
-    def _read(self) -> None:
-        while not self._closing:
-            rows, position = self._ask(self._statements.scan, self._cursor, self._started, BATCH)
-            fresh = [row for row in rows if row.id not in self._ahead and row not in self._memory]
-            if fresh:
-                self._active_until = time.monotonic() + ACTIVE_FOR
-                earlier = self._earlier(fresh)
-                self._deliver([*earlier, *fresh])
-                self._ahead.update(row.id for row in earlier)
-            self._cursor = position
-            self._ahead.difference_update(row.id for row in rows)
-            if len(rows) < BATCH:
-                break
+    def _read(self, place: Bookmark) -> bool:
+        """Deliver the next batch; whether it was the last one for now."""
+        rows, position = self._ask(self._statements.scan, place.cursor, place.start, BATCH)
+        fresh = [row for row in rows if row.id not in place.ahead and self._untold(row)]
+        if fresh:
+            self._active_until = time.monotonic() + ACTIVE_FOR
+            if any(map(may_run, fresh)):
+                self._wanted()
+            earlier = self._earlier(place, fresh)
+            self._deliver(place, [*earlier, *fresh], scanned=rows)
+            place.ahead.update(row.id for row in earlier)
+        place.advance(rows, position)
+        return len(rows) < BATCH
 
-    def _begin(self) -> None:
-        self._started = self._ask(self._statements.start)
-        self._cursor = self._started.position
-        self._ahead.clear()
-        self._last.clear()
+    def _skip(self, *, hint: bool) -> None:
+        """Nobody listens, so what was committed until now is owed to no one. ``hint``: it may be jobs."""
+        former, self._place = self._place, Bookmark(self._ask(self._statements.start))
+        self._keep(former.stretch())
+        if hint and self._place.cursor != former.cursor:
+            self._wanted()
 
-    def _deliver(self, rows: Sequence[EventRow]) -> None:
+    def _keep(self, stretch: Stretch | None) -> None:
+        self._memory.keep(self._log, stretch)
+        if self._past is not None and stretch is not None:
+            self._past = (*self._past, stretch)
+
+    def _recall(self) -> None:
+        """What this process told of this log. Another one may be at the same place: a database that was made anew."""
+        told = self._memory.told(self._log)
+        c = content_job_events.c
+        query = sa.select(c.id, c.job_id).where(c.id.in_([stretch.witness[0] for stretch in told]))
+        known = {tuple(row) for row in self._ask(lambda connection: connection.execute(query).all())} if told else ()
+        self._past = tuple(stretch for stretch in told if stretch.witness in known)
+
+    def _replay(self) -> None:
+        """Deliver the next batch of a replay, up to where this feed goes on by itself."""
+        if not self._replays or not signals.any_receivers():
+            return
+        if self._past is None:
+            self._recall()
+        place, live = self._replays[0], self._place
+        told = live.stretch()
+        rows, position = self._ask(self._statements.scan, place.cursor, place.start, BATCH)
+        rows = [row for row in rows if Position(row.xid, row.id) <= live.cursor]
+
+        def untold(row: EventRow) -> bool:
+            return not (told and told.covers(row)) and row.id not in live.ahead
+
+        fresh = [row for row in rows if row.id not in place.ahead and untold(row) and self._untold(row)]
+        earlier = [row for row in self._earlier(place, fresh) if untold(row)]
+        self._deliver(place, [*earlier, *fresh], scanned=rows)
+        place.ahead.update(row.id for row in earlier)
+        place.advance(rows, min(position, live.cursor))
+        if len(rows) < BATCH:
+            # From here on the feed leaves out only what it has told.
+            self._keep(told)
+            self._keep(place.stretch())
+            live.ahead |= place.ahead
+            live.start = self._statements.start_after(live.cursor)
+            self._version = None
+            with self._wake:
+                self._replays.popleft()
+
+    def _look_for_gaps(self) -> None:
+        """Say when events were removed before they were told: the process was suspended, or the database away."""
+        begins = self._ask(self._statements.log_begins)
+        if begins > self._place.cursor:
+            logger.error("events were removed from the log before this process told them, up to %s", begins)
+
+    def _deliver(self, place: Bookmark, rows: Sequence[EventRow], scanned: Sequence[EventRow] = ()) -> None:
         """Send in the order given, except that the events of one job follow their ``seq``."""
-        by_job: defaultdict[UUID, deque[EventRow]] = defaultdict(deque)
-        for row in _by_seq(rows):
-            by_job[row.job_id].append(row)
-        ordered = [by_job[row.job_id].popleft() for row in rows]
-        for row in ordered:
-            self._last[row.job_id] = row.seq
-            self._last.move_to_end(row.job_id)
-        while len(self._last) > REMEMBERED_JOBS:
-            self._last.popitem(last=False)
+        ordered = in_order(rows)
+        place.tell(ordered)
         self._memory.add(row for row in ordered if row.type == "content_job.queued")
-        signals.deliver(event_of(row, self._cursor) for row in ordered)
-
-
-def _by_seq(rows: Iterable[EventRow]) -> list[EventRow]:
-    return sorted(rows, key=lambda row: row.seq)
+        signals.deliver(event_of(row, cursor) for row, cursor in cursors(scanned, ordered, place.cursor))
+        self._told += len(ordered)

@@ -33,6 +33,11 @@ def event_of(row: EventRow, cursor: Position) -> JobEvent:
     return JobEvent(row.id, row.seq, str(cursor), row.company_id, row.type, row.job_id, row.created_at, row.payload)
 
 
+def may_run(row: EventRow) -> bool:
+    """Whether the event puts its job into the queue."""
+    return row.type in ("content_job.queued", "content_job.retrying")
+
+
 def _payload(job: Job) -> dict[str, Any]:
     payload: dict[str, Any] = {"jobId": str(job.id)}
     if job.status is JobStatus.DONE:

@@ -10,9 +10,11 @@ from typing import Self
 import sqlalchemy as sa
 
 from jobkit import signals
+from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position
-from jobkit.errors import ConfigurationError
-from jobkit.feed import Feed, Memory
+from jobkit.bookmark import Memory
+from jobkit.errors import ConfigurationError, EventsPruned
+from jobkit.feed import Feed
 from jobkit.forks import forget_in_children, refuse_inherited
 from jobkit.outbox import event_of
 from jobkit.schema import require_schema
@@ -28,21 +30,28 @@ class Relay:
 
     However many relays and runners of one database are started, the process has one thread that reads its event log,
     and each receiver is called once per event. ``start`` and ``stop`` in any order and number; safe from any thread.
+
+    ``after``: the ``cursor`` of an event that another process, or an earlier life of this one, was told: everything
+    since is told first, once there is a receiver. It repeats a few events, which ``JobEvent.id`` tells, and skips none.
+    Within a replay the events of one job keep their order; where another relay or runner of this process was started
+    before, later ones may have been told already. ``ValueError`` for what is not a cursor.
     """
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, engine: sa.Engine, *, after: str | None = None) -> None:
         self.engine = sync_engine(engine)
+        self._after = None if after is None else Position.parse(after)
         self._held = self._inherited = False
         forget_in_children(self)
 
     def start(self) -> Self:
-        """Signals for whatever is committed from now on, by any process. Raises when the database or its tables are not
-        there.
+        """Signals for whatever is committed from now on, by any process; with ``after`` also for what was committed
+        since that cursor and was not told in this process. Raises when the database or its tables are not there, and
+        ``EventsPruned`` when some of those events are gone.
         """
         refuse_inherited(self.engine, self._inherited)
         with _lock:
             if not self._held:
-                acquire(self.engine)
+                acquire(self.engine, self._after)
                 self._held = True
         return self
 
@@ -92,8 +101,8 @@ def sync_engine(engine: object) -> sa.Engine:
     return engine
 
 
-def acquire(engine: sa.Engine) -> Feed:
-    """The started feed of ``engine``'s database, counted once more."""
+def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
+    """The started feed of ``engine``'s database, counted once more. ``after``: it replays what follows this."""
     if is_memory(engine):
         raise ConfigurationError("an SQLite database in memory cannot be shared by threads: use a file")
     if isinstance(engine.pool, sa.StaticPool | sa.SingletonThreadPool):
@@ -106,10 +115,27 @@ def acquire(engine: sa.Engine) -> Feed:
         feed, count = _feeds.get(key, (None, 0))
         if feed is None:
             require_schema(engine)
-            feed = Feed(engine, _memory)
-            feed.start()
+            _require_whole(engine, after)
+            feed = Feed(engine, _memory, key)
+            feed.start(after)
+        elif after is not None:
+            _require_whole(engine, after)
+            feed.replay(after)
         _feeds[key] = feed, count + 1
         return feed
+
+
+def _require_whole(engine: sa.Engine, after: Position | None) -> None:
+    """``EventsPruned`` unless every event after this position is in the log."""
+    if after is None:
+        return
+    statements = statements_for(engine)
+    with engine.connect() as connection:
+        begins, ends = statements.log_begins(connection), statements.start(connection).position
+    if after < begins:
+        raise EventsPruned(str(after), "older ones were removed from the log")
+    if after > ends:
+        raise EventsPruned(str(after), f"the log ends at {ends}, so the cursor is another log's")
 
 
 def release(engine: sa.Engine, timeout: float) -> None:

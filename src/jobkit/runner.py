@@ -325,11 +325,11 @@ def _until_idle(supervisor: Supervisor, feed: Feed, timeout: float | None, *, be
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
-        ended, told = supervisor.metrics().ended, feed.accepted
+        ended, told = supervisor.metrics().ended, feed.told
         if not supervisor.wait_idle(None if deadline is None else max(0.0, deadline - time.monotonic())):
             raise TimeoutError(
                 f"jobs are still in flight after {timeout} s; {supervisor.metrics().ended - before} ended"
             )
         feed.flush(DELIVERY_WAIT)
-        if (supervisor.metrics().ended, feed.accepted) == (ended, told):
+        if (supervisor.metrics().ended, feed.told) == (ended, told):
             return supervisor.metrics().ended - before
