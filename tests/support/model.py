@@ -1,10 +1,11 @@
-"""What jobkit's rows should be, in plain Python: a state machine's idea of the truth, and the laws that hold without it.
+"""What jobkit's rows should be: a state machine's idea of them, and the laws that hold whatever was done.
 
 A claim is an object here as it is in a runner, and goes on existing after its job was taken from it.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -177,7 +178,9 @@ def differences(model: Model, found: Found, now: datetime) -> list[str]:
             "run_at": row.run_at, "input": row.input, "company": row.company_id, "key": row.idempotency_key,
             "priority": row.priority, "events": told.get(job.id, []),
         }  # fmt: skip
-        wrong += [f"job {job.id}: {n} is {v!r}, not {getattr(job, n)!r}" for n, v in was.items() if v != getattr(job, n)]
+        wrong += [
+            f"job {job.id}: {n} is {v!r}, not {getattr(job, n)!r}" for n, v in was.items() if v != getattr(job, n)
+        ]
     wrong += [f"job {job_id} came from nowhere" for job_id in found.jobs.keys() - model.jobs.keys()]
     rows = {key: row.id for key, row in found.assets.items()}
     states = {key: row.state for key, row in found.records.items()}
@@ -218,7 +221,7 @@ def _broken_laws_of_a_job(job: Any, events: list[EventRow], files: list[Any]) ->
     if types.count("running") != job.fence:
         broken.append(f"I3: job {job.id} began {types.count('running')} times, its fence is {job.fence}")
     # Between two ends somebody put it back by hand or by retry, or took it by hand.
-    if any(one in TERMINAL and other in TERMINAL for one, other in zip(types, types[1:], strict=False)):
+    if any(one in TERMINAL and other in TERMINAL for one, other in itertools.pairwise(types)):
         broken.append(f"I2: job {job.id} ended twice: {types}")
     if files and types.count("done") != 1:
         broken.append(f"I5: job {job.id} was done {types.count('done')} times and has {len(files)} files")
