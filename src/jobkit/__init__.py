@@ -44,11 +44,13 @@ from jobkit.types import (
     Job,
     JobEvent,
     JobRequest,
+    JobState,
     JobStatus,
     Rendered,
     RunnerMetrics,
     StoredObject,
 )
+from jobkit.watching import watch
 
 ContentJobStatus = JobStatus
 
@@ -78,6 +80,7 @@ __all__ = [
     "JobEvent",
     "JobNotFound",
     "JobRequest",
+    "JobState",
     "JobStatus",
     "JobStore",
     "JobTimeout",
@@ -102,4 +105,5 @@ __all__ = [
     "migrations",
     "signals",
     "tables",
+    "watch",
 ]
