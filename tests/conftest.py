@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
+from tests.support.asynchronous import DRIVERS, Lane
 from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
 from tests.support.postgres import Server, start_server
 from tests.support.recorder import ALL, Recorder
@@ -64,6 +65,14 @@ def database(request: pytest.FixtureRequest) -> Database:
 @pytest.fixture
 def engine(database: Database) -> sa.Engine:
     return database.engine
+
+
+@pytest.fixture(params=DRIVERS)
+def lane(request: pytest.FixtureRequest) -> Iterator[Lane]:
+    """A migrated database of this test alone, under each asynchronous driver in turn."""
+    lane = Lane(request.getfixturevalue(DRIVERS[request.param]), request.param)
+    yield lane
+    lane.close()
 
 
 @pytest.fixture
@@ -140,7 +149,9 @@ def no_receiver_left() -> Iterator[None]:
 def no_thread_left() -> Iterator[None]:
     """A test that leaves a runner or relay behind fails: the next test would hear its signals."""
     yield
-    names = {f"jobkit-{name}" for name in ("runner", "relay", "relay-watch", "listen", "leases", "rescue", "sweep", "watch")}
+    names = {
+        f"jobkit-{name}" for name in ("runner", "relay", "relay-watch", "listen", "leases", "rescue", "sweep", "watch")
+    }
     left = [thread for thread in threading.enumerate() if thread.name in names]
     for thread in left:
         thread.join(5)

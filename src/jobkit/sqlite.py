@@ -8,15 +8,16 @@ first write or savepoint, and nothing before it.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import threading
 import time
+import weakref
 from contextlib import closing
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlsplit
-from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
@@ -49,10 +50,10 @@ _NOT_WRITES = {
 _CHANGES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
 
 # A dialect outlives its pool and is shared by the engines that execution_options() makes.
-_settings: WeakKeyDictionary[sa.Dialect, tuple[int, str]] = WeakKeyDictionary()
-# The last thread that opened a write transaction on a database file, with its connection: whether that is still open is
-# asked of the connection, so nothing has to be cleared.
-_writers: dict[str, tuple[int, Any]] = {}
+_settings: weakref.WeakKeyDictionary[sa.Dialect, tuple[int, str]] = weakref.WeakKeyDictionary()
+# The last thread that opened a write transaction on a database file, with its connection and the asyncio task that ran
+# there: whether that is still open is asked of the connection, so nothing has to be cleared.
+_writers: dict[str, tuple[int, Any, weakref.ref[Any] | None]] = {}
 
 if hasattr(os, "register_at_fork"):  # they are the parent's
     os.register_at_fork(after_in_child=_writers.clear)
@@ -124,8 +125,20 @@ def writing_in_this_thread(engine: sa.Engine) -> bool:
     if engine.dialect.name != "sqlite":
         return False
     found = _writers.get(_database(engine))
-    if found is None or found[0] != threading.get_ident():
+    return found is not None and found[0] == threading.get_ident() and _is_open(engine, found)
+
+
+def writing_in_this_task(engine: sa.Engine) -> bool:
+    """As ``writing_in_this_thread``, for the asyncio task that runs now: the thread's other tasks do not count."""
+    if engine.dialect.name != "sqlite":
         return False
+    found, task = _writers.get(_database(engine)), _current_task()
+    if found is None or task is None or found[2] is None or found[2]() is not task:
+        return False
+    return _is_open(engine, found)
+
+
+def _is_open(engine: sa.Engine, found: tuple[int, Any, weakref.ref[Any] | None]) -> bool:
     try:
         writing = bool(found[1].in_transaction)
     except Exception:  # a closed connection holds nothing
@@ -180,7 +193,9 @@ def _begin_before_write(connection: sa.Connection, cursor: Any, statement: str, 
     driver = _driver(connection)
     if driver.in_transaction or driver.isolation_level is None or not is_write(statement):
         return
-    database, mine = _database(connection.engine), (threading.get_ident(), driver)
+    task = _current_task()
+    mine = (threading.get_ident(), driver, None if task is None else weakref.ref(task))
+    database = _database(connection.engine)
     if _writers.get(database, mine)[1] is driver:
         _writers[database] = mine  # before: with the transaction it would look as if its last user still wrote
     try:
@@ -217,6 +232,13 @@ def is_write(statement: str) -> bool:
         return False
     first = word.group().upper()
     return bool(_CHANGES.search(statement, position)) if first == "WITH" else first not in _NOT_WRITES
+
+
+def _current_task() -> Any:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no loop runs in this thread
+        return None
 
 
 def _driver(connection: sa.Connection) -> Any:

@@ -1,0 +1,108 @@
+"""``subscribe``: a company's committed events as an asynchronous iterator."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from types import TracebackType
+from typing import Self
+
+from jobkit import signals
+from jobkit.errors import SubscriberTooSlow
+from jobkit.types import JobEvent
+
+# How many events may wait for their subscriber.
+LIMIT = 1_000
+
+
+def subscribe(company_id: object, *, limit: int = LIMIT) -> Subscription:
+    """Every event of one company that is signalled in this process from now on; use it with ``async with``.
+
+    It needs a started ``Relay`` or ``Runner``, as signals do. Up to ``limit`` events wait for a slow reader; when more
+    come, the subscription ends: those that wait are still given, then ``SubscriberTooSlow`` is raised. Called on the
+    running loop that will read it.
+    """
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        raise ValueError(f"limit must be a count above zero, not {limit!r}")
+    return Subscription(company_id, limit)
+
+
+class Subscription(AsyncIterator[JobEvent]):
+    """``async for event in subscription``. It ends with ``aclose``, with its ``async with`` block, or when nobody holds
+    it any more; cancelling the task that waits for the next event, or a timeout there, loses none.
+    """
+
+    def __init__(self, company_id: object, limit: int) -> None:
+        self._inbox = _Inbox(str(company_id), limit)
+        unsubscribe = signals.subscribe(company_id, self._inbox.receive)
+        self._inbox.on_overflow = unsubscribe
+        # The signals hold the inbox, which does not hold the subscription.
+        self._unsubscribe = weakref.finalize(self, unsubscribe)
+        self._unsubscribe.atexit = False
+
+    async def __anext__(self) -> JobEvent:
+        return await self._inbox.get()
+
+    async def aclose(self) -> None:
+        """Hear no more. Whoever waits for the next event is told the end."""
+        self._unsubscribe()
+        self._inbox.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class _Inbox:
+    """Events on their way from the thread that sends signals to the loop that reads them."""
+
+    def __init__(self, company_id: str, limit: int) -> None:
+        self.on_overflow: Callable[[], None] = lambda: None
+        self._company_id, self._limit = company_id, limit
+        self._loop = asyncio.get_running_loop()
+        self._lock = threading.Lock()
+        self._waiting: deque[JobEvent] = deque()
+        self._filled = asyncio.Event()
+        self._overflowed = self._closed = False
+
+    def receive(self, event: JobEvent) -> None:
+        """Keep an event. From any thread."""
+        with self._lock:
+            if self._closed or self._overflowed:
+                return
+            self._overflowed = len(self._waiting) == self._limit
+            if not self._overflowed:
+                self._waiting.append(event)
+            first, overflowed = len(self._waiting) == 1, self._overflowed
+        if overflowed:
+            self.on_overflow()
+        if first or overflowed:  # a loop that does not get round to reading is woken once, not for every event
+            try:
+                self._loop.call_soon_threadsafe(self._filled.set)
+            except RuntimeError:  # the loop is closed, and nobody will ever read
+                self.on_overflow()
+
+    async def get(self) -> JobEvent:
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise StopAsyncIteration
+                if self._waiting:
+                    return self._waiting.popleft()
+                if self._overflowed:
+                    raise SubscriberTooSlow(self._company_id, self._limit)
+                self._filled.clear()
+            await self._filled.wait()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._waiting.clear()
+        self._filled.set()
