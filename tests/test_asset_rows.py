@@ -21,7 +21,7 @@ from jobkit import Asset, AssetStore
 from jobkit.tables import asset_intents
 from jobkit.tables import assets as assets_table
 from tests.support.files import COMPANY, intents, keep, objects, put, rows
-from tests.support.s3 import server_of
+from tests.support.s3 import environment, server_of
 
 
 def undone(session: Session, change: Callable[[], object], *, nested: bool) -> None:
@@ -198,8 +198,9 @@ def test_a_companys_assets_come_newest_first_in_pages(engine: sa.Engine, tmp_pat
     assert [asset for page in pages for asset in page] == made
     assert [len(page) for page in pages] == [3, 3, 1]
     assert store.list_by_company(session, COMPANY, limit=0) == []
-    for foreign in (store.list_by_company(session, "beta")[0].id, uuid.uuid4(), "x"):
-        with pytest.raises(jobkit.AssetNotFound, match=str(foreign)):
+    other = store.list_by_company(session, "beta")[0]
+    for foreign in (other.id, other, uuid.uuid4(), "x"):
+        with pytest.raises(jobkit.AssetNotFound, match=str(other.id if foreign is other else foreign)):
             store.list_by_company(session, COMPANY, before=foreign)
     for limit in (-1, True, "3"):
         with pytest.raises(ValueError, match="limit"):
@@ -234,6 +235,27 @@ def test_a_range_is_cut_to_the_asset(
         assert file.read() == expected
         assert file.seek(0) == 0
         assert b"".join(iter(lambda: file.read(1), b"")) == expected
+
+
+@pytest.mark.parametrize("range_", [{"start": 1.0}, {"end": "3"}, {"start": True}, {"end": float("nan")}])
+def test_a_range_that_is_not_in_bytes_is_refused_by_name(
+    disk: AssetStore, engine: sa.Engine, range_: dict[str, Any]
+) -> None:
+    asset = keep(disk, engine)
+    with pytest.raises(TypeError, match=f"{next(iter(range_))} must be a number of bytes, not "):
+        disk.open(asset, **range_)
+
+
+@pytest.mark.parametrize("not_one", [None, uuid.UUID(int=5), "x", {}])
+def test_an_id_where_an_asset_belongs_is_said(disk: AssetStore, session: Session, not_one: Any) -> None:
+    for use in (
+        lambda: disk.open(not_one),
+        lambda: disk.verify(not_one),
+        lambda: disk.url(not_one, expires_in=60),
+        lambda: disk.delete(session, not_one),
+    ):
+        with pytest.raises(TypeError, match=f"asset must be an Asset, not {type(not_one).__name__}"):
+            use()
 
 
 @pytest.mark.parametrize("range_", [{"start": -1}, {"end": -1}, {"start": -5, "end": 3}])
@@ -309,6 +331,20 @@ def test_a_folder_or_a_file_in_the_way_counts_as_a_missing_object(
     file.parent.write_bytes(b"in the way")
     with pytest.raises(jobkit.AssetCorrupt, match="has no object"):
         disk.open(asset)
+    disk._storage.remove(asset.object_key)  # nothing is there to be removed
+
+
+def test_an_object_that_goes_while_it_is_verified_is_missing(sqlite_database: Any, moto: Any, monkeypatch: Any) -> None:
+    for name, value in environment(moto).items():
+        monkeypatch.setenv(name, value)
+    url = f"s3://{moto.bucket}/{uuid.uuid4()}"
+    store = AssetStore(url, engine=sqlite_database.engine)
+    asset = keep(store, sqlite_database.engine)
+    opened = store._storage.open(asset.object_key)
+    moto.overwrite(f"{url.rpartition('/')[2]}/{asset.object_key}", None)
+    monkeypatch.setattr(store._storage, "open", lambda key: opened)
+    with pytest.raises(jobkit.AssetCorrupt, match="has no object"):
+        store.verify(asset)
 
 
 def test_a_store_reads_only_what_its_provider_holds(engine: sa.Engine, tmp_path: Path, session: Session) -> None:

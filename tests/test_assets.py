@@ -18,6 +18,7 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 import jobkit
@@ -105,8 +106,10 @@ def test_an_impossible_company_is_refused_on_the_way_in_and_not_found_on_the_way
     assert_nothing_left(assets, engine, storage_url)
     asset = keep(assets, engine)
     with Session(engine) as session:
-        assert all(assets.list_by_company(session, company) == [] for company in IMPOSSIBLE)
+        with pytest.raises(ValueError, match="company_id is missing"):
+            assets.list_by_company(session, None)
         for company in IMPOSSIBLE[1:]:
+            assert assets.list_by_company(session, company) == []
             assert assets.get_by_id(session, asset.id, company_id=company) is None
             with pytest.raises(jobkit.AssetNotFound):
                 assets.delete(session, dataclasses.replace(asset, company_id=company))
@@ -280,6 +283,14 @@ def test_an_sqlite_engine_that_would_lose_guarantees_is_refused(tmp_path: Path) 
     with pytest.raises(jobkit.ConfigurationError, match="configure_sqlite"):
         AssetStore(tmp_path, engine=bare)
     bare.dispose()
+
+
+@pytest.mark.parametrize(
+    "engine", ["sqlite:///app.db", create_async_engine("postgresql+psycopg://nowhere/x")], ids=type
+)
+def test_what_is_no_engine_is_refused(engine: Any, tmp_path: Path) -> None:
+    with pytest.raises(jobkit.ConfigurationError, match=f"needs a synchronous Engine, not {type(engine).__name__}"):
+        AssetStore(tmp_path, engine=engine)
 
 
 def test_the_injected_clock_dates_the_key_and_the_row(engine: sa.Engine, storage_url: str) -> None:

@@ -50,6 +50,9 @@ TABLE: list[tuple[str | None, int | float | str, bool]] = [
     ("+Infinity", INFINITY, False),
     ("1e400", INFINITY, False),
     ("9007199254740993", 9007199254740992, False),
+    ("0x20000000000001", 9007199254740992, False),
+    ("0x" + "f" * 5_000, INFINITY, False),
+    ("9" * 5_000, INFINITY, False),
 ]
 
 # Each row is an import of its own, in a child of a process that has everything but jobkit loaded.

@@ -46,6 +46,9 @@ def test_an_object_that_was_deleted_gets_no_second_row_though_it_was_never_recor
     with pytest.raises(AssetNotFound), Session(engine) as session, session.begin():
         store.create(session, COMPANY, stored, source_task_id=None)
     assert collect(store, engine=engine).deleted == 1
+    assert collect(store, engine=engine).settled == 1
+    with pytest.raises(AssetNotFound), Session(engine) as session, session.begin():  # nothing is recorded any more
+        store.create(session, COMPANY, stored, source_task_id=None)
 
 
 def test_a_job_whose_file_is_swept_fails_with_that_message_and_what_it_stores_late_goes_too(

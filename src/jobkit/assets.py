@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -30,7 +30,7 @@ from jobkit.sqlite import require_configured, writing_in_this_thread
 from jobkit.storage import limited, open_storage
 from jobkit.sweep import Sweep
 from jobkit.tables import asset_intents, assets
-from jobkit.text import company, storable
+from jobkit.text import asked_company, company, storable
 from jobkit.types import Asset, Body, GarbageReport, StoredObject
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("jobkit")
 _c = assets.c
+R = TypeVar("R")
 
 
 class AssetStore:
@@ -73,6 +74,8 @@ class AssetStore:
         self._warned = False
         self.engine: sa.Engine | None = engine
         if engine is not None:
+            if not isinstance(engine, sa.Engine):
+                raise ConfigurationError(f"a store needs a synchronous Engine, not {type(engine).__name__}")
             require_configured(engine)
 
     def __repr__(self) -> str:
@@ -221,8 +224,8 @@ class AssetStore:
         query = sa.select(assets).where(_of(company_id))
         if before is not None:
             last = before if isinstance(before, Asset) else self.get_by_id(session, before, company_id=company_id)
-            if last is None:
-                raise AssetNotFound(f"no asset {before}")
+            if last is None or last.company_id != asked_company(company_id):
+                raise AssetNotFound(f"no asset {last.id if last else before}")
             after = (sa.literal(last.created_at, _c.created_at.type), sa.literal(last.id, _c.id.type))
             query = query.where(sa.tuple_(*place) < sa.tuple_(*after))
         query = query.order_by(*(column.desc() for column in place)).limit(page_size(limit))
@@ -234,18 +237,18 @@ class AssetStore:
 
         ``AssetCorrupt`` when the object is missing; ``AssetKeyRefused`` for a key that is not the company's.
         """
-        first = 0 if start is None else start
-        last = asset.byte_size if end is None else end
-        if first < 0 or last < 0:
-            raise ValueError(f"start and end must not be negative, got {start!r} and {end!r}")
-        first, last = min(first, asset.byte_size), min(last, asset.byte_size)
+        self._check(asset)
+        first = min(_place(start, "start", 0), asset.byte_size)
+        last = min(_place(end, "end", asset.byte_size), asset.byte_size)
         return limited(self._open(asset), first, max(first, last))
 
     def verify(self, asset: Asset) -> None:
         """Read the whole object; return when its size and sha256 are the row's, ``AssetCorrupt`` otherwise."""
+        self._check(asset)
         digest, size = hashlib.sha256(), 0
         with self._open(asset) as file:
-            while chunk := file.read(CHUNK):
+            # A storage may open what it then does not find: it was removed in between.
+            while chunk := self._found(asset, lambda: file.read(CHUNK)):
                 digest.update(chunk)
                 size += len(chunk)
         if size != asset.byte_size:
@@ -261,9 +264,9 @@ class AssetStore:
         The download has the asset's content type and file name. ``inline`` lets a browser show images, sound, films,
         PDF and plain text; anything else is an attachment still. S3 takes 7 days at most (``ValueError``).
         """
+        self._check(asset)
         lifetime = seconds(expires_in, "expires_in")
         shown = content_disposition(disposition, asset.original_filename, asset.content_type)
-        self._check(asset)
         return self._storage.url(
             asset.object_key, expires_in=math.ceil(lifetime), content_type=asset.content_type, disposition=shown
         )
@@ -274,6 +277,7 @@ class AssetStore:
 
         A rollback keeps both. ``AssetNotFound`` when the row is gone already.
         """
+        _check_type(asset)
         connection = connection_of(session)
         require_configured(connection)
         # The object that goes is the one the row names, whatever the caller made of ``asset``.
@@ -324,14 +328,17 @@ class AssetStore:
 
     def _check(self, asset: Asset) -> None:
         """``AssetError`` for an asset of another storage, ``AssetKeyRefused`` for a key that is not its company's."""
+        _check_type(asset)
         if asset.provider != self.provider:
             raise AssetError(f"asset {asset.id} is in storage {asset.provider!r}, this store is {self.provider!r}")
         check_key(asset.company_id, asset.object_key)
 
     def _open(self, asset: Asset) -> BinaryIO:
-        self._check(asset)
+        return self._found(asset, lambda: self._storage.open(asset.object_key))
+
+    def _found(self, asset: Asset, read: Callable[[], R]) -> R:
         try:
-            return self._storage.open(asset.object_key)
+            return read()
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise AssetCorrupt(f"asset {asset.id} has no object in storage {asset.provider!r}") from None
 
@@ -357,7 +364,9 @@ class AssetStore:
             given_up = sa.select(asset_intents.c.id).where(
                 asset_intents.c.provider == stored.provider, asset_intents.c.object_key == stored.object_key
             )
-            free = connection.execute(taken.union_all(given_up)).first() is None
+            # By then its record may have gone too, and a folder is quick to tell.
+            there = stored.provider != self.provider or self._storage.size(stored.object_key) != 0
+            free = there and connection.execute(taken.union_all(given_up)).first() is None
         if not free:
             raise AssetNotFound(f"{stored.object_key!r} was swept already, or has a row: store the file again")
 
@@ -387,10 +396,8 @@ def _scoped(query: sa.Select[Any], company_id: object) -> sa.Select[Any]:
 
 
 def _of(company_id: object) -> sa.ColumnElement[bool]:
-    try:
-        return _c.company_id == company(company_id)
-    except ValueError:  # no company can have this id, and the database may refuse to hear it
-        return sa.false()
+    owner = asked_company(company_id)
+    return sa.false() if owner is None else _c.company_id == owner
 
 
 def _text(value: object, field: str) -> str | None:
@@ -406,6 +413,21 @@ def _check_stored(stored: StoredObject) -> None:
     if stored.original_filename is not None:
         storable(stored.original_filename, "original_filename", blank=True)
     _count(stored.byte_size, "byte_size", most=2**63 - 1)
+
+
+def _check_type(asset: object) -> None:
+    if not isinstance(asset, Asset):
+        raise TypeError(f"asset must be an Asset, not {type(asset).__name__}")
+
+
+def _place(value: object, field: str, default: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{field} must be a number of bytes, not {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{field} must not be negative, got {value}")
+    return value
 
 
 def _count(value: object, field: str, *, most: int) -> None:

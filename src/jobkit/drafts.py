@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jobkit.storage import Storage
 
 # RFC 9110 section 8.3.1: type "/" subtype, then parameters, which are only kept free of control characters.
-_CONTENT_TYPE = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+/[a-z0-9!#$%&'*+.^_`|~-]+(?:\s*;[\x20-\x7e]*)?")
+_CONTENT_TYPE = re.compile(r"([A-Za-z0-9!#$%&'*+.^_`|~-]+/[A-Za-z0-9!#$%&'*+.^_`|~-]+)([ \t]*;[\t\x20-\x7e]*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,8 @@ class Draft:
 
 
 def _checked_type(content_type: str) -> str:
-    cleaned = storable(content_type, "content_type", limit=255).strip().lower()
-    if not _CONTENT_TYPE.fullmatch(cleaned):
+    cleaned = storable(content_type, "content_type", limit=255).strip()
+    match = _CONTENT_TYPE.fullmatch(cleaned)
+    if match is None:
         raise ValueError(f"content_type {cleaned!r:.80} is not a media type such as 'application/pdf'")
-    return cleaned
+    return match[1].lower() + (match[2] or "")  # the value of a parameter may be one where case counts

@@ -22,7 +22,7 @@ from jobkit.payload import MAX_INPUT_BYTES
 from jobkit.requests import Draft, checked, checked_many, chunks
 from jobkit.sqlite import require_configured
 from jobkit.tables import content_jobs
-from jobkit.text import company, sanitise, storable
+from jobkit.text import asked_company, company, sanitise, storable
 from jobkit.types import Job, JobRequest, JobStatus
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class JobStore:
             return None
         query = sa.select(content_jobs).where(_c.id == parsed)
         if company_id is not None:
-            query = query.where(_c.company_id == company(company_id))
+            query = query.where(_of(company_id))
         row = self._connection().execute(query).one_or_none()
         return None if row is None else job_of(row)
 
@@ -141,15 +141,14 @@ class JobStore:
 
         ``before`` is the last job of the page before this one. ``JobNotFound`` when it is none of the company's.
         """
-        owner = company(company_id)
-        query = sa.select(content_jobs).where(_c.company_id == owner)
+        query = sa.select(content_jobs).where(_of(company_id))
         if status is not None:
             query = query.where(_c.status == _status(status).value)
         if job_type is not None:
             query = query.where(_c.job_type == storable(job_type, "job_type", blank=True))
         if before is not None:
-            last = before if isinstance(before, Job) else self.get_by_id(before, company_id=owner)
-            if last is None or last.company_id != owner:
+            last = before if isinstance(before, Job) else self.get_by_id(before, company_id=company_id)
+            if last is None or last.company_id != asked_company(company_id):
                 raise JobNotFound(before.id if isinstance(before, Job) else before)
             query = query.where(sa.tuple_(_c.created_at, _c.id) < sa.tuple_(*_position(last)))
         query = query.order_by(_c.created_at.desc(), _c.id.desc()).limit(page_size(limit))
@@ -297,6 +296,11 @@ def page_size(limit: int | None) -> int | None:
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
         raise ValueError(f"limit must be a count, not {limit!r}")
     return min(limit, (1 << 63) - 1)
+
+
+def _of(company_id: object) -> sa.ColumnElement[bool]:
+    owner = asked_company(company_id)
+    return sa.false() if owner is None else _c.company_id == owner
 
 
 def _position(job: Job) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -30,13 +31,22 @@ def parse_limit(text: str) -> int | float | None:
     if not trimmed:
         return None
     if _RADIX.fullmatch(trimmed):
-        return int(trimmed, 0) or None
-    if not _DECIMAL.fullmatch(trimmed):
+        # Rounded as ECMAScript's numbers are; what is too large for one is infinite.
+        number = _rounded(int(trimmed, 0))
+    elif _DECIMAL.fullmatch(trimmed):
+        number = float(trimmed)
+    else:
         raise ValueError("it is not a number")
-    number = float(trimmed)
     if number < 0:
         raise ValueError("it is negative")
     return (int(number) if number.is_integer() else number) or None
+
+
+def _rounded(whole: int) -> float:
+    try:
+        return float(whole)
+    except OverflowError:
+        return math.inf
 
 
 def configured_limit(environment: Mapping[str, str]) -> tuple[int | float, str]:

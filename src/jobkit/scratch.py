@@ -1,9 +1,9 @@
 """A private folder of this process for files that are being made; what dead processes left in theirs is removed.
 
-Beside each folder lies a lock file, which its process holds (``flock``) as long as it lives: however a process ends,
-the kernel lets go. So a lock that can be had is that of a dead process, whatever pids and containers there are. That
-proves nothing about a process on another machine, because some network file systems keep locks to themselves: a folder
-of another machine, or without a lock, is removed only when nothing in it has changed for a week.
+A process holds a lock on its folder (``flock``) as long as it lives: however it ends, the kernel lets go. So a folder
+whose lock can be had is that of a dead process, whatever pids and containers there are. That proves nothing about
+another machine, because network file systems keep such locks to themselves or have none: what another machine made is
+removed only when nothing in it has changed for a week.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from jobkit.ids import new_id
 logger = logging.getLogger("jobkit")
 
 ABANDONED = 7 * 24 * 3600.0
-_SUFFIX = ".lock"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -60,9 +59,9 @@ class Scratch:
         """Remove what dead processes left; from how many. What cannot be removed is tried again another time."""
         base, count = self._base(), 0
         with suppress(OSError):
-            for name in {path.name.removesuffix(_SUFFIX) for path in base.iterdir()}:
+            for folder in base.iterdir():
                 with suppress(OSError):
-                    count += _settle(base / name, base / (name + _SUFFIX))
+                    count += _settle(folder)
         if count:
             logger.info("removed the unfinished files of %d ended processes from %s", count, base)
         return count
@@ -91,7 +90,6 @@ class _Held:
     """A folder of this process, and the descriptor that holds its lock."""
 
     folder: Path
-    lock: Path
     descriptor: int
     inode: tuple[int, int] | None
     pid: int
@@ -100,61 +98,52 @@ class _Held:
         """Whether it is there and locked still. A cleaner of temporary files may have come, or the program has closed
         all descriptors to become a daemon, or has forked in a way that Python did not notice.
         """
-        return self.pid == os.getpid() and self.folder.is_dir() and self.inode == _inode(self.lock) and self.holds()
+        return self.pid == os.getpid() and self.inode == _inode(self.folder) and self.holds()
+
+    def holds(self) -> bool:
+        """Whether the descriptor is still that of the folder, and no other's."""
+        return self.inode == _inode(self.descriptor)
 
     def release(self) -> None:
         """Remove the folder if it is empty, and let go. What is in it goes when the next process comes."""
         if self.pid != os.getpid():
             return
         with suppress(OSError):
-            with suppress(FileNotFoundError):
-                self.folder.rmdir()
-            if self.inode == _inode(self.lock):
-                self.lock.unlink()
+            self.folder.rmdir()
         if self.holds():
             os.close(self.descriptor)
 
-    def holds(self) -> bool:
-        """Whether the descriptor is still that of the lock, and no other's."""
-        return self.inode == _inode(self.descriptor)
-
 
 def _hold(folder: Path) -> _Held | None:
-    """Lock, and only then make ``folder``. None when a sweep came in between and took it for a dead process's."""
-    lock = folder.with_name(folder.name + _SUFFIX)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    """Make and lock a folder. None when a sweep came in between and took it for a dead process's."""
+    folder.mkdir(mode=0o700)
     try:
-        with suppress(OSError):  # a file system without locks: then only time tells
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if _inode(lock) == _inode(descriptor):
-            folder.mkdir(mode=0o700)
-            return _Held(folder, lock, descriptor, _inode(descriptor), os.getpid())
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with suppress(OSError):  # a file system without locks: then only time tells
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    held = _Held(folder, descriptor, _inode(descriptor), os.getpid())
+    if held.stands():
+        return held
+    held.release()
     return None
 
 
-def _settle(folder: Path, lock: Path) -> bool:
-    """Remove ``folder`` and its ``lock`` if its process has ended."""
-    try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return _idle(folder) > ABANDONED and _remove(folder)
+def _settle(path: Path) -> bool:
+    """Remove what is in the base if its process has ended, as far as one can tell."""
+    if path.is_symlink() or not path.is_dir():
+        return _idle(path) > ABANDONED and _remove(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            proved = lock.name.startswith(f"{_machine()}.")
+            proved = path.name.startswith(f"{_machine()}.")
         except BlockingIOError:
             return False
         except OSError:
             proved = False
-        if _inode(lock) != _inode(descriptor):  # another sweep was faster
-            return False
-        if not proved and min(_idle(folder), _idle(lock)) <= ABANDONED:
-            return False
-        return _remove(folder) and _remove(lock)
+        return (proved or _idle(path) > ABANDONED) and _remove(path)
     finally:
         os.close(descriptor)
 

@@ -111,7 +111,7 @@ class LocalStorage:
     def remove(self, key: str) -> None:
         path = self._path(key)
         self._inside(path)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
 
     def url(self, key: str, *, expires_in: int, content_type: str, disposition: str) -> str:

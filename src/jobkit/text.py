@@ -43,6 +43,19 @@ def company(value: object) -> str:
     return storable(str(value), "company_id", limit=255)
 
 
+def asked_company(value: object) -> str | None:
+    """The company of a question, None when no row can have it: whatever is asked of such a one is not found.
+
+    ``ValueError`` for None, which is no id but a forgotten argument.
+    """
+    try:
+        return company(value)
+    except ValueError:
+        if value is None:
+            raise
+        return None
+
+
 def describe(error: BaseException) -> str:
     """What to write on a job that failed with ``error``: its message, or its class name when it has none or cannot say.
 

@@ -45,7 +45,7 @@ def violations(engine: sa.Engine, folder: Path, expected: Mapping[str, bytes] | 
 
 def spooled(folder: Path) -> list[Path]:
     """Files that are being made, or were when their process died."""
-    return [path for path in folder.rglob(".spool/**/*") if path.is_file() and path.suffix != ".lock"]
+    return [path for path in folder.rglob(".spool/**/*") if path.is_file()]
 
 
 def _files(folder: Path) -> list[Path]:
