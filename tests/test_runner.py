@@ -371,7 +371,7 @@ def foreign_engine() -> sa.Engine:
         (lambda: create_async_engine("postgresql+psycopg://host/db"), r"AsyncEngine.*postgresql\+psycopg"),
         (foreign_engine, "SQLite and PostgreSQL, not on mysql"),
         (lambda: sa.create_engine("sqlite:///x.db"), "configure_sqlite"),
-        (lambda: "sqlite:///x.db", "expected an SQLAlchemy Engine"),
+        (lambda: "sqlite:///x.db", "needs a synchronous Engine, not str"),
     ],
 )
 def test_an_engine_that_would_not_do_is_refused(engine: Callable[[], Any], complaint: str, tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from jobkit import signals
 from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position
 from jobkit.bookmark import Memory
+from jobkit.engines import sync_engine
 from jobkit.errors import ConfigurationError, EventsPruned
 from jobkit.feed import Feed
 from jobkit.forks import forget_in_children, refuse_inherited
 from jobkit.outbox import event_of
 from jobkit.schema import require_schema
-from jobkit.sqlite import is_memory, require_configured
+from jobkit.sqlite import is_memory
 
 _lock = threading.RLock()
 _feeds: dict[str, tuple[Feed, int]] = {}
@@ -86,19 +87,6 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
-
-
-def sync_engine(engine: object) -> sa.Engine:
-    """``engine`` when a runner or relay can use it; ``ConfigurationError`` with what helps otherwise."""
-    if hasattr(engine, "sync_engine"):
-        raise ConfigurationError(
-            "a Runner or Relay needs a synchronous Engine, not an AsyncEngine: make one with create_engine(), on the "
-            "same URL; postgresql+psycopg:// serves both kinds"
-        )
-    if not isinstance(engine, sa.Engine):
-        raise ConfigurationError(f"expected an SQLAlchemy Engine, not {type(engine).__name__}")
-    require_configured(engine)
-    return engine
 
 
 def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:

@@ -21,6 +21,7 @@ from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position, Start
 from jobkit.assets import AssetStore
 from jobkit.clock import Clock, seconds, utcnow
+from jobkit.engines import sync_engine
 from jobkit.errors import ConfigurationError
 from jobkit.feed import Feed
 from jobkit.forks import forget_in_children, refuse_inherited
@@ -73,7 +74,7 @@ class Runner:
     ) -> None:
         if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
             raise ValueError(f"concurrency must be a count above zero, not {concurrency!r}")
-        self.engine = relay.sync_engine(engine)
+        self.engine = sync_engine(engine)
         statements_for(engine)
         if not isinstance(renderers, Renderers):
             raise TypeError(f"renderers must be a jobkit.Renderers, not {type(renderers).__name__}")

@@ -14,7 +14,7 @@ except ImportError as error:
         "jobkit.aio needs greenlet, as SQLAlchemy's asyncio does: pip install 'jobkit[asyncio]'"
     ) from error
 
-from jobkit.aio.events import Subscription, subscribe
+from jobkit.aio.events import Subscription, subscribe, watch
 from jobkit.aio.stores import AsyncAssetStore, AsyncJobStore
 
-__all__ = ["AsyncAssetStore", "AsyncJobStore", "Subscription", "subscribe"]
+__all__ = ["AsyncAssetStore", "AsyncJobStore", "Subscription", "subscribe", "watch"]

@@ -1,18 +1,27 @@
-"""``subscribe``: a company's committed events as an asynchronous iterator."""
+"""Committed events as asynchronous iterators: ``subscribe`` for those of a company, ``watch`` for one job's."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import suppress
+from datetime import timedelta
 from types import TracebackType
 from typing import Self
+from uuid import UUID
+
+import sqlalchemy as sa
 
 from jobkit import signals
+from jobkit.aio.threads import OneAtATime
+from jobkit.clock import seconds
 from jobkit.errors import SubscriberTooSlow
 from jobkit.types import JobEvent
+from jobkit.watching import LOOK, Watcher
 
 # How many events may wait for their subscriber.
 LIMIT = 1_000
@@ -106,3 +115,45 @@ class _Inbox:
             self._closed = True
             self._waiting.clear()
         self._filled.set()
+
+
+async def watch(
+    engine: sa.Engine,
+    job_id: UUID | str,
+    *,
+    company_id: object = None,
+    timeout: timedelta | float | None = None,
+) -> AsyncGenerator[JobEvent, None]:
+    """The job's ``JobState`` as it is now, then each of its events as it comes, in the order of ``seq``, none missing
+    and none twice, until one says that the job is done, failed or cancelled. ``engine`` is a synchronous one.
+
+    Ends early, without an error, ``timeout`` seconds or timedelta after the first item was asked for; ``aclose()`` on
+    it, or cancelling the task that iterates it, ends it at once. Needs no started runner or relay: while it is
+    iterated, it holds a relay itself. A database that is away only delays it.
+
+    ``JobNotFound`` from its first step for an unknown id and for another company's job; later when the job is deleted.
+    """
+    limit = None if timeout is None else seconds(timeout, "timeout", positive=False)
+    deadline = None if limit is None else time.monotonic() + limit
+    loop, woken = asyncio.get_running_loop(), asyncio.Event()
+
+    def wake() -> None:
+        with suppress(RuntimeError):  # the loop is closed, and nobody will ever read
+            loop.call_soon_threadsafe(woken.set)
+
+    watcher = Watcher(engine, job_id, company_id=company_id, wake=wake)
+    thread = OneAtATime(watcher.close)
+    try:
+        yield await thread.call(watcher.open)
+        while not watcher.over:
+            remaining = LOOK if deadline is None else min(LOOK, deadline - time.monotonic())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(woken.wait(), max(0.0, remaining))
+            came = woken.is_set()
+            woken.clear()
+            for event in await thread.call(watcher.take, look=not came):
+                yield event
+            if deadline is not None and time.monotonic() >= deadline:
+                break
+    finally:
+        await thread.close()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 
+from jobkit.aio.threads import OneAtATime, in_thread
 from jobkit.assets import AssetStore
 from jobkit.clock import Clock, utcnow
 from jobkit.errors import ConfigurationError
@@ -68,24 +68,9 @@ def _of_bytes(
     async def call(store: AsyncAssetStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
         if records:
             store._refuse_deadlock()
-        return await _in_thread(functools.partial(method, store._assets, *args, **kwargs))
+        return await in_thread(method, store._assets, *args, **kwargs)
 
     return _named(call, "AsyncAssetStore")
-
-
-async def _in_thread(work: Callable[[], T]) -> T:
-    """What ``work`` returns in a thread. A file that nobody waits for any more is closed."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        task.add_done_callback(_drop)
-        raise
-
-
-def _drop(task: asyncio.Future[Any]) -> None:
-    if not task.cancelled() and task.exception() is None and hasattr(task.result(), "close"):
-        task.result().close()
 
 
 def _named(function: T, owner: str) -> T:
@@ -152,21 +137,12 @@ class AsyncAssetStore:
     async def stream(self, asset: Asset, *, start: int | None = None, end: int | None = None) -> AsyncIterator[bytes]:
         """The bytes ``[start, end)`` in pieces, as ``open`` has them; the file is closed with the iterator."""
         file = await self.open(asset, start=start, end=end)
-        reading = threading.Lock()  # a cancelled read goes on in its thread, and its file must stay open so long
-
-        def read() -> bytes:
-            with reading:
-                return file.read(CHUNK)
-
-        def close() -> None:
-            with reading:
-                file.close()
-
+        reader = OneAtATime(file.close)
         try:
-            while chunk := await asyncio.to_thread(read):
+            while chunk := await reader.call(file.read, CHUNK):
                 yield chunk
         finally:
-            await asyncio.shield(asyncio.to_thread(close))
+            await reader.close()
 
     @asynccontextmanager
     async def writer(
@@ -184,9 +160,9 @@ class AsyncAssetStore:
             yield out
             self._refuse_deadlock()  # the block may have written
         except BaseException as error:
-            await asyncio.shield(asyncio.to_thread(made.__exit__, type(error), error, error.__traceback__))
+            await OneAtATime(functools.partial(made.__exit__, type(error), error, error.__traceback__)).close()
             raise
-        await asyncio.shield(asyncio.to_thread(made.__exit__, None, None, None))
+        await OneAtATime(functools.partial(made.__exit__, None, None, None)).close()
 
     def _refuse_deadlock(self) -> None:
         engine = self._assets.engine
