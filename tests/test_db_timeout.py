@@ -35,6 +35,9 @@ def engine(postgres_database: Database, proxy: Proxy) -> Iterator[sa.Engine]:
     """The database through the proxy."""
     engine = sa.create_engine(postgres_database.engine.url.set(host="127.0.0.1", port=proxy.port))
     yield engine
+    # What was left behind in a call ends with its socket, and gives its connection back, before the pool is closed.
+    proxy.close()
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("jobkit-")])
     engine.dispose()
 
 

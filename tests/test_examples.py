@@ -265,7 +265,8 @@ def test_flask_run_serves_renders_and_stops_clean(
     assert "Traceback" not in (tmp_path / "log").read_text()
     with sqlite_database.engine.connect() as connection:
         left = [job.status for job in jobkit.JobStore(connection).list_by_company("acme")]
-    assert left in (["done", "done"], ["queued", "done"])
+    # The reloader, when it is stopped, kills its child: a job in flight then waits for its lease to run out.
+    assert left in (["done", "done"], ["queued", "done"], *([["running", "done"]] if options else []))
     assert violations(sqlite_database.engine, tmp_path / "assets") == []
 
 

@@ -30,6 +30,7 @@ from jobkit.errors import (
 )
 from jobkit.jobs import JobStore
 from jobkit.limits import MAX_GENERATED_ASSET_BYTES
+from jobkit.pruning import PruneReport, prune
 from jobkit.relay import Relay
 from jobkit.renderers import Renderers
 from jobkit.rescue import RescueReport
@@ -86,6 +87,7 @@ __all__ = [
     "JobTimeout",
     "JobkitError",
     "LeaseLost",
+    "PruneReport",
     "Relay",
     "RenderContext",
     "RenderInterrupted",
@@ -103,6 +105,7 @@ __all__ = [
     "errors",
     "metadata",
     "migrations",
+    "prune",
     "signals",
     "tables",
     "watch",

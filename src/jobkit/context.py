@@ -40,7 +40,7 @@ class RenderContext:
         open_asset: Callable[[UUID | str], BinaryIO],
         new_draft: Callable[[str, str], Draft],
         workspace: Callable[[], Path],
-        check: Callable[[], None],
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self.job_id = job_id
         self.company_id = company_id

@@ -42,6 +42,12 @@ def object_key(company_id: str, namespace: str, filename: str | None, *, unique:
     return f"{folder}/{unique}-{stem}{extension}"
 
 
+def safe_filename(filename: str | None) -> str:
+    """``filename`` as its keys have it: one name that stays in its folder, on every file system."""
+    name = "".join(_split(filename))
+    return f"_{name}" if _DEVICES.fullmatch(name) else name
+
+
 def check_key(company_id: str, key: str) -> None:
     """Return when ``key`` is one that this company's objects can have; ``AssetKeyRefused`` otherwise.
 

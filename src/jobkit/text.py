@@ -74,3 +74,8 @@ def sanitise(message: str) -> str:
     cut = str.__getitem__(message, slice(MAX_ERROR_CHARACTERS + 1))  # plain text, whatever its class overrides
     cleaned = _UNSAFE.sub("\ufffd", cut.replace("\r\n", "\n")).strip()
     return cleaned if len(cleaned) <= MAX_ERROR_CHARACTERS else cleaned[: MAX_ERROR_CHARACTERS - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """``text`` as one line that no terminal obeys."""
+    return _CONTROLS.sub("\ufffd", _UNSAFE.sub("\ufffd", text))

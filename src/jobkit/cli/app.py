@@ -1,0 +1,96 @@
+"""Which app: the Runner or the database that a command works on."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from jobkit.errors import ConfigurationError
+from jobkit.runner import Runner
+from jobkit.schema import require_schema
+from jobkit.text import describe
+
+URL_VARIABLE = "JOBKIT_DATABASE_URL"
+PACKAGE = str(Path(__file__).parent.parent)
+
+
+def add_app(parser: argparse.ArgumentParser, whose: str) -> None:
+    """Add ``--app``, which a command cannot do without."""
+    parser.add_argument("--app", required=True, metavar="MODULE:RUNNER", help=whose)
+
+
+def add_database(parser: argparse.ArgumentParser) -> None:
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "url", nargs="?", default=os.environ.get(URL_VARIABLE), help=f"SQLAlchemy URL (default: ${URL_VARIABLE})"
+    )
+    where.add_argument("--app", metavar="MODULE:RUNNER", help="the database of this Runner")
+
+
+def engine_of(url: str | None) -> sa.Engine:
+    if url is None:
+        raise ConfigurationError(f"which database? Give its URL, --app, or ${URL_VARIABLE}")
+    try:
+        engine = sa.create_engine(url)
+    except ImportError as error:
+        raise ConfigurationError(f"{error}: install the driver, for PostgreSQL with jobkit[postgresql]") from error
+    return engine
+
+
+@contextmanager
+def migrated(app: str) -> Iterator[Runner]:
+    """The Runner, its database looked at; its connections are closed at the end."""
+    runner = load(app)
+    try:
+        require_schema(runner.engine)
+        yield runner
+    finally:
+        runner.engine.dispose()
+
+
+def load(name: str) -> Runner:
+    """The Runner that ``module:attribute`` names, modules of the working directory included."""
+    module_name, _, path = name.partition(":")
+    if not module_name or not path:
+        raise ConfigurationError(f"--app takes MODULE:RUNNER, such as myapp.jobs:runner, not {name!r}")
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: object = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise broken(f"{module_name} cannot be imported", error) from error
+        raise ConfigurationError(f"no module {error.name!r} here or on the path") from error
+    except Exception as error:
+        raise broken(f"{module_name} cannot be imported", error) from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ConfigurationError(f"{module_name} has no {path!r}")
+        found = getattr(found, part)
+    if callable(found) and not isinstance(found, Runner):
+        try:
+            found = found()
+        except Exception as error:
+            raise broken(f"{name} cannot be called", error) from error
+    if not isinstance(found, Runner):
+        raise ConfigurationError(f"{name} is a {type(found).__name__}, not a jobkit.Runner")
+    return found
+
+
+def broken(what: str, error: Exception) -> ConfigurationError:
+    """One line that says ``what`` went wrong in the host's own code, how, and in which line of which file."""
+    libraries = ("<", PACKAGE, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
+    own = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(libraries)]
+    place, message = (f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""), describe(error)
+    if isinstance(error, SyntaxError):
+        place, message = f"{error.filename}, line {error.lineno}: ", error.msg
+    return ConfigurationError(f"{what}: {place}{type(error).__name__}: {' '.join(message.split())}")

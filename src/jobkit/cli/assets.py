@@ -1,0 +1,73 @@
+"""``jobkit assets verify`` and ``jobkit assets gc``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from datetime import timedelta
+from typing import Any
+
+from jobkit.audit import audit, elsewhere
+from jobkit.cli.app import add_app, migrated
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("assets", help="check what is stored, and remove what no row names")
+    own = parser.add_subparsers(required=True, metavar="COMMAND")
+    verify = own.add_parser("verify", help="read every asset and compare it with its row")
+    verify.add_argument("--company", metavar="ID", help="only those of one company")
+    verify.set_defaults(command=_verify)
+
+    gc = own.add_parser("gc", help="tell what a sweep would remove; with --yes remove it")
+    gc.add_argument(
+        "--older-than", type=_hours, default=_hours("24"), metavar="HOURS",
+        help="how long a file may take from its record to its row (default: 24)",
+    )  # fmt: skip
+    gc.add_argument("--yes", action="store_true", help="do it")
+    gc.set_defaults(command=_collect_garbage)
+    for command in (verify, gc):
+        add_app(command, "whose assets and database")
+
+
+def _hours(text: str) -> timedelta:
+    try:
+        hours = timedelta(hours=float(text))
+    except (ValueError, OverflowError):
+        hours = timedelta(-1)
+    if hours < timedelta(0):
+        raise argparse.ArgumentTypeError(f"not a number of hours: {text!r}")
+    return hours
+
+
+def _verify(options: argparse.Namespace) -> int:
+    read = bad = 0
+    with migrated(options.app) as runner:
+        for finding in audit(runner.engine, runner.assets, company_id=options.company):
+            read += 1
+            if finding.problem is not None:
+                bad += 1
+                print(f"{finding.asset.object_key}: {finding.problem}", flush=True)
+        others = elsewhere(runner.engine, runner.assets, company_id=options.company)
+    print(f"{read} assets read, {bad} bad" if bad else f"{read} assets read, all as their rows say")
+    for provider, count in others.items():
+        print(f"{count} assets are in storage {provider!r}, which this runner does not have: not read")
+    return 1 if bad else 0
+
+
+def _collect_garbage(options: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    with migrated(options.app) as runner:
+        report = runner.assets.collect_garbage(
+            older_than=options.older_than, dry_run=not options.yes, engine=runner.engine
+        )
+    size = "" if report.byte_size is None else f", {report.byte_size:,} bytes"
+    print(f"objects without a row: {report.abandoned} abandoned, {report.deleted} deleted{size}")
+    for key in report.sample:
+        print(f"  {key}")
+    if (more := report.abandoned + report.deleted - len(report.sample)) > 0:
+        print(f"  and {more} more")
+    print(f"records of earlier sweeps: {report.settled}")
+    if report.failed:
+        print(f"could not be removed: {report.failed}")
+    print("removed" if options.yes else "nothing was changed; --yes removes them")
+    return 1 if report.failed else 0

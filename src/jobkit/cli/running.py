@@ -1,0 +1,86 @@
+"""``jobkit demo``, ``jobkit migrate``, ``jobkit work``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import threading
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from jobkit import migrations
+from jobkit.cli.app import add_app, add_database, engine_of, load
+from jobkit.runner import Runner
+
+
+def add(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="make a PDF of a real document, on an SQLite file and a folder")
+    demo.add_argument(
+        "document", type=Path, nargs="?", help="a Markdown file (default: the one that comes with jobkit)"
+    )
+    demo.add_argument(
+        "--directory", type=Path, default=Path("jobkit-demo"), help="where everything goes (default: %(default)s)"
+    )
+    demo.set_defaults(command=_demo)
+
+    migrate = commands.add_parser("migrate", help="bring a database to this version of jobkit")
+    add_database(migrate)
+    migrate.add_argument("--schema", help="a PostgreSQL schema to keep the tables in")
+    migrate.add_argument("--downgrade", action="store_true", help="remove the tables, jobs and asset rows with them")
+    migrate.set_defaults(command=_migrate)
+
+    work = commands.add_parser("work", help="render queued jobs until SIGTERM or Ctrl-C")
+    add_app(work, "a Runner, or a function that makes one")
+    work.add_argument(
+        "--drain", type=float, default=30.0, metavar="SECONDS", help="how long jobs in flight may take to end"
+    )
+    work.set_defaults(command=_work)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from jobkit import demo
+
+    return demo.run(options.directory, options.document)
+
+
+def _migrate(options: argparse.Namespace) -> int:
+    engine = load(options.app).engine if options.app else engine_of(options.url)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    before = migrations.current(engine, schema=options.schema)
+    (migrations.downgrade if options.downgrade else migrations.upgrade)(engine, schema=options.schema)
+    after = migrations.current(engine, schema=options.schema)
+    shown = engine.url.render_as_string(hide_password=True)
+    print(
+        f"{shown}: {before or 'no tables'} -> {after or 'no tables'}"
+        if before != after
+        else f"{shown}: {after or 'no tables'}, nothing to do"
+    )
+    return 0
+
+
+def _work(options: argparse.Namespace) -> int:
+    """Until the first SIGTERM or SIGINT; then jobs in flight may end. A second one puts them back into the queue."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    runner = load(options.app)
+    # The handlers raise nothing, so that no signal hits halfway through a stop; SimpleQueue.put may be re-entered.
+    told: SimpleQueue[int | None] = SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _frame: told.put(number))
+    runner.start()
+    print(f"working for {options.app}; Ctrl-C stops", flush=True)
+    told.get()
+    print(f"stopping: jobs in flight have {options.drain:g} s; once more to put them back now", flush=True)
+    threading.Thread(target=_drain, args=(runner, options.drain, told), daemon=True).start()
+    if told.get() is not None:
+        runner.stop(timeout=0)
+    print("stopped", flush=True)
+    return 0
+
+
+def _drain(runner: Runner, seconds: float, told: SimpleQueue[int | None]) -> None:
+    try:
+        runner.stop(timeout=seconds)
+    finally:
+        told.put(None)
