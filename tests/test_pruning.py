@@ -12,7 +12,8 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from jobkit import AssetStore, ConfigurationError, Job, JobStore, PruneReport, Relay, Runner, prune, pruning
+from jobkit import AssetStore, ConfigurationError, EventsPruned, Job, JobStore, PruneReport, Relay, Runner, prune, pruning
+from jobkit._dialects.base import MARK
 from jobkit.clock import utcnow
 from jobkit.tables import asset_intents, assets, content_job_events, content_jobs
 from tests.support.databases import Database
@@ -165,7 +166,7 @@ def test_the_mark_is_the_newest_position_that_went_and_never_a_signal(
     def mark() -> Any:
         with engine.connect() as connection:
             return connection.execute(
-                sa.select(content_job_events.c.payload).where(content_job_events.c.job_id == pruning.MARK)
+                sa.select(content_job_events.c.payload).where(content_job_events.c.job_id == MARK)
             ).scalar_one_or_none()
 
     def newest(job: Job) -> Any:
@@ -207,3 +208,17 @@ def test_what_cannot_be_pruned_is_refused(database: Database, create: Create) ->
             JobStore(session).create("acme", job_type="note")
             with pytest.raises(ConfigurationError, match="for ever"):
                 prune(engine, older_than=1, dry_run=False)
+
+
+def test_a_replay_from_before_what_was_pruned_is_refused_and_one_from_after_it_is_not(
+    engine: sa.Engine, create: Create, recorder: Recorder
+) -> None:
+    with Relay(engine):
+        ended(engine, create())
+        recorder.wait(lambda types: "failed" in types)
+        before = recorder.events[0].cursor
+        kept = create()
+        recorder.wait(lambda types: types[-1] == "queued" and recorder.events[-1].job_id == kept.id)
+    prune(engine, older_than=DAY, dry_run=False)
+    with pytest.raises(EventsPruned):
+        Relay(engine, after=before).start()

@@ -14,8 +14,9 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
+from jobkit._dialects import statements_for
+from jobkit._dialects.base import Position
 from jobkit.assets import AssetStore
 from jobkit.claims import INTENT_GRACE
 from jobkit.clock import Clock, seconds, utcnow
@@ -29,7 +30,6 @@ from jobkit.types import JobStatus
 
 BATCH = 500
 TERMINAL = [status.value for status in JobStatus if status.terminal]
-MARK = uuid.UUID(int=0)
 _job, _event, _asset = content_jobs.c, content_job_events.c, assets.c
 
 
@@ -113,7 +113,8 @@ def _delete(
         content_job_events.delete().where(_event.job_id.in_(gone)).returning(_event.xid, _event.id)
     ).all()
     if events:
-        _mark(connection, max((row.xid or 0, row.id) for row in events))
+        upto = max(Position(row.xid or 0, row.id) for row in events)
+        statements_for(connection).mark_pruned(connection, upto)
     return len(gone), len(events), _bury(connection, gone, provider) if provider is not None else 0
 
 
@@ -127,18 +128,3 @@ def _bury(connection: sa.Connection, jobs: Sequence[uuid.UUID], provider: str) -
         tombstone = asset_intents.insert().values(state="tombstone", not_before=database_now)
         connection.execute(tombstone, [{"id": new_id(), **row._mapping} for row in gone])
     return len(gone)
-
-
-def _mark(connection: sa.Connection, position: tuple[int, int]) -> None:
-    """Remember that events up to ``position`` may be gone, in a row of the log that no cursor reaches."""
-    row = {"id": 0, "xid": 0, "company_id": "", "job_id": MARK, "seq": 0, "type": "pruned", "payload": _payload(0, 0)}
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    connection.execute(insert(content_job_events).values(row).on_conflict_do_nothing())
-    here = _event.job_id == MARK
-    known = connection.execute(sa.select(_event.payload).where(here).with_for_update()).scalar_one()
-    if position > (known["xid"], known["id"]):
-        connection.execute(content_job_events.update().where(here).values(payload=_payload(*position)))
-
-
-def _payload(xid: int, event_id: int) -> dict[str, int]:
-    return {"xid": xid, "id": event_id}
