@@ -33,9 +33,10 @@ class Fault:
     ``rm_file``; or to ``read``, the reading of an opened file.
 
     ``action``: ``raise`` the ``error``; ``cut`` the data at byte ``at`` and say that all is well; ``flip`` a bit of
-    that byte; ``wait`` until ``until()`` returns, then go on. ``at``: ``before`` the storage hears of it, ``after`` it
-    has done it (the reply is lost), or a number of bytes: that many are stored under the name, or read, before it
-    raises. The first ``skip`` calls are spared, then ``times`` calls are hit, all of them for None.
+    that byte; ``wait`` until ``until()`` returns, ``before`` or ``after``, then go on. ``at``: ``before`` the storage
+    hears of it, ``after`` it has done it (the reply is lost), or a number of bytes: that many are stored under the
+    name, or read, before it raises. The first ``skip`` calls are spared, then ``times`` calls are hit, all of them for
+    None.
     """
 
     operation: str
@@ -139,12 +140,13 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
         if fault is None:
             return whole()
         if fault.action == "wait":
+            result: Any = whole() if fault.at == "after" else None
             fault.until()
-            return whole()
+            return result if fault.at == "after" else whole()
         if fault.action == "raise" and (fault.at == "before" or (send is None and fault.at != "after")):
             raise fault.error
         if isinstance(fault.at, int) and data is not None and send is not None:
-            result: Any = send(_spoiled(data(), fault))
+            result = send(_spoiled(data(), fault))
         else:
             result = whole()
         if fault.action == "raise":

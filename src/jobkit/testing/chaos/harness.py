@@ -1,0 +1,362 @@
+"""The harness: carries out a plan, first with faults, then without, and has the outcome judged."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import json
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+
+from jobkit.assets import AssetStore
+from jobkit.errors import ConfigurationError
+from jobkit.migrations import upgrade
+from jobkit.tables import asset_intents, content_job_events, content_jobs
+from jobkit.testing.chaos.checks import Objects, judge
+from jobkit.testing.chaos.evidence import Evidence
+from jobkit.testing.chaos.plan import Life, Plan
+from jobkit.testing.chaos.points import through
+from jobkit.testing.chaos.process import PROVIDER, make_engine
+from jobkit.testing.chaos.processes import Processes
+from jobkit.testing.chaos.subscriber import log_of, read_log
+from jobkit.testing.chaos.verdict import Verdict
+from jobkit.testing.faulty import FaultPlan
+
+SUBSCRIBERS = ("subscriber-0", "subscriber-1")
+# How many jobs may be created ahead of the faults they shall meet.
+BACKLOG = 60
+# How long a life waits for its point before it is killed anyhow, in seconds.
+OVERDUE = 12.0
+# How long a frozen worker may go on after it was woken up, in seconds, before it is asked to stop.
+AFTERMATH = 0.5
+# How long anything may take that needs no luck, in seconds.
+DEADLINE = 60.0
+_TERMINAL = ("done", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is put to the test: a database and a storage, both empty, both of no value.
+
+    ``restart`` restarts the database's server, as a crash would, and returns when that answers again. ``lease``: how
+    long a claim lasts, in seconds. ``older_than``: of the sweeps; longer than any process is frozen. ``patience``: how
+    long after the last fault all jobs may take to end, in seconds.
+    """
+
+    database: str
+    storage: str
+    storage_options: Mapping[str, Any] = field(default_factory=dict)
+    restart: Callable[[], object] | None = None
+    workers: int = 5
+    concurrency: int = 4
+    lease: float = 1.0
+    db_timeout: float = 5.0
+    older_than: float = 12.0
+    patience: float = 90.0
+
+
+class Stuck(Exception):
+    """Something did not happen in time."""
+
+
+def run(target: Target, plan: Plan, folder: Path) -> Verdict:
+    """Carry out ``plan`` on ``target`` and judge what came of it. Logs and the whole plan are left in ``folder``.
+
+    ``ConfigurationError`` when the database holds jobs or the storage objects: a run is for what can be thrown away.
+    """
+    engine = make_engine(target.database, poolclass=sa.NullPool)
+    try:
+        objects = Objects(target.storage, target.storage_options)
+        _require_disposable(engine, objects, target)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps(plan.to_dict()), encoding="utf-8")
+        evidence = Evidence()
+        began = time.monotonic()
+        try:
+            with Processes(folder) as processes:
+                _Harness(target, plan, folder, engine, processes, evidence).run()
+        except Stuck as stuck:
+            evidence.violations.append(f"stuck: {stuck}")
+        evidence.janitor["swept at the end"] = _sweep(engine, target)
+        return judge(
+            engine,
+            objects,
+            evidence,
+            plan,
+            logs={name: read_log(log_of(folder, name)) for name in SUBSCRIBERS},
+            seconds=time.monotonic() - began,
+            restartable=target.restart is not None,
+        )
+    finally:
+        engine.dispose()
+
+
+def _require_disposable(engine: sa.Engine, objects: Objects, target: Target) -> None:
+    if target.storage.startswith("memory:"):
+        raise ConfigurationError("memory:// is every process' own: a run needs a storage that processes share")
+    upgrade(engine)
+    with engine.connect() as connection:
+        jobs = connection.execute(sa.select(sa.func.count()).select_from(content_jobs)).scalar_one()
+    if jobs or objects.keys():
+        raise ConfigurationError(
+            "this database holds jobs, or the storage objects: a run kills whatever uses them, and needs an empty "
+            "database and an empty storage that can be thrown away"
+        )
+
+
+def _sweep(engine: sa.Engine, target: Target) -> int:
+    """Sweep when nobody is left; how many objects went. No writer can be slow any more, so between the two visits of a
+    key there is nothing to wait for, and what a killed janitor held is free.
+    """
+    swept = 0
+    with through(FaultPlan(), target.storage) as url:
+        options = dict(target.storage_options) or None
+        assets = AssetStore(url, engine=engine, storage_options=options, provider=PROVIDER)
+        for _ in range(2):
+            with engine.begin() as connection:
+                held = asset_intents.update().where(asset_intents.c.state != "pending")
+                connection.execute(held.values(not_before=datetime(2000, 1, 1, tzinfo=UTC)))
+            report = assets.collect_garbage(older_than=0, dry_run=False)
+            swept += report.abandoned + report.deleted
+    return swept
+
+
+class _Harness:
+    def __init__(
+        self, target: Target, plan: Plan, folder: Path, engine: sa.Engine, processes: Processes, evidence: Evidence
+    ) -> None:
+        self._target, self._plan, self._folder = target, plan, folder
+        self._engine, self._processes, self._evidence = engine, processes, evidence
+        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        self._waiting = deque(plan.lives)
+        self._troubles = deque(plan.troubles)
+        self._workers: dict[str, Life | None] = {}
+        self._helpers: dict[str, int] = {}
+        self._killing: set[str] = set()
+        self._ready: set[str] = set()
+        self._ended = 0
+        self._quiet = False
+        fifo = folder / "creator.fifo"
+        os.mkfifo(fifo)
+        # Opened for both, so that neither side waits for the other, and a killed creator ends nothing.
+        self._fifo = os.open(fifo, os.O_RDWR)
+
+    def run(self) -> None:
+        """Safety: faults. Liveness: no more of them, and every job ends. Then everybody stops."""
+        try:
+            self._begin()
+            self._wait(lambda: not (self._waiting or self._workers), self._longest(), "the lives did not all end")
+            self._allow(len(self._plan.orders))
+            self._trouble(everything=True)
+            for number in range(self._target.workers):
+                self._work(f"healthy-{number}", None)
+            self._wait(self._all_terminal, self._target.patience, "jobs did not end after the last fault")
+            self._end()
+        finally:
+            os.close(self._fifo)
+
+    # --- phases
+
+    def _begin(self) -> None:
+        for name in SUBSCRIBERS:
+            self._help(name)
+        self._wait(lambda: self._ready >= set(SUBSCRIBERS), DEADLINE, "the subscribers did not start")
+        self._help("janitor")
+        self._help("creator")
+        self._refill()
+
+    def _end(self) -> None:
+        self._quiet = True
+        for name in list(self._workers):
+            self._processes.signal(name, signal.SIGTERM)
+        self._wait(lambda: not self._workers, DEADLINE, "workers did not stop")
+        with self._engine.connect() as connection:
+            events = set(connection.execute(sa.select(content_job_events.c.id)).scalars())
+        for name in SUBSCRIBERS:
+            self._wait(
+                lambda name=name: events <= {line["id"] for line in read_log(log_of(self._folder, name))},  # type: ignore[misc]
+                DEADLINE,
+                f"{name} did not hear every event",
+                often=0.5,
+            )
+        for name in list(self._helpers):
+            self._processes.signal(name, signal.SIGTERM)
+        self._wait(lambda: not self._helpers, DEADLINE, "subscribers and janitor did not stop")
+
+    def _all_terminal(self) -> bool:
+        if "creator" in self._helpers:
+            return False
+        unfinished = sa.select(sa.func.count()).where(content_jobs.c.status.not_in(_TERMINAL))
+        with self._engine.connect() as connection:
+            return connection.execute(unfinished).scalar_one() == 0
+
+    def _longest(self) -> float:
+        """A generous bound for the first phase, in seconds."""
+        return 120.0 + 5.0 * len(self._plan.lives) + 30.0 * len(self._plan.troubles)
+
+    # --- time
+
+    def _wait(self, until: Callable[[], bool], seconds: float, failure: str, *, often: float = 0.1) -> None:
+        deadline = time.monotonic() + seconds
+        looked = 0.0
+        while True:
+            moment = time.monotonic()
+            if moment >= looked + often:
+                if until():
+                    return
+                looked = moment
+            if moment > deadline:
+                raise Stuck(f"{failure} within {seconds:.0f} s")
+            while self._timers and self._timers[0][0] <= time.monotonic():
+                heapq.heappop(self._timers)[2]()
+            pause = min([often, *(timer[0] - time.monotonic() for timer in self._timers[:1])])
+            for message in self._processes.messages(pause):
+                self._hear(message)
+
+    def _later(self, seconds: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), action))
+
+    # --- processes
+
+    def _settings(self) -> dict[str, Any]:
+        target = self._target
+        return {
+            "database": target.database,
+            "storage": target.storage,
+            "storage_options": dict(target.storage_options),
+            "folder": str(self._folder),
+        }
+
+    def _help(self, name: str) -> None:
+        role = name.partition("-")[0]
+        life = self._helpers[name] = next(self._numbers)
+        more: dict[str, Any] = {"life": life, "older_than": self._target.older_than}
+        if name == "creator":
+            more = {"first": self._evidence.order + 1, "allowed": self._allowed()}
+        self._processes.start(name, role, self._settings() | more)
+
+    def _work(self, name: str, life: Life | None) -> None:
+        target = self._target
+        self._workers[name] = life
+        self._processes.start(
+            name,
+            "worker",
+            self._settings()
+            | {
+                "doom": life.doom if life else None,
+                "point": life.point if life else None,
+                "skip": life.skip if life else 0,
+                "fault_rate": life.fault_rate if life else 0.0,
+                "seed": self._plan.seed * 1_000_000 + (life.number if life else 0),
+                "concurrency": target.concurrency,
+                "lease": target.lease,
+                "db_timeout": target.db_timeout,
+                "patience": 10.0,
+            },
+        )
+
+    def _refill(self) -> None:
+        while self._waiting and len(self._workers) < self._target.workers:
+            life = self._waiting.popleft()
+            self._work(f"worker-{life.number}", life)
+
+    def _allowed(self) -> int:
+        orders, lives = len(self._plan.orders), len(self._plan.lives)
+        return orders if self._ended >= lives else min(orders, BACKLOG + orders * self._ended // lives)
+
+    def _allow(self, number: int) -> None:
+        os.write(self._fifo, b"%d\n" % number)
+
+    # --- what is told
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        self._evidence.hear(message)
+        name = message["from"]
+        if message.get("ready"):
+            self._ready.add(name)
+            if (life := self._workers.get(name)) is not None:
+                self._doom(name, life)
+        elif "struck" in message and (life := self._workers.get(name)) is not None and life.doom == "freeze":
+            self._evidence.done_to["frozen"] += 1
+            self._later(life.frozen * self._target.lease, lambda: self._thaw(name))
+        elif "heard" in message:
+            self._ready.add(f"{name} has heard")
+        elif "exit" in message:
+            self._gone(name, message["exit"])
+
+    def _doom(self, name: str, life: Life) -> None:
+        if life.point is not None:
+            self._later(OVERDUE, lambda: self._overdue(name, life))
+        else:
+            number = signal.SIGKILL if life.doom == "kill" else signal.SIGTERM
+            self._later(life.after, lambda: self._processes.signal(name, number))
+
+    def _overdue(self, name: str, life: Life) -> None:
+        if name in self._workers and self._evidence.struck_by.get(name) is None:
+            assert life.point is not None
+            self._evidence.missed[life.point] += 1
+            self._processes.signal(name, signal.SIGKILL)
+
+    def _thaw(self, name: str) -> None:
+        self._processes.signal(name, signal.SIGCONT)
+        self._later(AFTERMATH, lambda: self._processes.signal(name, signal.SIGTERM))
+
+    def _gone(self, name: str, code: int) -> None:
+        if name in self._workers:
+            life = self._workers.pop(name)
+            self._evidence.end(name, life, code)
+            if life is not None:
+                self._ended += 1
+                self._allow(self._allowed())
+                self._trouble()
+                self._refill()
+            return
+        del self._helpers[name]
+        self._ready.discard(name)
+        killed = name in self._killing and code == -signal.SIGKILL
+        self._killing.discard(name)
+        if killed:
+            self._evidence.done_to[f"{name.partition('-')[0]} killed"] += 1
+        elif code:
+            self._evidence.violations.append(f"I11: {name} ended by itself with {code}")
+        if killed or code:
+            self._help(name)
+
+    # --- trouble
+
+    def _trouble(self, *, everything: bool = False) -> None:
+        while self._troubles and (everything or self._troubles[0].after_lives <= self._ended):
+            trouble = self._troubles.popleft()
+            if trouble.what == "restart" and self._target.restart is not None:
+                self._target.restart()
+                self._evidence.done_to["database restarted"] += 1
+            elif trouble.what == "cut" and self._engine.dialect.name == "postgresql":
+                self._cut()
+            elif trouble.what == "kill":
+                self._kill(trouble.whom)
+
+    def _kill(self, name: str) -> None:
+        # A subscriber that has heard nothing yet would not know where to take up again.
+        deaf = name.startswith("subscriber") and f"{name} has heard" not in self._ready
+        if deaf or name not in self._ready or name in self._killing:
+            self._later(0.3, lambda: self._kill(name)) if name in self._helpers and not self._quiet else None
+            return
+        self._killing.add(name)
+        self._processes.signal(name, signal.SIGKILL)
+
+    def _cut(self) -> None:
+        others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND "
+        with self._engine.connect() as connection:
+            count = connection.execute(sa.text(others + "datname = current_database()")).scalar_one()
+        self._evidence.done_to["connections cut"] += count
+        self._evidence.done_to["database cut"] += 1

@@ -1,0 +1,64 @@
+"""A worker: a started runner, which the plan lets die, freeze or stop."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from jobkit import signals
+from jobkit.renderers import Renderers
+from jobkit.runner import Runner
+from jobkit.testing.chaos.points import Points, StoragePlan, through
+from jobkit.testing.chaos.process import Process, Witness
+from jobkit.testing.chaos.workload import register
+from jobkit.types import JobEvent
+
+# Of so many events that a worker hears, it checks one.
+CHECKED = 8
+# How often a worker tells what its runner counted, in seconds.
+REPORT = 0.05
+
+
+def main(process: Process) -> None:
+    """Run jobs until SIGTERM, or until the plan has it otherwise."""
+    settings = process.settings
+    points = Points(process, doom=settings["doom"], point=settings["point"], skip=settings["skip"])
+    engine = process.engine()
+    points.watch_commits(engine)
+    with ExitStack() as stack:
+        url = None
+        if settings["fault_rate"] or (settings["point"] or "").startswith("storage"):
+            faults = StoragePlan(process, points, seed=settings["seed"], rate=settings["fault_rate"])
+            url = stack.enter_context(through(faults, settings["storage"]))
+        renderers = Renderers()
+        register(renderers, points)
+        runner = Runner(
+            engine,
+            process.assets(engine, url),
+            renderers,
+            concurrency=settings["concurrency"],
+            lease=settings["lease"],
+            poll_interval=0.2,
+            db_timeout=settings["db_timeout"],
+        )
+        witness = Witness(process)
+
+        def hear(_company: str, *, event: JobEvent) -> None:
+            witness.sometimes(event, CHECKED)
+            points.reach("receiver")
+
+        for signal in (signals.content_job_running, signals.content_job_done, signals.content_job_failed):
+            signal.connect(hear)
+        process.persist(runner.start)
+        process.tell(ready=True)
+        _report(process, runner)
+        runner.stop(settings["patience"])
+        process.tell(ended=runner.metrics().ended, rejected=runner.metrics().rejected)
+
+
+def _report(process: Process, runner: Runner) -> None:
+    """Tell of each rejected write while it is news: a worker that is killed can tell nothing at its end."""
+    told = 0
+    while not process.ends_within(REPORT):
+        if (rejected := runner.metrics().rejected) != told:
+            told = rejected
+            process.tell(rejected=told)
