@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         restart=parsed.restart and (lambda: subprocess.run(parsed.restart, shell=True, check=True)),
         workers=parsed.workers,
         lease=parsed.lease,
+        setup=parsed.setup,
     )
     try:
         verdict = run(target, plan, folder)
@@ -48,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--storage", required=True, help="URL of an empty storage that can be thrown away")
     parser.add_argument("--storage-options", default="{}", help="what fsspec needs besides the URL, as JSON")
     parser.add_argument("--restart", metavar="COMMAND", help="restarts the database's server at once, as a crash would")
+    parser.add_argument("--setup", default="", metavar="MODULE:FUNCTION", help="called before workers are forked")
     parser.add_argument("--seed", type=int, help="the same seed and sizes give the same plan")
     parser.add_argument("--workers", type=int, default=Target.workers, help="how many live at a time")
     parser.add_argument("--lease", type=float, default=Target.lease, help="in seconds")

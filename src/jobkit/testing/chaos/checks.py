@@ -15,7 +15,7 @@ from jobkit.tables import asset_intents, assets, content_job_events, content_job
 from jobkit.testing.chaos.evidence import Evidence
 from jobkit.testing.chaos.plan import FILES, FREEZE_POINTS, POINTS, Plan
 from jobkit.testing.chaos.verdict import Verdict, counted
-from jobkit.testing.chaos.workload import ATTEMPTS, PLANNED, PREFIX, content
+from jobkit.testing.chaos.workload import ATTEMPTS, CLAIM, PLANNED, PREFIX, content
 
 TERMINAL = ("done", "failed", "cancelled")
 # What may follow each event of one job.
@@ -34,7 +34,6 @@ FOLLOWS = {
 UNLUCKY = {
     "worker lost too often": re.compile(r"its worker was lost \d+ times in a row"),
     "storage failed": re.compile(r"fault \d+ of seed \d+|the storage kept \d+ of \d+ bytes"),
-    "swept while frozen": re.compile(r"the sweep was faster"),
 }
 
 
@@ -180,6 +179,9 @@ def _result(job: Any, files: list[Any]) -> Iterator[str]:
     first = next((file.id for file in files if file.position == 0), None)
     if job.result_asset_id != first:
         yield f"I5: the result of job {job.id} is {job.result_asset_id}, its first file {first}"
+    claims = {found[1] for file in files if (found := CLAIM.search(file.original_filename))}
+    if claims - {str(job.fence)}:
+        yield f"I3: job {job.id} has files of claim {', '.join(claims)}, its fence is {job.fence}"
     if any(file.company_id != job.company_id for file in files):
         yield f"I14: a file of job {job.id} is another company's"
 
@@ -227,7 +229,7 @@ def _lacks(evidence: Evidence, plan: Plan, *, postgresql: bool, restartable: boo
     size, done = plan.size, evidence.done_to
     planned = Counter(life.point for life in plan.lives if life.point)
     for point in POINTS:
-        if planned[point] and not evidence.struck[point]:
+        if not evidence.struck[point]:
             yield f"nobody was killed or frozen at {point}, which was planned {planned[point]} times"
     if done["frozen"] < size.zombies:
         yield f"{done['frozen']} of {size.zombies} zombies were frozen"

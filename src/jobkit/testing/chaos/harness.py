@@ -47,15 +47,17 @@ _TERMINAL = ("done", "failed", "cancelled")
 class Target:
     """What is put to the test: a database and a storage, both empty, both of no value.
 
-    ``restart`` restarts the database's server, as a crash would, and returns when that answers again. ``lease``: how
-    long a claim lasts, in seconds. ``older_than``: of the sweeps; longer than any process is frozen. ``patience``: how
-    long after the last fault all jobs may take to end, in seconds.
+    ``restart`` restarts the database's server, as a crash would, and returns when that answers again. ``setup``: a
+    function, as ``module:name``, that is called in the process from which all others are forked. ``lease``: how long a
+    claim lasts, in seconds. ``older_than``: of the sweeps; longer than any process is frozen. ``patience``: how long
+    after the last fault all jobs may take to end, in seconds.
     """
 
     database: str
     storage: str
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     restart: Callable[[], object] | None = None
+    setup: str = ""
     workers: int = 5
     concurrency: int = 4
     lease: float = 1.0
@@ -82,7 +84,7 @@ def run(target: Target, plan: Plan, folder: Path) -> Verdict:
         evidence = Evidence()
         began = time.monotonic()
         try:
-            with Processes(folder) as processes:
+            with Processes(folder, target.database, target.storage, target.setup) as processes:
                 _Harness(target, plan, folder, engine, processes, evidence).run()
         except Stuck as stuck:
             evidence.violations.append(f"stuck: {stuck}")
@@ -158,6 +160,7 @@ class _Harness:
             self._wait(lambda: not (self._waiting or self._workers), self._longest(), "the lives did not all end")
             self._allow(len(self._plan.orders))
             self._trouble(everything=True)
+            self._calm()
             for number in range(self._target.workers):
                 self._work(f"healthy-{number}", None)
             self._wait(self._all_terminal, self._target.patience, "jobs did not end after the last fault")
@@ -175,8 +178,15 @@ class _Harness:
         self._help("creator")
         self._refill()
 
-    def _end(self) -> None:
+    def _calm(self) -> None:
+        """From now on only workers rescue the jobs of lost workers."""
         self._quiet = True
+        self._wait(lambda: not self._killing, DEADLINE, "who was killed did not start again")
+        self._processes.signal("janitor", signal.SIGTERM)
+        self._wait(lambda: "janitor" not in self._helpers, DEADLINE, "the janitor did not stop")
+        self._help("janitor")
+
+    def _end(self) -> None:
         for name in list(self._workers):
             self._processes.signal(name, signal.SIGTERM)
         self._wait(lambda: not self._workers, DEADLINE, "workers did not stop")
@@ -240,7 +250,7 @@ class _Harness:
     def _help(self, name: str) -> None:
         role = name.partition("-")[0]
         life = self._helpers[name] = next(self._numbers)
-        more: dict[str, Any] = {"life": life, "older_than": self._target.older_than}
+        more: dict[str, Any] = {"life": life, "older_than": self._target.older_than, "rescues": not self._quiet}
         if name == "creator":
             more = {"first": self._evidence.order + 1, "allowed": self._allowed()}
         self._processes.start(name, role, self._settings() | more)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from jobkit.renderers import Renderers
+from jobkit.rescue import RescueReport
 from jobkit.runner import Runner
 from jobkit.testing.chaos.points import through
 from jobkit.testing.chaos.process import Process
@@ -25,7 +26,7 @@ def main(process: Process) -> None:
         process.tell(ready=True)
         while not process.ends_within(PAUSE):
             report = process.persist(lambda: assets.collect_garbage(older_than=older_than, dry_run=False))
-            rescued = process.persist(runner.rescue)
+            rescued = process.persist(runner.rescue) if process.settings["rescues"] else RescueReport()
             told = {
                 "swept": report.abandoned + report.deleted,
                 "settled": report.settled,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -124,8 +125,9 @@ def draw(seed: int, size: Size) -> Plan:
     source = random.Random(f"jobkit chaos {seed}")
     dooms = ["kill"] * size.kills + ["freeze"] * size.zombies + ["stop"] * size.stops
     source.shuffle(dooms)
-    # A third of the kills come at any moment; the others go round the points, so that each has its share.
-    points = [POINTS[number % len(POINTS)] if number % 3 else None for number in range(size.kills)]
+    # Every third kill comes at any moment; the others go round the points, so that each has its share.
+    turns = itertools.cycle(POINTS)
+    points = [next(turns) if number % 3 else None for number in range(size.kills)]
     source.shuffle(points)
     lives = tuple(_life(number, doom, points, source) for number, doom in enumerate(dooms))
     return Plan(seed, size, lives, _troubles(size, len(lives), source), _orders(size.jobs, source))
@@ -153,9 +155,10 @@ def _troubles(size: Size, lives: int, source: random.Random) -> tuple[Trouble, .
 
 
 def _orders(jobs: int, source: random.Random) -> tuple[Order, ...]:
-    kinds = source.choices(list(FILES), _WEIGHTS, k=jobs)
     orders: list[Order] = []
-    for number, kind in enumerate(kinds):
+    created = 0
+    while created < jobs:
+        number, [kind] = len(orders), source.choices(list(FILES), _WEIGHTS)
         # Some ask again with a key that was used just before, and get that job.
         former = orders[-1] if orders else None
         repeats = former is not None and former.key is not None and not former.rolled_back and source.random() < 0.3
@@ -177,6 +180,7 @@ def _orders(jobs: int, source: random.Random) -> tuple[Order, ...]:
                 retried=source.random() < 0.3,
             )
         )
+        created += not orders[-1].rolled_back
     return tuple(orders)
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import UUID
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
@@ -72,7 +73,7 @@ def make_engine(url: str, **options: Any) -> sa.Engine:
 
 
 class Witness:
-    """Looks, as a receiver, at what a new connection sees of the job that an event tells of."""
+    """Looks, from within a receiver or renderer, at what a new connection sees."""
 
     def __init__(self, process: Process) -> None:
         self._process = process
@@ -89,6 +90,15 @@ class Witness:
             return
         if seen is None or seen < event.seq:
             self._process.tell(early=f"{event.type} of job {event.job_id} was told as {event.seq}, there is {seen}")
+
+    def fence(self, job_id: UUID) -> int | None:
+        """The number of the last claim of a job; None when the database does not say."""
+        query = sa.select(content_jobs.c.fence).where(content_jobs.c.id == job_id)
+        try:
+            with self._engine.connect() as connection:
+                return connection.execute(query).scalar_one_or_none()
+        except DBAPIError:
+            return None
 
     def sometimes(self, event: JobEvent, one_in: int) -> None:
         """Look at one in so many events."""

@@ -18,14 +18,15 @@ DEADLINE = 60.0
 class Processes:
     """Started with the ``with``; all of them are dead after it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, database: str, storage: str, setup: str) -> None:
         self._folder = folder
+        self._arguments = [str(folder), database, storage, setup]
         self._pending = b""
 
     def __enter__(self) -> Self:
         # In a session of its own: Ctrl-C in a terminal is for the harness alone, which then ends all of them.
         self._zygote = subprocess.Popen(
-            [sys.executable, "-m", "jobkit.testing.chaos.zygote", str(self._folder)],
+            [sys.executable, "-m", "jobkit.testing.chaos.zygote", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},

@@ -30,7 +30,8 @@ def main(process: Process) -> None:
             faults = StoragePlan(process, points, seed=settings["seed"], rate=settings["fault_rate"])
             url = stack.enter_context(through(faults, settings["storage"]))
         renderers = Renderers()
-        register(renderers, points)
+        witness = Witness(process)
+        register(renderers, points, witness)
         runner = Runner(
             engine,
             process.assets(engine, url),
@@ -40,7 +41,6 @@ def main(process: Process) -> None:
             poll_interval=0.2,
             db_timeout=settings["db_timeout"],
         )
-        witness = Witness(process)
 
         def hear(_company: str, *, event: JobEvent) -> None:
             witness.sometimes(event, CHECKED)

@@ -17,8 +17,12 @@ import selectors
 import signal
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import sqlalchemy as sa
+from fsspec import get_filesystem_class
 
 from jobkit.testing.chaos.creator import main as creator
 from jobkit.testing.chaos.janitor import main as janitor
@@ -29,8 +33,13 @@ from jobkit.testing.chaos.worker import main as worker
 ROLES = {"worker": worker, "creator": creator, "janitor": janitor, "subscriber": subscriber}
 
 
-def main(folder: str) -> None:
-    """Serve until standard input ends."""
+def main(folder: str, database: str, storage: str, setup: str) -> None:
+    """Serve until standard input ends. The drivers of both URLs are imported beforehand, and ``setup`` is called."""
+    sa.make_url(database).get_dialect().import_dbapi()
+    get_filesystem_class(storage.partition("://")[0])
+    if setup:
+        module, _, function = setup.partition(":")
+        getattr(import_module(module), function)()
     children: dict[int, str] = {}
     asleep, awake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(awake, warn_on_full_buffer=False)
@@ -101,4 +110,4 @@ def _reap(children: dict[int, str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
