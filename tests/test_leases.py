@@ -12,10 +12,14 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, Job, JobStore, Rendered, Renderers, RescueReport, Runner, claims
+from jobkit._dialects import statements_for
+from jobkit.claims import RELEASED
 from jobkit.clock import utcnow
-from jobkit.link import SharedLink
+from jobkit.link import Link, SharedLink
 from jobkit.rescue import Rescuer
+from jobkit.rescue import rescue as look
 from jobkit.tables import content_jobs
+from jobkit.types import JobStatus, Verdict
 from tests.support.invariants import violations
 from tests.support.recorder import Recorder
 
@@ -141,6 +145,34 @@ def test_a_job_that_kills_its_workers_is_stopped_and_says_so(engine: sa.Engine, 
     assert (failed.status, failed.rescues) == ("failed", claims.MAX_RESCUES + 1)
     assert failed.error_message == "its worker was lost 6 times in a row; perhaps this job is what kills it"
     assert failed.finished_at is not None
+
+
+@pytest.mark.parametrize("end", [RELEASED, Verdict(JobStatus.QUEUED, error="boom", run_at=utcnow())])
+def test_workers_lost_now_and_then_do_not_stop_a_job(engine: sa.Engine, create: Create, end: Verdict) -> None:
+    job = create()
+    for _ in range(claims.MAX_RESCUES):
+        claim_one(engine, "lost")
+        expire(engine, job)
+        rescue(engine)
+    claim = claim_one(engine, "well")
+    with engine.begin() as connection:
+        assert claims.finish(connection, [claims.Completion(claim, verdict=end)], now=utcnow())
+        connection.execute(sa.update(content_jobs).values(run_at=None))
+    claim_one(engine, "lost")
+    expire(engine, job)
+    assert rescue(engine) == ["content_job.retrying"]
+    assert fresh(engine, job).rescues == 1
+
+
+def test_a_rescue_is_told_after_its_commit(engine: sa.Engine, create: Create) -> None:
+    job = create()
+    claim_one(engine, "dead")
+    expire(engine, job)
+    told: list[str] = []
+    link = Link(engine)
+    look(link, statements_for(engine), clock=utcnow, on_commit=lambda rows: told.append(fresh(engine, job).status))
+    link.close()
+    assert told == ["queued"]
 
 
 def test_a_lost_job_that_was_asked_to_stop_is_cancelled(engine: sa.Engine, create: Create) -> None:
