@@ -23,6 +23,7 @@ from jobkit.clock import utcnow
 from jobkit.tables import content_job_events, content_jobs
 from jobkit.watching import Watcher
 from tests.support.databases import Database
+from tests.support.recorder import Recorder
 from tests.support.runners import Gate, only, until
 
 Create = Callable[..., Job]
@@ -137,12 +138,14 @@ print(jobkit.Runner(engine, jobkit.AssetStore(sys.argv[2]), renderers).run_until
 
 
 @pytest.mark.parametrize("status", ["done", "failed", "cancelled"])
-def test_a_job_that_has_ended_is_one_item_and_needs_no_relay(status: str, engine: sa.Engine, create: Create) -> None:
+def test_a_job_that_has_ended_is_one_item_and_needs_no_relay(
+    status: str, engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = create()
     move(engine, job, "running", status)
+    monkeypatch.setattr(Relay, "start", None)
     watched = watch(engine, job.id)
     state = next(watched)
-    assert relays() == []
     assert isinstance(state, JobState)
     assert (state.type, state.seq, state.job.status) == (f"content_job.{status}", 3, status)
     assert told(watched) == []
@@ -200,33 +203,38 @@ POINTS = {
 
 
 @pytest.mark.usefixtures("by_signals_alone")
-@pytest.mark.parametrize("nth", [1, 2])
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("moves", [["running"], ["running", "done"]], ids=" ".join)
+@pytest.mark.parametrize(
+    ("point", "nth"), [(point, nth) for point in POINTS for nth in (1, 2, 3) if nth == 1 or POINTS[point][1] == "read"]
+)
 def test_what_is_committed_while_a_watch_begins_comes_once(
-    point: str, nth: int, engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
+    point: str, nth: int, moves: list[str], engine: sa.Engine, create: Create, recorder: Recorder, monkeypatch: Any
 ) -> None:
     job, calls = create(), []
     owner, name, before = POINTS[point]
     original = getattr(owner, name)
 
+    def commit() -> None:
+        began = bool(relays())
+        move(engine, job, *moves)
+        if began:  # it is told now, to whoever listens by now
+            recorder.wait(lambda types: types[-1:] == moves[-1:], timeout=60)
+
     def interrupted(self: Any, *args: Any) -> Any:
         calls.append(1)
         mine = len(calls) == nth
         if mine and before:
-            move(engine, job, "running")
+            commit()
         found = original(self, *args)
         if mine and not before:
-            move(engine, job, "running")
+            commit()
         return found
 
-    monkeypatch.setattr(owner, name, interrupted)
-    watched = watch(engine, job.id)
-    follower = Follower(watched).begun()
-    monkeypatch.undo()
-    monkeypatch.setattr(watching, "LOOK", 600.0)
-    if len(calls) < nth:
-        move(engine, job, "running")
-    move(engine, job, "done")
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        follower = Follower(watch(engine, job.id)).begun()
+    if "done" not in moves:
+        move(engine, job, "done")
     items = follower.ended()
     assert items[-1].type == "content_job.done"
     assert [item.seq for item in items] == list(range(items[0].seq, 4))
@@ -366,6 +374,7 @@ def test_closing_or_dropping_it_lets_go_of_relay_and_signals(
     job = create()
     watched: Items | None = watch(engine, job.id)
     assert watched is not None
+    assert (len(relays()), signals.any_receivers()) == (0, False)
     next(watched)
     assert (len(relays()), signals.any_receivers()) == (1, True)
     if end(watched) is not None:
@@ -373,13 +382,6 @@ def test_closing_or_dropping_it_lets_go_of_relay_and_signals(
         gc.collect()
     until(lambda: relays() == [])
     assert not signals.any_receivers()
-
-
-def test_a_watch_that_is_never_iterated_holds_nothing(engine: sa.Engine, create: Create) -> None:
-    kept = watch(engine, create().id)
-    assert relays() == []
-    assert not signals.any_receivers()
-    kept.close()
 
 
 @pytest.mark.parametrize(

@@ -74,8 +74,9 @@ def _items(watcher: Watcher, woken: threading.Event, limit: float | None) -> Gen
             remaining = LOOK if deadline is None else deadline - time.monotonic()
             came = woken.wait(max(0.0, min(LOOK, remaining)))
             woken.clear()
-            yield from watcher.take(look=not came)
-            if deadline is not None and time.monotonic() >= deadline:
+            late = deadline is not None and time.monotonic() >= deadline
+            yield from watcher.take(look=late or not came)
+            if late:
                 break
 
 
