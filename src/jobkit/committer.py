@@ -12,13 +12,12 @@ import sqlalchemy as sa
 from jobkit import claims
 from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow
-from jobkit.attempt import Attempt
-from jobkit.claims import Claim, Intent
+from jobkit.claims import Claim
 from jobkit.clock import Clock
 from jobkit.link import Link
 from jobkit.rotation import Rotation
 from jobkit.tables import content_jobs
-from jobkit.turns import Turn
+from jobkit.turns import Turn, intents
 from jobkit.types import JobStatus
 
 
@@ -77,7 +76,7 @@ class Committer:
             if turn.ends:
                 events += claims.finish(connection, turn.ends, now=now)
             if turn.rendered:
-                claims.record_intents(connection, [intent for attempt in turn.rendered for intent in _intents(attempt)])
+                claims.record_intents(connection, [intent for attempt in turn.rendered for intent in intents(attempt)])
             if turn.limit and unsure:
                 events += claims.release(connection, self._unknown(connection), now=now)
             if turn.limit:
@@ -119,7 +118,3 @@ class Committer:
         )
         found = [Claim(row.id, row.company_id, "", {}, None, row.fence, 0) for row in rows]
         return [claim for claim in found if not self._holds(claim)]
-
-
-def _intents(attempt: Attempt) -> list[Intent]:
-    return [Intent(attempt.claim.company_id, file.provider, file.object_key) for file in attempt.stored]

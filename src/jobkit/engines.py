@@ -7,7 +7,6 @@ import sqlalchemy as sa
 from jobkit.errors import ConfigurationError
 from jobkit.sqlite import require_configured
 
-
 NEEDED = "a Runner, Relay or AssetStore needs a synchronous Engine, not"
 
 

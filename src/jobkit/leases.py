@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -55,16 +55,20 @@ class LeaseKeeper:
         if renewing:
             self._renew_at = sent + self._lease / 3
         for attempt in attempts:
-            job_id = attempt.claim.job_id
-            if job_id not in held:
-                attempt.interrupt(LeaseLost(f"job {job_id} was taken from this runner"))
-                continue
-            if renewing:
+            if renewing and attempt.claim.job_id in held:
                 attempt.renewed = sent
-            if held[job_id]:
-                attempt.interrupt(JobCancelled(f"job {job_id} was cancelled"))
+            tell(attempt, held)
 
     def _ask(self, attempts: list[Attempt], *, renewing: bool) -> dict[UUID, bool]:
         held = [attempt.claim for attempt in attempts]
         with self.link.use() as connection:
             return claims.renew(connection, held, lease=self._lease) if renewing else claims.look(connection, held)
+
+
+def tell(attempt: Attempt, held: Mapping[UUID, bool]) -> None:
+    """Interrupt an attempt whose claim is not among those that hold, or whose job was asked to stop."""
+    job_id = attempt.claim.job_id
+    if job_id not in held:
+        attempt.interrupt(LeaseLost(f"job {job_id} was taken from this runner"))
+    elif held[job_id]:
+        attempt.interrupt(JobCancelled(f"job {job_id} was cancelled"))

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit import claims, policy
+from jobkit import claims
 from jobkit._dialects.base import EventRow
 from jobkit.assets import AssetStore
 from jobkit.attempt import Attempt
@@ -27,7 +27,7 @@ from jobkit.errors import LeaseLost
 from jobkit.link import SharedLink
 from jobkit.renderers import Renderers
 from jobkit.text import describe
-from jobkit.turns import Turn, is_outage
+from jobkit.turns import Turn, failed, is_outage
 from jobkit.types import JobStatus, RunnerMetrics
 from jobkit.workshop import Pool, Workshop
 
@@ -222,16 +222,7 @@ class Pipeline:
                 self._turn.ends.append(self._failed(message, message.failure))
 
     def _failed(self, attempt: Attempt, failure: BaseException) -> Completion:
-        claim = attempt.claim
-        verdict = policy.verdict(
-            failure,
-            describe(failure),
-            attempt=claim.attempt,
-            max_attempts=attempt.max_attempts,
-            interrupted=attempt.interrupted,
-            now=self._clock(),
-        )
-        return Completion(claim, verdict=verdict)
+        return failed(attempt, failure, now=self._clock())
 
     def _free(self) -> int:
         if self._stopping:

@@ -1,13 +1,16 @@
-"""A turn of the pipeline: what one transaction does, and whether the database failed it or refused it."""
+"""A turn of the pipeline: what one transaction does with attempts, and whether the database failed it or refused it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import sqlalchemy as sa
 
+from jobkit import policy
 from jobkit.attempt import Attempt
-from jobkit.claims import Completion
+from jobkit.claims import Completion, Intent
+from jobkit.text import describe
 
 
 @dataclass(slots=True)
@@ -34,6 +37,24 @@ class Turn:
         """Each thing by itself, so that what the database refuses fails alone."""
         found = [Turn(ends=[end]) for end in self.ends] + [Turn(rendered=[attempt]) for attempt in self.rendered]
         return [*found, Turn(limit=self.limit, asked=self.asked, thorough=self.thorough)] if self.limit else found
+
+
+def intents(attempt: Attempt) -> list[Intent]:
+    """The keys of a rendered attempt's files."""
+    return [Intent(attempt.claim.company_id, file.provider, file.object_key) for file in attempt.stored]
+
+
+def failed(attempt: Attempt, failure: BaseException, *, now: datetime) -> Completion:
+    """The end of an attempt that gave no files: its job's end, or its place in the queue."""
+    verdict = policy.verdict(
+        failure,
+        describe(failure),
+        attempt=attempt.claim.attempt,
+        max_attempts=attempt.max_attempts,
+        interrupted=attempt.interrupted,
+        now=now,
+    )
+    return Completion(attempt.claim, verdict=verdict)
 
 
 def is_outage(error: Exception) -> bool:

@@ -60,13 +60,9 @@ class Workshop:
 
     def attempt(self, claim: Claim) -> Attempt:
         """An attempt at a claimed job, to be rendered here."""
-        try:
-            registration = self._renderers.find(claim.job_type)
-        except UnknownJobType as error:
-            registration = Registration(_raising(error))
         return Attempt(
             claim,
-            registration,
+            registration_of(self._renderers, claim.job_type),
             self._assets,
             services=self._renderers.services,
             open_asset=lambda asset_id: self._open_asset(claim.company_id, asset_id),
@@ -151,6 +147,14 @@ class Workshop:
         if asset is None:
             raise AssetNotFound(f"no asset {asset_id}")
         return self._assets.open(asset)
+
+
+def registration_of(renderers: Renderers, job_type: str) -> Registration:
+    """How a job of this type is rendered; of an unknown type, by a renderer that says so."""
+    try:
+        return renderers.find(job_type)
+    except UnknownJobType as error:
+        return Registration(_raising(error))
 
 
 def _raising(error: UnknownJobType) -> Renderer:
