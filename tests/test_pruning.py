@@ -12,7 +12,18 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from jobkit import AssetStore, ConfigurationError, EventsPruned, Job, JobStore, PruneReport, Relay, Runner, prune, pruning
+from jobkit import (
+    AssetStore,
+    ConfigurationError,
+    EventsPruned,
+    Job,
+    JobStore,
+    PruneReport,
+    Relay,
+    Runner,
+    prune,
+    pruning,
+)
 from jobkit._dialects.base import MARK
 from jobkit.clock import utcnow
 from jobkit.tables import asset_intents, assets, content_job_events, content_jobs

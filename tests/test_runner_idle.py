@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetStore, JobEvent, Relay, Runner, signals
+from jobkit import AssetStore, JobEvent, JobStore, Relay, Runner, signals
 from jobkit.pipeline import Pipeline
 from tests.support.databases import Database
 from tests.support.invariants import violations
@@ -288,3 +288,24 @@ def test_two_databases_of_one_process_are_told_apart(
         jobs = [runner.submit("acme", job_type="note") for runner in runners]
         recorder.wait(lambda types: types.count("done") == 2)
     assert [recorder.types(job.id) for job in jobs] == [WHOLE, WHOLE]
+
+
+@pytest.mark.parametrize("receivers", [False, True])
+def test_an_idle_runner_is_woken_by_a_job_that_somebody_else_commits(
+    receivers: bool, database: Database, disk: AssetStore, request: pytest.FixtureRequest
+) -> None:
+    if receivers:
+        request.getfixturevalue("recorder")
+    other = database.connect()
+
+    def idle() -> bool:
+        return runner._running is not None and runner._running.pipeline._next_poll > time.monotonic() + 60
+
+    with Runner(database.engine, disk, only(note), poll_interval=3600) as runner:
+        until(idle)
+        for count in (1, 2):
+            with other.begin() as connection:
+                JobStore(connection).create("acme", job_type="note")
+            until(lambda count=count: runner.metrics().ended == count)  # type: ignore[misc]
+            until(idle)
+    assert statuses(database.engine) == ["done"] * 2

@@ -286,6 +286,7 @@ class Runner:
                 engine, lease=lease, clock=clock, shared=shared, on_commit=feed.offer, wake=wake
             ),
             sweeper=Periodic("jobkit-sweep", SWEEP_INTERVAL, lambda: self._assets._sweep(engine, shared.use)),
+            listen=feed.on_jobs,
             shared=shared,
             db_timeout=self._db_timeout,
             lease=lease,

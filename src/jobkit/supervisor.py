@@ -38,14 +38,17 @@ class Supervisor:
         keeper: Callable[[Callable[[], list[Attempt]]], LeaseKeeper],
         rescuer: Callable[[Callable[[], None]], Rescuer],
         sweeper: Periodic,
+        listen: Callable[[Callable[[], None]], Callable[[], None]],
         shared: SharedLink,
         db_timeout: float,
         lease: float,
     ) -> None:
-        """``pipeline``, ``keeper`` and ``rescuer`` make one; ``shared`` is what they use in turns. ``db_timeout``: how
-        long any use of a connection may last, in seconds; the keeper's no longer than a third of a ``lease``.
+        """``pipeline``, ``keeper`` and ``rescuer`` make one; ``listen`` lets hints at new jobs call a function, until
+        what it returns is called; ``shared`` is the connection they use in turns. ``db_timeout``: how long any use of a
+        connection may last, in seconds; the keeper's no longer than a third of a ``lease``.
         """
-        self._make_pipeline = pipeline
+        self._make_pipeline, self._listen = pipeline, listen
+        self._deafen: Callable[[], None] = lambda: None
         self._make_keeper, self._make_rescuer = keeper, rescuer
         self._sweeper, self._shared = sweeper, shared
         self._db_timeout, self._renewal_timeout = db_timeout, min(db_timeout, lease / 3)
@@ -59,6 +62,7 @@ class Supervisor:
     def start(self) -> None:
         """Start every thread."""
         self._spawn(self.pipeline)
+        self._deafen = self._listen(self._wake)
         for timer in (self._keeper.timer, self._rescuer.timer, self._sweeper, self._watch):
             timer.start()
 
@@ -67,6 +71,7 @@ class Supervisor:
         again from another thread, a shorter ``timeout`` counts.
         """
         self._stopping = True
+        self._deafen()
         pipeline = self.pipeline
         pipeline.stop()
         over = False
