@@ -1,0 +1,87 @@
+"""What a test says about the jobs that its app created."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from jobkit.jobs import connection_of, job_of
+from jobkit.tables import content_jobs
+from jobkit.text import company
+from jobkit.types import Job
+
+if TYPE_CHECKING:
+    from jobkit.jobs import Host
+
+_c = content_jobs.c
+SHOWN = 20
+
+
+def assert_job_created(
+    session: Host,
+    company_id: object = None,
+    *,
+    job_type: str | None = None,
+    input: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Job:
+    """The newest job that ``session`` sees with all that is given; ``AssertionError`` telling which there are, if none
+    is so.
+
+    ``input``: what the job's input has to hold, among other things. ``fields``: other attributes of the ``Job``, such
+    as ``status``, ``run_at`` or ``source_task_id``; ``TypeError`` for what is none.
+    """
+    wanted, jobs = _wanted(company_id, job_type, input, fields), _jobs(session)
+    for job in jobs:
+        if _is(job, wanted):
+            return job
+    raise AssertionError(f"no job with {_shown(wanted)} was created; there {_listed(jobs)}")
+
+
+def assert_no_job_created(
+    session: Host,
+    company_id: object = None,
+    *,
+    job_type: str | None = None,
+    input: dict[str, Any] | None = None,
+    **fields: Any,
+) -> None:
+    """``AssertionError`` when ``session`` sees a job with all that is given, as ``assert_job_created`` takes it."""
+    wanted = _wanted(company_id, job_type, input, fields)
+    found = [job for job in _jobs(session) if _is(job, wanted)]
+    if found:
+        raise AssertionError(f"a job with {_shown(wanted) or 'anything'} was created: there {_listed(found)}")
+
+
+def _wanted(
+    company_id: object, job_type: str | None, input: dict[str, Any] | None, fields: dict[str, Any]
+) -> dict[str, Any]:
+    if unknown := sorted(fields.keys() - {column.name for column in content_jobs.columns}):
+        raise TypeError(f"a job has no {', '.join(unknown)}")
+    given = {"company_id": None if company_id is None else company(company_id), "job_type": job_type, "input": input}
+    return {name: value for name, value in given.items() if value is not None} | fields
+
+
+def _jobs(session: Host) -> list[Job]:
+    query = sa.select(content_jobs).order_by(_c.created_at.desc(), _c.id.desc())
+    return [job_of(row) for row in connection_of(session).execute(query)]
+
+
+def _is(job: Job, wanted: dict[str, Any]) -> bool:
+    return all(
+        value.items() <= job.input.items() if name == "input" else getattr(job, name) == value
+        for name, value in wanted.items()
+    )
+
+
+def _shown(wanted: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in wanted.items())
+
+
+def _listed(jobs: list[Job]) -> str:
+    if not jobs:
+        return "are none"
+    lines = [f"  {job.company_id!r} {job.job_type!r} {job.status.value} {job.input!r:.200}" for job in jobs[:SHOWN]]
+    more = [f"  and {len(jobs) - SHOWN} more"] if len(jobs) > SHOWN else []
+    return "\n".join(["are:", *lines, *more])
