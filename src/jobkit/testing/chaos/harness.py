@@ -34,12 +34,8 @@ from jobkit.testing.faulty import FaultPlan
 SUBSCRIBERS = ("subscriber-0", "subscriber-1")
 # How many jobs may be created ahead of the faults they shall meet.
 BACKLOG = 60
-# How long a life waits for its point before it is killed anyhow, in seconds.
-OVERDUE = 12.0
 # How long a frozen worker may go on after it was woken up, in seconds, before it is asked to stop.
 AFTERMATH = 0.5
-# How long anything may take that needs no luck, in seconds.
-DEADLINE = 60.0
 _TERMINAL = ("done", "failed", "cancelled")
 
 
@@ -48,9 +44,10 @@ class Target:
     """What is put to the test: a database and a storage, both empty, both of no value.
 
     ``restart`` restarts the database's server, as a crash would, and returns when that answers again. ``setup``: a
-    function, as ``module:name``, that is called in the process from which all others are forked. ``lease``: how long a
-    claim lasts, in seconds. ``older_than``: of the sweeps; longer than any process is frozen. ``patience``: how long
-    after the last fault all jobs may take to end, in seconds.
+    function, as ``module:name``, that is called in the process from which all others are forked. ``workers`` live at a
+    time, with ``concurrency`` and ``lease`` of their runners. ``older_than``: of the sweeps, longer than any process is
+    frozen. In seconds: ``overdue`` is a life that has not come to its point, and is killed anyhow; ``patience``: how
+    long after the last fault all jobs may take to end; ``deadline``: whatever needs no luck.
     """
 
     database: str
@@ -64,6 +61,8 @@ class Target:
     db_timeout: float = 5.0
     older_than: float = 12.0
     patience: float = 90.0
+    deadline: float = 60.0
+    overdue: float = 12.0
 
 
 class Stuck(Exception):
@@ -173,7 +172,7 @@ class _Harness:
     def _begin(self) -> None:
         for name in SUBSCRIBERS:
             self._help(name)
-        self._wait(lambda: self._ready >= set(SUBSCRIBERS), DEADLINE, "the subscribers did not start")
+        self._wait(lambda: self._ready >= set(SUBSCRIBERS), self._target.deadline, "the subscribers did not start")
         self._help("janitor")
         self._help("creator")
         self._refill()
@@ -181,27 +180,27 @@ class _Harness:
     def _calm(self) -> None:
         """From now on only workers rescue the jobs of lost workers."""
         self._quiet = True
-        self._wait(lambda: not self._killing, DEADLINE, "who was killed did not start again")
+        self._wait(lambda: not self._killing, self._target.deadline, "who was killed did not start again")
         self._processes.signal("janitor", signal.SIGTERM)
-        self._wait(lambda: "janitor" not in self._helpers, DEADLINE, "the janitor did not stop")
+        self._wait(lambda: "janitor" not in self._helpers, self._target.deadline, "the janitor did not stop")
         self._help("janitor")
 
     def _end(self) -> None:
         for name in list(self._workers):
             self._processes.signal(name, signal.SIGTERM)
-        self._wait(lambda: not self._workers, DEADLINE, "workers did not stop")
+        self._wait(lambda: not self._workers, self._target.deadline, "workers did not stop")
         with self._engine.connect() as connection:
             events = set(connection.execute(sa.select(content_job_events.c.id)).scalars())
         for name in SUBSCRIBERS:
             self._wait(
                 lambda name=name: events <= {line["id"] for line in read_log(log_of(self._folder, name))},  # type: ignore[misc]
-                DEADLINE,
+                self._target.deadline,
                 f"{name} did not hear every event",
                 often=0.5,
             )
         for name in list(self._helpers):
             self._processes.signal(name, signal.SIGTERM)
-        self._wait(lambda: not self._helpers, DEADLINE, "subscribers and janitor did not stop")
+        self._wait(lambda: not self._helpers, self._target.deadline, "subscribers and janitor did not stop")
 
     def _all_terminal(self) -> bool:
         if "creator" in self._helpers:
@@ -306,7 +305,7 @@ class _Harness:
 
     def _doom(self, name: str, life: Life) -> None:
         if life.point is not None:
-            self._later(OVERDUE, lambda: self._overdue(name, life))
+            self._later(self._target.overdue, lambda: self._overdue(name, life))
         else:
             number = signal.SIGKILL if life.doom == "kill" else signal.SIGTERM
             self._later(life.after, lambda: self._processes.signal(name, number))

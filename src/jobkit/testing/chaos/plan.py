@@ -129,11 +129,12 @@ def draw(seed: int, size: Size) -> Plan:
     turns = itertools.cycle(POINTS)
     points = [next(turns) if number % 3 else None for number in range(size.kills)]
     source.shuffle(points)
-    lives = tuple(_life(number, doom, points, source) for number, doom in enumerate(dooms))
+    rates = (0.0, 0.0, 0.1, 0.3) if size.storage_faults else (0.0,)
+    lives = tuple(_life(number, doom, points, rates, source) for number, doom in enumerate(dooms))
     return Plan(seed, size, lives, _troubles(size, len(lives), source), _orders(size.jobs, source))
 
 
-def _life(number: int, doom: str, points: list[str | None], source: random.Random) -> Life:
+def _life(number: int, doom: str, points: list[str | None], rates: tuple[float, ...], source: random.Random) -> Life:
     point = points.pop() if doom == "kill" else source.choice(FREEZE_POINTS) if doom == "freeze" else None
     return Life(
         number=number,
@@ -142,7 +143,7 @@ def _life(number: int, doom: str, points: list[str | None], source: random.Rando
         skip=source.choice((0, 0, 1, 2, 4)),
         after=round(source.uniform(0.0, 1.0) ** 2, 3),
         frozen=round(source.uniform(1.7, 2.6), 3),
-        fault_rate=source.choice((0.0, 0.0, 0.1, 0.3)),
+        fault_rate=source.choice(rates),
     )
 
 
