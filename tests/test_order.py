@@ -199,7 +199,7 @@ def plans(engine: sa.Engine) -> Iterator[list[str]]:
     found: list[str] = []
 
     def explain(connection: Any, cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
-        if not statement.lstrip().upper().startswith(("WITH", "SELECT", "UPDATE")):
+        if not statement.lstrip().upper().startswith(("WITH", "SELECT", "UPDATE", "DELETE")):
             return
         prefix = "EXPLAIN QUERY PLAN " if engine.dialect.name == "sqlite" else "EXPLAIN "
         own = connection.connection.cursor()

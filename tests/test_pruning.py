@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,12 +25,12 @@ from jobkit import (
 )
 from jobkit._dialects.base import MARK
 from jobkit.clock import utcnow
-from jobkit.tables import asset_intents, assets, content_job_events, content_jobs
+from jobkit.tables import assets, content_job_events, content_jobs
 from tests.support.databases import Database
 from tests.support.files import intents, objects
 from tests.support.recorder import Recorder
-from tests.support.runners import note, only, seen
-from tests.support.sweeping import collect
+from tests.support.runners import note, only
+from tests.support.sweeping import collect, intend
 
 Create = Callable[..., Job]
 DAY = timedelta(days=1)
@@ -57,26 +56,48 @@ def left(engine: sa.Engine) -> tuple[set[Any], set[Any]]:
         return jobs, set(events)
 
 
+def sums(report: PruneReport) -> tuple[int, int, int]:
+    return report.jobs, report.events, report.assets
+
+
 def test_what_ended_long_ago_goes_with_its_events_and_the_rest_stays(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pruning, "PAGE", 5)
     monkeypatch.setattr(pruning, "BATCH", 2)
     old = [create() for _ in range(7)]
+    queued, running, young = create(), create(), create()
+    old += [create() for _ in range(6)]
     for number, job in enumerate(old):
         ended(engine, job, ["done", "failed", "cancelled"][number % 3])
-    queued, running, young = create(), create(), create()
     with engine.begin() as connection:
         JobStore(connection).transition(running.id, status="running")
     ended(engine, young, at=utcnow() - DAY / 2)
     kept = {queued.id, running.id, young.id}
 
-    expected = PruneReport(dry_run=True, jobs=7, events=7 * 3 - 2)
-    assert prune(engine, older_than=DAY) == expected
+    first = tuple(job.id for job in old[:10])
+    looked = prune(engine, older_than=DAY)
+    assert looked == PruneReport(dry_run=True, jobs=13, events=13 * 3 - 4, sample=first)
     assert left(engine) == (kept | {job.id for job in old}, kept | {job.id for job in old})
-    assert prune(engine, older_than=DAY, dry_run=False) == PruneReport(dry_run=False, jobs=7, events=7 * 3 - 2)
+    gone = prune(engine, older_than=DAY, dry_run=False)
+    assert gone == PruneReport(dry_run=False, jobs=13, events=13 * 3 - 4, sample=first)
     assert left(engine) == (kept, kept)
     assert prune(engine, older_than=86400.0, dry_run=False) == PruneReport(dry_run=False)
-    assert prune(engine, older_than=0, dry_run=False).jobs == 1
+    assert prune(engine, older_than=0, dry_run=False).sample == (young.id,)
+
+
+def test_the_age_is_told_by_the_clock_given_and_a_job_without_an_end_counts_from_its_last_change(
+    engine: sa.Engine, create: Create
+) -> None:
+    by_hand, ended_long_ago = create(), create()
+    with engine.begin() as connection:
+        JobStore(connection, clock=lambda: LONG_AGO).transition(by_hand.id, status="cancelled")
+    ended(engine, ended_long_ago, at=LONG_AGO)
+    assert prune(engine, older_than=DAY, clock=lambda: LONG_AGO + DAY / 2) == PruneReport(True)
+    assert prune(engine, older_than=1e300) == PruneReport(True)
+    exactly = prune(engine, older_than=DAY, clock=lambda: LONG_AGO + DAY, dry_run=False)
+    assert exactly.sample == (by_hand.id, ended_long_ago.id)
+    assert left(engine) == (set(), set())
 
 
 def test_assets_stay_unless_their_store_is_given_and_then_go_at_a_sweep(
@@ -89,11 +110,11 @@ def test_assets_stay_unless_their_store_is_given_and_then_go_at_a_sweep(
     with engine.begin() as connection:
         one, _, of_other = list(connection.execute(sa.select(content_jobs.c.id).order_by(content_jobs.c.id)).scalars())
         connection.execute(content_jobs.update().where(content_jobs.c.id == one).values(finished_at=LONG_AGO))
-    assert prune(engine, older_than=DAY, dry_run=False) == PruneReport(False, jobs=1, events=3)
+    assert sums(prune(engine, older_than=DAY, dry_run=False)) == (1, 3, 0)
     with engine.connect() as connection:
         assert connection.execute(sa.select(sa.func.count()).select_from(assets)).scalar_one() == 3
-    assert prune(engine, older_than=0, assets=disk) == PruneReport(True, jobs=2, events=6, assets=1)
-    assert prune(engine, older_than=0, assets=disk, dry_run=False) == PruneReport(False, jobs=2, events=6, assets=1)
+    assert sums(prune(engine, older_than=0, assets=disk)) == (2, 6, 1)
+    assert sums(prune(engine, older_than=0, assets=disk, dry_run=False)) == (2, 6, 1)
     with engine.connect() as connection:
         rows = connection.execute(sa.select(assets.c.job_id, assets.c.provider, assets.c.object_key)).all()
     assert {(row.job_id, row.provider) for row in rows} == {(one, "local_disk"), (of_other, "other")}
@@ -105,70 +126,22 @@ def test_assets_stay_unless_their_store_is_given_and_then_go_at_a_sweep(
     }
 
 
+def test_an_asset_whose_key_is_recorded_already_goes_too(engine: sa.Engine, disk: AssetStore, create: Create) -> None:
+    create()
+    Runner(engine, disk, only(note)).run_until_idle(timeout=30)
+    with engine.connect() as connection:
+        key = connection.execute(sa.select(assets.c.object_key)).scalar_one()
+    intend(engine, object_key=key, state="collected")
+    assert sums(prune(engine, older_than=0, assets=disk, dry_run=False)) == (1, 3, 1)
+    assert intents(engine) == {key: "collected"}
+
+
 def test_a_key_is_free_again(engine: sa.Engine, create: Create) -> None:
     job = create(idempotency_key="once")
     ended(engine, job)
     assert create(idempotency_key="once").id == job.id
     prune(engine, older_than=DAY, dry_run=False)
     assert create(idempotency_key="once").id != job.id
-
-
-def test_a_job_that_a_host_takes_up_again_meanwhile_stays_whole(database: Database, create: Create) -> None:
-    engine, reports = database.engine, []
-    jobs = [create() for _ in range(3)]
-    for job in jobs:
-        ended(engine, job)
-    thread = threading.Thread(
-        target=lambda: reports.append(prune(database.connect(), older_than=DAY, dry_run=False)), daemon=True
-    )
-    with Session(engine) as session, session.begin():
-        JobStore(session).retry(jobs[1].id)
-        thread.start()
-        if engine.dialect.name == "postgresql":
-            thread.join(30)  # it does not wait for the host
-            assert reports
-    thread.join(30)
-    assert reports == [PruneReport(False, jobs=2, events=6)]
-    assert left(engine) == ({jobs[1].id}, {jobs[1].id})
-    again = seen(engine, jobs[1])
-    assert (again.status, again.event_seq) == ("queued", 4)
-
-
-def test_a_batch_that_fails_leaves_its_jobs_whole(
-    engine: sa.Engine, disk: AssetStore, create: Create, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    create()
-    Runner(engine, disk, only(note)).run_until_idle(timeout=30)
-    before = left(engine)
-    monkeypatch.setattr(pruning, "_bury", lambda *_: 1 // 0)
-    with pytest.raises(ZeroDivisionError):
-        prune(engine, older_than=0, assets=disk, dry_run=False)
-    assert left(engine) == before
-    with engine.connect() as connection:
-        assert connection.execute(sa.select(asset_intents)).all() == []
-
-
-def test_prunes_at_once_delete_every_job_once(
-    database: Database, create: Create, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pruning, "BATCH", 5)
-    engine, reports = database.engine, []
-    for _ in range(60):
-        ended(engine, create(), "cancelled")
-    barrier = threading.Barrier(4)
-
-    def work(mine: sa.Engine) -> None:
-        barrier.wait()
-        reports.append(prune(mine, older_than=DAY, dry_run=False))
-
-    threads = [threading.Thread(target=work, args=(database.connect(),)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert len(reports) == 4
-    assert (sum(report.jobs for report in reports), sum(report.events for report in reports)) == (60, 120)
-    assert left(engine) == (set(), set())
 
 
 def test_the_mark_is_the_newest_position_that_went_and_never_a_signal(
@@ -214,6 +187,8 @@ def test_what_cannot_be_pruned_is_refused(database: Database, create: Create) ->
     engine = database.engine
     with engine.connect() as connection, pytest.raises(ConfigurationError, match="Engine"):
         prune(connection, older_than=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="AssetStore, not str"):
+        prune(engine, older_than=1, assets="files")  # type: ignore[arg-type]
     if engine.dialect.name == "sqlite":
         with Session(engine) as session, session.begin():
             JobStore(session).create("acme", job_type="note")

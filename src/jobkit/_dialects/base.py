@@ -126,6 +126,14 @@ class Due(NamedTuple):
     not_before: datetime
 
 
+class Pruned(NamedTuple):
+    """What went, or would go, with a batch of old jobs."""
+
+    jobs: Sequence[UUID]
+    events: int
+    assets: int
+
+
 class JobStatements(Protocol):
     """Creating jobs."""
 
@@ -261,7 +269,31 @@ class EventStatements(Protocol):
         """
 
 
-class Statements(JobStatements, QueueStatements, ClaimStatements, IntentStatements, EventStatements, Protocol):
+class PruneStatements(Protocol):
+    """Old jobs that are over, and what goes with them. ``before``: over since then, or longer."""
+
+    #: Whether a transaction that writes keeps every other one from writing.
+    one_writer: bool
+
+    def over(
+        self, connection: sa.Connection, *, before: datetime, after: UUID, limit: int
+    ) -> tuple[list[UUID], UUID | None]:
+        """Those among the next ``limit`` jobs by id, and the last id that was looked at, None at the end. A hint."""
+
+    def weigh(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> Pruned:
+        """What ``prune`` would delete. Writes nothing."""
+
+    def prune(
+        self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
+    ) -> Pruned:
+        """Delete those of ``jobs`` that still are over and that nobody else is changing, with their events, moving the
+        mark, and the assets that ``provider`` has of them, leaving tombstones. Waits for no lock on a row of a host.
+        """
+
+
+class Statements(
+    JobStatements, QueueStatements, ClaimStatements, IntentStatements, EventStatements, PruneStatements, Protocol
+):
     """The statements that differ. Each takes a connection in the caller's transaction and commits nothing."""
 
 

@@ -6,8 +6,9 @@ from jobkit._dialects.postgresql.claims import Claims
 from jobkit._dialects.postgresql.events import Events
 from jobkit._dialects.postgresql.intents import Intents
 from jobkit._dialects.postgresql.jobs import Jobs
+from jobkit._dialects.postgresql.prune import Prune
 from jobkit._dialects.postgresql.queue import Queue
 
 
-class Postgresql(Jobs, Queue, Claims, Intents, Events):
+class Postgresql(Jobs, Queue, Claims, Intents, Events, Prune):
     """``jobkit._dialects.base.Statements`` for PostgreSQL."""

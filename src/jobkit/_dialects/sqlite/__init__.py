@@ -8,8 +8,9 @@ from jobkit._dialects.sqlite.claims import Claims
 from jobkit._dialects.sqlite.events import Events
 from jobkit._dialects.sqlite.intents import Intents
 from jobkit._dialects.sqlite.jobs import Jobs
+from jobkit._dialects.sqlite.prune import Prune
 from jobkit._dialects.sqlite.queue import Queue
 
 
-class Sqlite(Jobs, Queue, Claims, Intents, Events):
+class Sqlite(Jobs, Queue, Claims, Intents, Events, Prune):
     """``jobkit._dialects.base.Statements`` for SQLite."""

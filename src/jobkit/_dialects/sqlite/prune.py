@@ -1,0 +1,102 @@
+"""Deleting old jobs that are over, on SQLite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit._dialects.base import Pruned, Sql
+from jobkit._dialects.sqlite.events import MARK_PRUNED
+from jobkit.columns import SQLITE_NOW, UtcDateTime
+
+# A job that was ended by hand may have no time of its end.
+_OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
+_JOBS = "IN (SELECT value FROM json_each(:jobs))"
+_ID = sa.column("id", sa.Uuid())
+
+# A page of the table at a time, by its key: what a look reads is bounded, however few of its jobs are over.
+OVER = Sql(
+    f"""
+WITH page AS MATERIALIZED (
+    SELECT id, {_OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
+)
+SELECT id, over FROM page WHERE over OR id = (SELECT max(id) FROM page) ORDER BY id
+""",
+    _ID,
+    sa.column("over", sa.Boolean()),
+    before=UtcDateTime(),
+    after=sa.Uuid(),
+    limit=sa.Integer(),
+)
+
+WEIGH = Sql(
+    f"""
+SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id {_JOBS}),
+    (SELECT count(*) FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider)
+""",
+    jobs=sa.Text(),
+    provider=sa.Text(),
+)
+
+# The first statement, because it is a write: from here on nobody else changes anything.
+DELETE = Sql(
+    f"DELETE FROM {{s}}content_jobs WHERE id {_JOBS} AND {_OVER} RETURNING id",
+    _ID,
+    jobs=sa.Text(),
+    before=UtcDateTime(),
+)
+
+EVENTS = Sql(f"SELECT count(*), max(id) FROM {{s}}content_job_events WHERE job_id {_JOBS}", jobs=sa.Text())
+DELETE_EVENTS = Sql(f"DELETE FROM {{s}}content_job_events WHERE job_id {_JOBS}", jobs=sa.Text())
+
+BURY = Sql(
+    f"""
+INSERT INTO {{s}}asset_intents (id, company_id, provider, object_key, state, not_before)
+SELECT lower(hex(randomblob(16))), company_id, provider, object_key, 'tombstone', {SQLITE_NOW}
+FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider
+ON CONFLICT (provider, object_key) DO NOTHING
+""",
+    jobs=sa.Text(),
+    provider=sa.Text(),
+)
+DELETE_FILES = Sql(
+    f"DELETE FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider", jobs=sa.Text(), provider=sa.Text()
+)
+
+
+class Prune:
+    """``jobkit._dialects.base.PruneStatements`` for SQLite."""
+
+    one_writer = True
+
+    def over(
+        self, connection: sa.Connection, *, before: datetime, after: UUID, limit: int
+    ) -> tuple[list[UUID], UUID | None]:
+        rows = connection.execute(OVER(connection), {"before": before, "after": after, "limit": limit}).all()
+        return [row.id for row in rows if row.over], rows[-1].id if rows else None
+
+    def weigh(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> Pruned:
+        return Pruned(jobs, *connection.execute(WEIGH(connection), _values(jobs, provider=provider)).one())
+
+    def prune(
+        self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
+    ) -> Pruned:
+        gone = list(connection.execute(DELETE(connection), _values(jobs, before=before)).scalars())
+        theirs, files = _values(gone), 0
+        events, upto = connection.execute(EVENTS(connection), theirs).one()
+        if events:
+            connection.execute(DELETE_EVENTS(connection), theirs)
+            connection.execute(MARK_PRUNED(connection), {"id": upto})
+        if provider is not None:
+            connection.execute(BURY(connection), {**theirs, "provider": provider})
+            files = connection.execute(DELETE_FILES(connection), {**theirs, "provider": provider}).rowcount
+        return Pruned(gone, events, files)
+
+
+def _values(jobs: Sequence[UUID], **others: Any) -> dict[str, Any]:
+    return {"jobs": json.dumps([job.hex for job in jobs]), **others}
