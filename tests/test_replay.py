@@ -220,7 +220,7 @@ def test_a_database_that_was_made_anew_at_the_same_place_is_another_log(tmp_path
 
 @pytest.mark.parametrize("started", ["before", "by the replay"])
 def test_what_was_committed_before_the_start_by_a_late_number_is_replayed_once_the_horizon_allows(
-    started: str, postgres_database: Database, recorder: Recorder, create: Create
+    started: str, postgres_database: Database, recorder: Recorder
 ) -> None:
     engine = postgres_database.engine
 

@@ -58,7 +58,8 @@ class Link:
         if connection is None:
             return
         with suppress(Exception):  # it may be closed at this very moment
-            driver: Any = connection.connection.driver_connection
+            proxied = connection.connection  # of one that was detached, only the latter is known
+            driver: Any = proxied.driver_connection or proxied.dbapi_connection
             if hasattr(driver, "interrupt"):  # sqlite3
                 driver.interrupt()
             else:  # psycopg, psycopg2

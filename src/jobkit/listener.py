@@ -117,8 +117,8 @@ class Listener:
 
     def _listen(self) -> None:
         with self.link.use() as connection:
-            connection.detach()  # it is this thread's for good: the pool may open another in its place
             inbox = _Inbox(connection.connection.driver_connection)
+            connection.detach()  # it is this thread's for good: the pool may open another in its place
             for channel in (self._jobs, self._log):
                 connection.exec_driver_sql(f"LISTEN {channel}")
         self.listening = True
