@@ -10,6 +10,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
@@ -34,6 +35,9 @@ _BUCKETS = (*_S3, "gs", "gcs", "az", "abfs", "abfss")
 _ONE_THREAD = ("ftp",)
 # What is being stored where a file grows under its name. ``remove`` takes it too, so a record of the key covers it.
 _UNFINISHED = ".part"
+# How long an upload may take: so many seconds, and one more for each so many bytes.
+PATIENCE = 600.0
+SLOWEST = 64 << 10
 # AWS refuses a signature of version 4 that is valid for longer.
 _LONGEST_URL = 7 * 24 * 3600
 
@@ -149,15 +153,14 @@ class FsspecStorage:
         if self.protocol == "memory":
             filesystem.pipe_file(path, source.read_bytes())  # its put_file shows the file while it is being written
         elif self.protocol in _S3:
-            filesystem.put_file(
-                os.fspath(source), path, chunksize=_PART, max_concurrency=_PARTS_AT_ONCE, ContentType=content_type
-            )
+            parts = {"chunksize": _PART, "max_concurrency": _PARTS_AT_ONCE}
+            _send(filesystem, source, path, **parts, ContentType=content_type)
         elif self._renames(filesystem):
             _make_remote_folders(filesystem, path.rpartition("/")[0])
-            filesystem.put_file(os.fspath(source), path + _UNFINISHED)
+            _send(filesystem, source, path + _UNFINISHED)
             filesystem.mv(path + _UNFINISHED, path)
         else:
-            filesystem.put_file(os.fspath(source), path)
+            _send(filesystem, source, path)
         if (stored := filesystem.info(path)["size"]) != size:
             raise AssetError(f"the storage kept {stored} of {size} bytes of {key!r}")
 
@@ -301,6 +304,22 @@ class _Window(io.RawIOBase):
         if not self.closed:
             self._file.close()
         super().close()
+
+
+def _send(filesystem: Any, source: Path, path: str, **options: Any) -> None:
+    """Let the filesystem store a file, for as long as a slow one may take. The HTTP client of s3fs and others has no
+    timeout of its own while it sends: a server that falls silent then would be waited for for ever.
+    """
+    size = source.stat().st_size
+    patience, began = PATIENCE + size / SLOWEST, time.monotonic()
+    if getattr(filesystem, "async_impl", False):
+        options["timeout"] = patience
+    try:
+        filesystem.put_file(os.fspath(source), path, **options)
+    except TimeoutError as error:
+        if time.monotonic() - began < patience:
+            raise
+        raise AssetError(f"the storage did not take {size} bytes within {patience:.0f} seconds") from error
 
 
 def _make_remote_folders(filesystem: Any, folder: str) -> None:
