@@ -63,7 +63,7 @@ def test_connections_that_fall_silent_under_load_are_cut_and_no_job_is_lost_or_d
 
     store = AssetStore(tmp_path / "assets", engine=postgres_database.engine)
     jobs = create(postgres_database, 300)
-    with Runner(engine, store, only(render), lease=5, db_timeout=0.3, poll_interval=0.05) as runner:
+    with Runner(engine, store, only(render), lease=20, db_timeout=1.5, poll_interval=0.05) as runner:
         for count in (20, 100, 200):
             until(lambda count=count: runner.metrics().ended >= count)  # type: ignore[misc]
             proxy.stall()
