@@ -16,6 +16,14 @@ from jobkit.pools import Periodic
 
 # How often the claims are looked at in between, in seconds: so soon a renderer hears that its job was cancelled.
 LOOK = 1.0
+# How much more than that many jobs need, in seconds each: a look costs some six microseconds a job, and together they may
+# take 0.3 % of a core.
+LOOK_PER_JOB = 0.002
+
+
+def look_every(jobs: int) -> float:
+    """Seconds between two looks at so many jobs in flight."""
+    return max(LOOK, jobs * LOOK_PER_JOB)
 
 
 class LeaseKeeper:
@@ -28,7 +36,7 @@ class LeaseKeeper:
 
     def __init__(self, engine: sa.Engine, lease: float, attempts: Callable[[], list[Attempt]]) -> None:
         self._lease, self._attempts = lease, attempts
-        self._renew_at = time.monotonic() + lease / 3
+        self._renew_at, self._look_at = time.monotonic() + lease / 3, 0.0
         self.link = Link(engine, autocommit=True)  # one statement carries the whole step
         self.timer = Periodic("jobkit-leases", min(LOOK, lease / 3), self._tick, self.link.close)
 
@@ -45,6 +53,8 @@ class LeaseKeeper:
             return
         sent = time.monotonic()
         renewing = sent >= self._renew_at
+        if not renewing and sent < self._look_at:
+            return
         try:
             held = self._ask(attempts, renewing=renewing)
         except Exception:
@@ -52,6 +62,7 @@ class LeaseKeeper:
                 if time.monotonic() - attempt.renewed > self._lease:
                     attempt.interrupt(LeaseLost(f"the lease of job {attempt.claim.job_id} could not be renewed"))
             raise
+        self._look_at = sent + look_every(len(attempts)) - 0.2  # the timer's pauses vary by a tenth
         if renewing:
             self._renew_at = sent + self._lease / 3
         for attempt in attempts:
