@@ -243,6 +243,12 @@ def test_outside_a_loop_it_is_refused_and_connects_nothing() -> None:
 # --- watch
 
 
+@pytest.fixture
+def by_signals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log is asked only when a watch knows that it missed something."""
+    monkeypatch.setattr("jobkit.aio.events.LOOK", 600.0)
+
+
 def move(engine: sa.Engine, job: Job, *statuses: str) -> None:
     for status in statuses:
         with Session(engine) as session, session.begin():
@@ -297,6 +303,7 @@ def test_what_is_committed_between_its_look_and_its_subscription_is_told(
     assert run(story) == ["running", "failed"]
 
 
+@pytest.mark.usefixtures("by_signals_alone")
 def test_two_hundred_watchers_of_one_loop_each_see_every_event(engine: sa.Engine, create: Create) -> None:
     jobs = [create() for _ in range(20)]
 

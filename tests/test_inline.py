@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -201,6 +202,20 @@ def test_an_attempt_whose_job_was_ended_by_hand_changes_nothing(
     [job] = inline(session, store, only(renderer))
     assert (job.status, job.error_message, job.event_seq) == ("failed", "by hand", 3)
     assert store.list_by_job(session, job.id) == []
+
+
+def test_a_renderer_that_took_too_long_and_never_looked_has_failed(
+    engine: sa.Engine, session: Session, store: AssetStore
+) -> None:
+    def renderer(ctx: RenderContext) -> Rendered:
+        threading.Event().wait(0.05)
+        return note(ctx)
+
+    create(session)
+    [job] = inline(session, store, only(renderer, timeout=0.01))
+    assert (job.status, job.error_message) == ("failed", "the renderer for 'note' did not end within 0.01 seconds")
+    assert store.list_by_job(session, job.id) == []
+    assert list(store.spool_folder().iterdir()) == []
 
 
 def test_a_storage_that_fails_fails_the_job(
