@@ -19,6 +19,7 @@ from jobkit.claims import INTENT_GRACE, Intent, record_intents
 from jobkit.clock import Clock, seconds, utcnow
 from jobkit.columns import now as database_now
 from jobkit.drafts import Draft, Limit
+from jobkit.engines import sync_engine
 from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError
 from jobkit.headers import content_disposition
 from jobkit.ids import new_id, parse_id
@@ -72,11 +73,7 @@ class AssetStore:
         )
         self._clock = clock
         self._warned = False
-        self.engine: sa.Engine | None = engine
-        if engine is not None:
-            if not isinstance(engine, sa.Engine):
-                raise ConfigurationError(f"a store needs a synchronous Engine, not {type(engine).__name__}")
-            require_configured(engine)
+        self.engine: sa.Engine | None = None if engine is None else sync_engine(engine)
 
     def __repr__(self) -> str:
         return f"AssetStore({self._storage!r}, provider={self.provider!r})"

@@ -155,7 +155,7 @@ class JobStore:
         return [job_of(row) for row in self._connection().execute(query)]
 
     def transition(
-        self, job_id: UUID | str, *, expect: JobStatus | str | Iterable[JobStatus | str] | None = None, **patch: Any
+        self, /, job_id: UUID | str, *, expect: JobStatus | str | Iterable[JobStatus | str] | None = None, **patch: Any
     ) -> Job:
         """Change a job by hand; return it as it then is. A change of status appends that status' event.
 
