@@ -259,3 +259,27 @@ def test_two_processes_and_two_runners_in_one_never_render_a_job_twice(
 def ids(engine: sa.Engine) -> list[Any]:
     with engine.connect() as connection:
         return list(connection.execute(sa.select(content_jobs.c.id)).scalars())
+
+
+def test_a_database_file_that_may_not_grow_delays_the_jobs_and_loses_none(
+    sqlite_database: Database, tmp_path: Path, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    full, engine = threading.Event(), sqlite_database.connect()
+
+    @sa.event.listens_for(engine, "before_cursor_execute")
+    def limit(_connection: Any, cursor: Any, *_: Any) -> None:
+        pages = cursor.execute("PRAGMA page_count").fetchone()[0]
+        cursor.execute(f"PRAGMA max_page_count = {pages if full.is_set() else 1 << 30}").fetchall()
+
+    store = AssetStore(tmp_path / "assets", engine=sqlite_database.engine)
+    with Runner(engine, store, only(note), poll_interval=0.05) as runner:
+        full.set()
+        with sqlite_database.engine.begin() as connection:
+            jobs = jobkit.JobStore(connection)
+            for number in range(40):
+                jobs.create("acme", job_type="note", input={"padding": f"{number}" * 2000})
+        failing(runner, 3)
+        full.clear()
+        until(lambda: statuses(sqlite_database.engine) == ["done"] * 40, timeout=60)
+    assert violations(sqlite_database.engine, tmp_path / "assets") == []
+    assert len([record for record in caplog.records if "the database failed" in record.message]) <= 3

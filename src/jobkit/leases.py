@@ -16,8 +16,8 @@ from jobkit.pools import Periodic
 
 # How often the claims are looked at in between, in seconds: so soon a renderer hears that its job was cancelled.
 LOOK = 1.0
-# How much more than that many jobs need, in seconds each: a look costs some six microseconds a job, and together they may
-# take 0.3 % of a core.
+# How much longer between two looks for each job, in seconds, once that is more: a look costs some six microseconds a
+# job, and may take 0.3 % of a core.
 LOOK_PER_JOB = 0.002
 
 

@@ -208,8 +208,8 @@ class JobEvent:
 class JobState(JobEvent):
     """Where a job stood when a watch of it began, in the form of its status' event, with the ``job`` as it was read.
 
-    ``id`` and ``seq`` are those of the job's last event (0 when it has none), whatever type that one has; ``created_at``
-    is when the job was changed last.
+    ``id`` and ``seq`` are those of the job's last event (0 when it has none), whatever type that one has;
+    ``created_at`` is when the job was changed last.
     """
 
     job: Job
