@@ -284,3 +284,14 @@ def test_a_cancel_at_any_step_commits_all_or_nothing(lane: Lane) -> None:
     assert {type(end) for end in cancelled} == {asyncio.CancelledError}
     types, events = committed(lane)
     assert types.count("a") == types.count("b") == events / 2 >= 1
+
+
+def test_a_connection_in_autocommit_is_refused_because_nothing_could_be_rolled_back(lane: Lane) -> None:
+    async def story() -> None:
+        async with lane.async_engine.connect() as connection:
+            committing = await connection.execution_options(isolation_level="AUTOCOMMIT")
+            with pytest.raises(jobkit.ConfigurationError, match="AUTOCOMMIT"):
+                await AsyncJobStore(committing).create(COMPANY, job_type="note")
+
+    lane.run(story)
+    assert committed(lane) == ([], 0)

@@ -8,6 +8,7 @@ from typing import BinaryIO, assert_type
 from uuid import UUID
 
 import sqlalchemy as sa
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 import jobkit
@@ -23,6 +24,8 @@ from jobkit import (
     Renderers,
     Runner,
     StoredObject,
+    aio,
+    testing,
 )
 
 renderers = Renderers(services={"model": "small"})
@@ -85,6 +88,41 @@ def files(session: Session, engine: sa.Engine) -> None:
     assert_type(assets.list_by_job(session, asset.id), list[Asset])
     assets.verify(asset)
     assets.delete(session, asset)
+
+
+async def asynchronous(
+    session: AsyncSession, scoped: async_scoped_session[AsyncSession], connection: AsyncConnection, engine: sa.Engine
+) -> None:
+    for host in (session, scoped, connection):
+        jobs = aio.AsyncJobStore(host, max_input_bytes=1 << 16, notify=False)
+        job = await jobs.create("acme", job_type="note", input={"a": 1}, priority=1)
+        assert_type(job, Job)
+        assert_type(await jobs.get_by_id(job.id, company_id="acme"), Job | None)
+        assert_type(await jobs.transition(job.id, expect=["queued"], status="failed"), Job)
+        await jobs.create("acme", job_typ="note")  # type: ignore[call-arg]
+    assets = aio.AsyncAssetStore(AssetStore("files"))
+    stored = await assets.put_file("acme", original_filename=None, content_type="text/plain", body=b"x")
+    asset = await assets.create(session, "acme", stored, source_task_id=None)
+    assert_type(asset, Asset)
+    assert_type(await assets.list_by_job(connection, job.id), list[Asset])
+    assert_type(await assets.open(asset, start=1), BinaryIO)
+    async with assets.writer("acme", original_filename=None, content_type="text/plain") as out:
+        out.write(b"x")
+    assert_type([piece async for piece in assets.stream(asset)], list[bytes])
+    async with aio.subscribe("acme", limit=10) as events:
+        async for event in events:
+            assert_type(event, JobEvent)
+    async for event in aio.watch(engine, job.id, timeout=timedelta(minutes=1)):
+        assert_type(event, JobEvent)
+    assert_type(await session.run_sync(testing.inline, AssetStore("files"), renderers), list[Job])
+
+
+def tested(session: Session, connection: sa.Connection) -> None:
+    clock = testing.FrozenClock()
+    with testing.temporary_assets(max_bytes=10) as assets:
+        assert_type(testing.inline(connection, assets, renderers, clock=clock), list[Job])
+        assert_type(testing.drain(session, assets, renderers, clock), list[Job])
+    assert_type(testing.assert_job_created(session, "acme", job_type="note", input={"a": 1}, priority=1), Job)
 
 
 def work(engine: sa.Engine, assets: AssetStore) -> None:
