@@ -230,6 +230,20 @@ def test_a_storage_that_fails_fails_the_job(
     assert (job.status, job.error_message) == ("failed", "the disk is full")
 
 
+def test_a_renderer_that_breaks_the_transaction_is_named_as_the_cause(
+    engine: sa.Engine, session: Session, store: AssetStore
+) -> None:
+    create(session)
+    renderers = only(lambda ctx: session.execute(sa.text("SELECT nonsense")))
+    if engine.dialect.name == "sqlite":  # which lets a transaction go on after an error
+        [job] = inline(session, store, renderers)
+        assert "nonsense" in (job.error_message or "")
+        return
+    with pytest.raises(RuntimeError, match=r'transaction unusable: .*column "nonsense" does not exist') as raised:
+        inline(session, store, renderers)
+    assert isinstance(raised.value.__cause__, sa.exc.ProgrammingError)
+
+
 @pytest.mark.parametrize("outcome", [KeyboardInterrupt(), pytest.fail.Exception("timeout")], ids=["Ctrl-C", "pytest"])
 def test_what_is_meant_for_the_test_is_no_failure_of_a_job(
     outcome: BaseException, engine: sa.Engine, session: Session, store: AssetStore

@@ -33,6 +33,7 @@ from jobkit.rotation import Rotation
 from jobkit.sqlite import require_configured
 from jobkit.tables import content_job_events, content_jobs
 from jobkit.testing.clock import FrozenClock
+from jobkit.text import describe
 from jobkit.turns import failed, intents
 from jobkit.types import Job
 from jobkit.workshop import registration_of
@@ -146,8 +147,16 @@ class _Inline:
         _raise_what_is_the_tests(attempt.failure)
         failure, now = attempt.failure, self._clock()
         end = Completion(attempt.claim, files=attempt.stored) if failure is None else failed(attempt, failure, now=now)
-        with self._connection.begin_nested():
-            claims.finish(self._connection, [end], now=now)
+        try:
+            with self._connection.begin_nested():
+                claims.finish(self._connection, [end], now=now)
+        except sa.exc.DBAPIError:
+            if failure is None:
+                raise
+            raise RuntimeError(
+                f"the renderer of job {attempt.claim.job_id} left the session's transaction unusable: "
+                f"{describe(failure)}"
+            ) from failure
 
     def _open_asset(self, company_id: str, asset_id: UUID | str) -> BinaryIO:
         asset = self._assets.get_by_id(self._session, asset_id, company_id=company_id)
