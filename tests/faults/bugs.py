@@ -5,6 +5,7 @@ Without the test that each of them is seen, a verdict would prove nothing.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,14 @@ from jobkit.pipeline import Pipeline
 from jobkit.storage import FsspecStorage, LocalStorage
 from jobkit.sweep import Sweep
 from jobkit.tables import content_job_events, content_jobs
+
+VARIABLE = "JOBKIT_TEST_PLANTED"
+
+
+def plant() -> None:
+    """Plant the bugs that the environment names."""
+    for name in os.environ[VARIABLE].split():
+        globals()[name]()
 
 
 def rewrite(statement: Sql, before: str, after: str) -> None:
@@ -53,10 +62,10 @@ def unguarded_rescue() -> None:
     def rescue(connection: sa.Connection, **options: Any) -> list[EventRow]:
         lost = sa.select(c.id).where(c.status == "running", c.lease_until < database_now)
         found = connection.execute(lost).scalars().all()
-        threading.Event().wait(0.05)
+        threading.Event().wait(0.3)
         taken = content_jobs.update().where(c.id.in_(found))
         connection.execute(taken.values(status="running", lease_until=database_now))
-        threading.Event().wait(0.01)
+        threading.Event().wait(0.01)  # by which the lease is over
         return guarded(connection, **options)
 
     claims.rescue = rescue
