@@ -8,6 +8,7 @@ import socket
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import AssetStore, JobStore, Relay, Runner, listener
+from jobkit.clock import utcnow
 from tests.support.databases import Database
 from tests.support.invariants import violations
 from tests.support.postgres import UNPRIVILEGED
@@ -80,6 +82,14 @@ def create(engine: sa.Engine) -> jobkit.Job:
         return JobStore(session).create("acme", job_type="note")
 
 
+def cancelled(engine: sa.Engine) -> jobkit.Job:
+    """A job that no runner sees."""
+    with Session(engine) as session, session.begin():
+        job = JobStore(session).create("acme", job_type="note", run_at=utcnow() + timedelta(days=1))
+    with Session(engine) as session, session.begin():
+        return JobStore(session).cancel(job.id)
+
+
 @pytest.mark.parametrize("heartbeat", [0.02, 15.0])
 def test_every_event_of_others_and_of_its_runner_is_heard_once(
     heartbeat: float,
@@ -96,6 +106,8 @@ def test_every_event_of_others_and_of_its_runner_is_heard_once(
         jobs = [create(engine) for engine in (pooled, postgres_database.engine) * 50]
         jobs += [runner.submit("acme", job_type="note") for _ in range(50)]
         recorder.wait(lambda types: types.count("done") == 150, 60)
+        others = [cancelled(engine) for engine in (pooled, postgres_database.engine) * 10]
+        recorder.wait(lambda types: types.count("cancelled") == 20, 60)
         if heartbeat < 1:
             feed = jobkit.relay.running_feed(pooled)
             assert feed is not None
@@ -106,6 +118,8 @@ def test_every_event_of_others_and_of_its_runner_is_heard_once(
             recorder.wait(lambda _: recorder.types(last.id)[-1:] == ["done"], 60)
             jobs.append(last)
     told = Counter((event.job_id, event.seq) for event in recorder.events)
-    assert told == Counter({(job.id, seq): 1 for job in jobs for seq in (1, 2, 3)})
+    assert told == Counter([(job.id, seq) for job in jobs for seq in (1, 2, 3)]) + Counter(
+        [(job.id, seq) for job in others for seq in (1, 2)]
+    )
     assert violations(postgres_database.engine, tmp_path / "assets") == []
     assert [record.message for record in caplog.records if record.levelno >= 30] == []
