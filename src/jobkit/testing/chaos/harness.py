@@ -34,6 +34,8 @@ from jobkit.testing.faulty import FaultPlan
 SUBSCRIBERS = ("subscriber-0", "subscriber-1")
 # How many jobs may be created ahead of the faults they shall meet.
 BACKLOG = 60
+# How many more are created in each second in which no life has ended.
+TRICKLE = 10
 # How long a frozen worker may go on after it was woken up, in seconds, before it is asked to stop.
 AFTERMATH = 0.5
 _TERMINAL = ("done", "failed", "cancelled")
@@ -55,9 +57,9 @@ class Target:
     storage_options: Mapping[str, Any] = field(default_factory=dict)
     restart: Callable[[], object] | None = None
     setup: str = ""
-    workers: int = 5
-    concurrency: int = 4
-    lease: float = 1.0
+    workers: int = 6
+    concurrency: int = 3
+    lease: float = 1.5
     db_timeout: float = 5.0
     older_than: float = 12.0
     patience: float = 90.0
@@ -146,6 +148,7 @@ class _Harness:
         self._killing: set[str] = set()
         self._ready: set[str] = set()
         self._ended = 0
+        self._extra = 0
         self._quiet = False
         fifo = folder / "creator.fifo"
         os.mkfifo(fifo)
@@ -176,6 +179,7 @@ class _Harness:
         self._help("janitor")
         self._help("creator")
         self._refill()
+        self._trickle(0)
 
     def _calm(self) -> None:
         """From now on only workers rescue the jobs of lost workers."""
@@ -281,7 +285,18 @@ class _Harness:
 
     def _allowed(self) -> int:
         orders, lives = len(self._plan.orders), len(self._plan.lives)
-        return orders if self._ended >= lives else min(orders, BACKLOG + orders * self._ended // lives)
+        if self._ended >= lives:
+            return orders
+        return min(orders, BACKLOG + self._extra + orders * self._ended // lives)
+
+    def _trickle(self, ended: int) -> None:
+        """Lives that wait for their point need jobs to come there."""
+        if self._waiting or self._workers:
+            if self._ended == ended:
+                self._extra += TRICKLE
+                self._allow(self._allowed())
+            now = self._ended
+            self._later(1.0, lambda: self._trickle(now))
 
     def _allow(self, number: int) -> None:
         os.write(self._fifo, b"%d\n" % number)
