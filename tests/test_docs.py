@@ -46,7 +46,7 @@ DEADLINE = 60.0
 FENCE = re.compile(r"^```(\S*)", re.MULTILINE)
 FILE = re.compile(r"# (\S+\.(?:py|ini))\n")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
-TEST = re.compile(r"`(tests/\w+\.py)::(\w+)`")
+TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 NEEDS = re.compile(r"<!-- needs (\w+) -->\n\Z")
 SERVERS = {r"jobkit work (?!--help)": "working for", r"flask .*\brun\b": "Running on"}
 

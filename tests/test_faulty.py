@@ -33,6 +33,18 @@ def test_a_plan_spares_strikes_and_records(tmp_path: Path) -> None:
         fsspec.get_filesystem_class("faulty")
 
 
+@pytest.mark.parametrize(("at", "there"), [("before", False), ("after", True)])
+def test_a_call_waits_before_or_after_it_is_done(at: Any, there: bool, tmp_path: Path) -> None:
+    found: list[bool] = []
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.write_bytes(b"content")
+    plan = FaultPlan(Fault("put_file", "wait", at=at, until=lambda: found.append(target.exists())))
+    with faulty_filesystem(plan, target="file"):
+        fsspec.core.url_to_fs(f"faulty://{tmp_path}")[0].put_file(str(source), str(target))
+    assert found == [there]
+    assert target.read_bytes() == b"content"
+
+
 def test_the_same_seed_draws_the_same_faults() -> None:
     def drawn(seed: int) -> list[Any]:
         plan = FaultPlan.seeded(seed)
