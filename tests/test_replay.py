@@ -107,7 +107,8 @@ def test_a_subscriber_that_is_killed_and_begins_again_at_its_cursor_hears_everyt
         return subprocess.Popen([sys.executable, str(script), database.url, str(file), cursor])
 
     def complete() -> bool:
-        return {int(line[0]) for line in lines(file)} == logged(database.engine).keys()
+        heard = {int(line[0]) for line in lines(file)}
+        return bool(heard) and heard == logged(database.engine).keys()
 
     with Writers(database, 30) as writers:
         while lives < 5:

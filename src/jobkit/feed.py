@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from jobkit import signals
 from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position
-from jobkit.bookmark import Bookmark, Memory, Stretch, cursors, in_order
+from jobkit.bookmark import REMEMBERED_STRETCHES, Bookmark, Memory, Stretch, cursors, in_order
 from jobkit.clock import pause_after
 from jobkit.link import Link
 from jobkit.listener import Listener
@@ -386,7 +386,7 @@ class Feed:
     def _keep(self, stretch: Stretch | None) -> None:
         self._memory.keep(self._log, stretch)
         if self._past is not None and stretch is not None:
-            self._past = (*self._past, stretch)
+            self._past = (*self._past, stretch)[-2 * REMEMBERED_STRETCHES :]
 
     def _recall(self) -> None:
         """What this process told of this log. Another one may be at the same place: a database that was made anew."""
