@@ -299,19 +299,16 @@ def assert_whole(engine: sa.Engine) -> None:
     assert {job.result_asset_id for job in jobs.values() if job.status == "done"} <= files
 
 
-def test_what_a_look_and_a_deletion_read_is_bounded_by_keys(
-    engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_look_and_a_deletion_read_is_bounded_by_keys(engine: sa.Engine) -> None:
     record(engine, 6_000)
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.text("ANALYZE"))
-    monkeypatch.setattr(pruning, "require_schema", lambda _: None)  # it names the tables and reads nothing
-    monkeypatch.setattr(pruning, "PAGE", 100)
-    monkeypatch.setattr(pruning, "BATCH", 25)
-    with plans(engine) as found:
-        assert prune(engine, older_than=DAY * 200, assets=disk).jobs == 0
-        assert prune(engine, older_than=DAY * 30, assets=disk).jobs == 3_000
-        assert sums(prune(engine, older_than=DAY * 30, assets=disk, dry_run=False)) == (3_000, 9_000, 3_000)
+    statements, before = statements_for(engine), utcnow() - DAY * 30
+    with plans(engine) as found, engine.begin() as connection:
+        jobs, last = statements.over(connection, before=before, after=UUID(int=0), limit=100)
+        assert (len(jobs), last) == (50, jobs[-1])
+        assert statements.weigh(connection, jobs[:25], provider="local_disk")[1:] == (75, 25)
+        assert statements.prune(connection, jobs[:25], before=before, provider="local_disk")[1:] == (75, 25)
     read = {line.strip() for text in found for line in text.splitlines()}
     tables = "(content_jobs|content_job_events|assets)"
     assert [line for line in read if re.search(rf"Seq Scan on {tables}|^SCAN {tables}", line)] == []
