@@ -38,6 +38,8 @@ BACKLOG = 60
 TRICKLE = 10
 # How long a frozen worker may go on after it was woken up, in seconds, before it is asked to stop.
 AFTERMATH = 0.5
+# How much longer than ``patience`` each job that has not ended by the last fault gives all of them, in seconds.
+PER_JOB = 0.05
 _TERMINAL = ("done", "failed", "cancelled")
 
 
@@ -49,7 +51,8 @@ class Target:
     function, as ``module:name``, that is called in the process from which all others are forked. ``workers`` live at a
     time, with ``concurrency`` and ``lease`` of their runners. ``older_than``: of the sweeps, longer than any process is
     frozen. In seconds: ``overdue`` is a life that has not come to its point, and is killed anyhow; ``patience``: how
-    long after the last fault all jobs may take to end; ``deadline``: whatever needs no luck.
+    long after the last fault all jobs may take to end, and ``PER_JOB`` more for each; ``deadline``: whatever needs no
+    luck.
     """
 
     database: str
@@ -61,10 +64,10 @@ class Target:
     concurrency: int = 3
     lease: float = 1.5
     db_timeout: float = 5.0
-    older_than: float = 12.0
+    older_than: float = 20.0
     patience: float = 90.0
     deadline: float = 60.0
-    overdue: float = 12.0
+    overdue: float = 30.0
 
 
 class Stuck(Exception):
@@ -148,7 +151,7 @@ class _Harness:
         self._killing: set[str] = set()
         self._ready: set[str] = set()
         self._ended = 0
-        self._extra = 0
+        self._extra = self._postponed = 0
         self._quiet = False
         fifo = folder / "creator.fifo"
         os.mkfifo(fifo)
@@ -165,7 +168,8 @@ class _Harness:
             self._calm()
             for number in range(self._target.workers):
                 self._work(f"healthy-{number}", None)
-            self._wait(self._all_terminal, self._target.patience, "jobs did not end after the last fault")
+            patience = self._target.patience + PER_JOB * self._unfinished()
+            self._wait(self._all_terminal, patience, "jobs did not end after the last fault")
             self._end()
         finally:
             os.close(self._fifo)
@@ -183,8 +187,10 @@ class _Harness:
 
     def _calm(self) -> None:
         """From now on only workers rescue the jobs of lost workers."""
+        self._wait(
+            lambda: not (self._killing or self._postponed), self._target.deadline, "who was killed did not start again"
+        )
         self._quiet = True
-        self._wait(lambda: not self._killing, self._target.deadline, "who was killed did not start again")
         self._processes.signal("janitor", signal.SIGTERM)
         self._wait(lambda: "janitor" not in self._helpers, self._target.deadline, "the janitor did not stop")
         self._help("janitor")
@@ -207,11 +213,12 @@ class _Harness:
         self._wait(lambda: not self._helpers, self._target.deadline, "subscribers and janitor did not stop")
 
     def _all_terminal(self) -> bool:
-        if "creator" in self._helpers:
-            return False
+        return "creator" not in self._helpers and self._unfinished() == 0
+
+    def _unfinished(self) -> int:
         unfinished = sa.select(sa.func.count()).where(content_jobs.c.status.not_in(_TERMINAL))
         with self._engine.connect() as connection:
-            return connection.execute(unfinished).scalar_one() == 0
+            return connection.execute(unfinished).scalar_one()
 
     def _longest(self) -> float:
         """A generous bound for the first phase, in seconds."""
@@ -373,10 +380,16 @@ class _Harness:
         # A subscriber that has heard nothing yet would not know where to take up again.
         deaf = name.startswith("subscriber") and f"{name} has heard" not in self._ready
         if deaf or name not in self._ready or name in self._killing:
-            self._later(0.3, lambda: self._kill(name)) if name in self._helpers and not self._quiet else None
+            if name in self._helpers:
+                self._postponed += 1
+                self._later(0.3, lambda: self._try_again(name))
             return
         self._killing.add(name)
         self._processes.signal(name, signal.SIGKILL)
+
+    def _try_again(self, name: str) -> None:
+        self._postponed -= 1
+        self._kill(name)
 
     def _cut(self) -> None:
         others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND "
