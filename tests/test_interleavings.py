@@ -258,6 +258,8 @@ def complaints(stage: Stage, found: list[Actor], after: Found) -> list[str]:
         wrong.append("the claim was ended twice")
     if job.fence != 1 + len(taken):
         wrong.append(f"the fence is {job.fence} after {len(taken)} more claims")
+    if len(taken) > 1:
+        wrong.append("it was claimed twice")
     if any(told.get("renew", [])) and rescued:
         wrong.append("it was renewed and rescued")
     if len(swept) + len(after.assets) > 1:

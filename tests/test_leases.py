@@ -194,6 +194,20 @@ def test_what_is_claimed_by_hand_or_still_leased_is_never_rescued(engine: sa.Eng
     assert rescue(engine) == []
 
 
+@pytest.mark.parametrize("wrong", [timedelta(days=1), timedelta(days=-1)])
+def test_a_host_whose_clock_is_wrong_rescues_just_what_is_lost(
+    engine: sa.Engine, create: Create, wrong: timedelta
+) -> None:
+    held, lost = create(), create()
+    claim_one(engine, "well")
+    claim_one(engine, "dead")
+    expire(engine, lost)
+    with engine.begin() as connection:
+        events = claims.rescue(connection, limit=10, now=utcnow() + wrong)
+    assert [event.job_id for event in events] == [lost.id]
+    assert fresh(engine, held).status == "running"
+
+
 @pytest.mark.parametrize("first", ["rescue", "finish", "renew"])
 def test_of_a_worker_and_a_rescue_at_the_same_moment_one_wins(engine: sa.Engine, create: Create, first: str) -> None:
     job = create()

@@ -94,9 +94,10 @@ class Machine(Ground):
         self.model.jobs[job.id] = ModelJob(job.id, company, {"n": n}, key, priority, run_at, self.now)
         return job.id
 
-    @rule(job_id=jobs, commit=FREQUENTLY, foreign=st.booleans(), how=st.sampled_from(["cancel", "cancel", "retry"]))
+    @rule(job_id=jobs, commit=FREQUENTLY, foreign=st.booleans(), how=st.sampled_from(["fitting", "cancel", "retry"]))
     def cancel_or_retry(self, job_id: UUID, commit: bool, foreign: bool, how: str) -> None:
         job = self.model.jobs[job_id]
+        how = how if how != "fitting" else "retry" if job.status in ("failed", "cancelled") else "cancel"
         company = next(name for name in COMPANIES if (name == job.company) != foreign)
         accepted = ("queued", "running", "cancelled") if how == "cancel" else ("failed", "cancelled")
         with self.by_host(commit) as store:
@@ -283,11 +284,14 @@ class Machine(Ground):
                 connection.execute(table.update().where(table.c.id == job.id).values(lease_until=LONG_AGO))
             job.lease = OVER
 
-    @rule(one=held, commit=FREQUENTLY, limit=st.sampled_from([1, 100]), fresh=st.booleans())
-    def lose_and_rescue(self, one: Claim, commit: bool, limit: int, fresh: bool) -> None:
-        if fresh:
-            self.let_a_lease_run_out(one)
+    @rule(target=held, one=held, commit=FREQUENTLY, limit=st.sampled_from([1, 100]), fresh=st.booleans())
+    def lose_and_rescue(self, one: Claim, commit: bool, limit: int, fresh: bool) -> Any:
+        if not fresh:
+            self.rescue(commit, limit)
+            return multiple()
+        self.let_a_lease_run_out(self.newest[one.job_id])
         self.rescue(commit, limit)
+        return self.claim(True, 3, True)
 
     def rescue(self, commit: bool, limit: int) -> None:
         lost = sorted((job for job in self.model.jobs.values() if job.lease == OVER), key=lambda job: job.id)[:limit]
