@@ -127,9 +127,11 @@ def test_prune_tells_and_with_yes_deletes(run: Run, engine: sa.Engine, disk: Ass
         long_ago = old.created_at.replace(year=2020, day=1)
         connection.execute(content_jobs.update().where(content_jobs.c.id == old.id).values(finished_at=long_ago))
     told = "1 jobs, 3 events, 0 assets\n"
-    assert run("prune", "--older-than", "30") == (0, f"{told}nothing was changed; --yes deletes them\n", "")
+    expected = f"{told}  {old.id}\nnothing was changed; --yes deletes them\n"
+    assert run("prune", "--older-than", "30") == (0, expected, "")
     assert len(statuses(engine)) == 2
-    assert run("prune", "--older-than", "30", "--yes", "--assets")[1] == "1 jobs, 3 events, 1 assets\ndeleted\n"
+    _, told, _ = run("prune", "--older-than", "720h", "--yes", "--assets")
+    assert told == f"1 jobs, 3 events, 1 assets\n  {old.id}\ndeleted\n"
     assert seen(engine, young).status == "done"
     assert len(statuses(engine)) == 1
     for wrong in ("-1", "soon", "nan"):

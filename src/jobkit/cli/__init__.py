@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 
 import sqlalchemy as sa
 
-from jobkit.cli import assets, jobs, render, running
+from jobkit.cli import assets, jobs, prune, render, running
 from jobkit.cli.app import URL_VARIABLE
+from jobkit.cli.output import complain
 from jobkit.errors import JobkitError
 
 __all__ = ["URL_VARIABLE", "main"]
@@ -18,10 +21,17 @@ __all__ = ["URL_VARIABLE", "main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit status: 0, 1 when the work failed, 2 when the command could not begin."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no failure
     try:
         status: int = options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has read enough, such as head. What is left must not be complained about at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (JobkitError, sa.exc.SQLAlchemyError, OSError) as error:
-        print(f"jobkit: {error}", file=sys.stderr)
+        complain(error)
         return 2
     return status
 
@@ -29,6 +39,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jobkit", description="Content jobs for Python web apps.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (running, jobs, assets, render):
+    for module in (running, jobs, prune, assets, render):
         module.add(commands)
     return parser

@@ -10,6 +10,7 @@ import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -17,6 +18,7 @@ import sqlalchemy as sa
 from jobkit.errors import ConfigurationError
 from jobkit.runner import Runner
 from jobkit.schema import require_schema
+from jobkit.sqlite import configure_sqlite, is_memory
 from jobkit.text import describe
 
 URL_VARIABLE = "JOBKIT_DATABASE_URL"
@@ -34,15 +36,59 @@ def add_database(parser: argparse.ArgumentParser) -> None:
         "url", nargs="?", default=os.environ.get(URL_VARIABLE), help=f"SQLAlchemy URL (default: ${URL_VARIABLE})"
     )
     where.add_argument("--app", metavar="MODULE:RUNNER", help="the database of this Runner")
+    add_schema(parser)
 
 
-def engine_of(url: str | None) -> sa.Engine:
+def add_schema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--schema", help="the PostgreSQL schema of the tables")
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add ``--app`` and ``--database``, of which a command needs one."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--app", metavar="MODULE:RUNNER", help="whose database")
+    where.add_argument("--database", metavar="URL", help=f"its SQLAlchemy URL (default: ${URL_VARIABLE})")
+    add_schema(parser)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """The database that a command works on, and its Runner when the command was given one."""
+
+    engine: sa.Engine
+    runner: Runner | None
+
+
+@contextmanager
+def opened(options: argparse.Namespace) -> Iterator[Source]:
+    """What ``add_source`` asked for, looked at; its connections are closed at the end. Makes no database."""
+    runner = load(options.app) if options.app else None
+    if runner is None:
+        engine = engine_of(options.database or os.environ.get(URL_VARIABLE), option="--database")
+        if engine.dialect.name == "sqlite":
+            if not is_memory(engine) and not Path(engine.url.database or "").exists():
+                raise ConfigurationError(f"there is no file {engine.url.database}")
+            configure_sqlite(engine)
+    else:
+        engine = runner.engine
+    if options.schema is not None:
+        engine = engine.execution_options(schema_translate_map={None: options.schema})
+    try:
+        require_schema(engine)
+        yield Source(engine, runner)
+    finally:
+        engine.dispose()
+
+
+def engine_of(url: str | None, *, option: str = "its URL") -> sa.Engine:
     if url is None:
-        raise ConfigurationError(f"which database? Give its URL, --app, or ${URL_VARIABLE}")
+        raise ConfigurationError(f"which database? Give {option}, --app, or ${URL_VARIABLE}")
     try:
         engine = sa.create_engine(url)
     except ImportError as error:
         raise ConfigurationError(f"{error}: install the driver, for PostgreSQL with jobkit[postgresql]") from error
+    except ValueError as error:  # such as a port that is no number
+        raise ConfigurationError("that is no SQLAlchemy URL, such as postgresql+psycopg://user@host/name") from error
     return engine
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from jobkit.audit import audit, elsewhere
 from jobkit.cli.app import add_app, migrated
+from jobkit.cli.durations import duration
+from jobkit.text import printable
 
 
 def add(commands: Any) -> None:
@@ -20,23 +22,13 @@ def add(commands: Any) -> None:
 
     gc = own.add_parser("gc", help="tell what a sweep would remove; with --yes remove it")
     gc.add_argument(
-        "--older-than", type=_hours, default=_hours("24"), metavar="HOURS",
+        "--older-than", type=duration("h"), default=timedelta(hours=24), metavar="HOURS",
         help="how long a file may take from its record to its row (default: 24)",
     )  # fmt: skip
     gc.add_argument("--yes", action="store_true", help="do it")
     gc.set_defaults(command=_collect_garbage)
     for command in (verify, gc):
         add_app(command, "whose assets and database")
-
-
-def _hours(text: str) -> timedelta:
-    try:
-        hours = timedelta(hours=float(text))
-    except (ValueError, OverflowError):
-        hours = timedelta(-1)
-    if hours < timedelta(0):
-        raise argparse.ArgumentTypeError(f"not a number of hours: {text!r}")
-    return hours
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -46,7 +38,7 @@ def _verify(options: argparse.Namespace) -> int:
             read += 1
             if finding.problem is not None:
                 bad += 1
-                print(f"{finding.asset.object_key}: {finding.problem}", flush=True)
+                print(f"{printable(finding.asset.object_key)}: {printable(finding.problem)}", flush=True)
         others = elsewhere(runner.engine, runner.assets, company_id=options.company)
     print(f"{read} assets read, {bad} bad" if bad else f"{read} assets read, all as their rows say")
     for provider, count in others.items():
@@ -63,7 +55,7 @@ def _collect_garbage(options: argparse.Namespace) -> int:
     size = "" if report.byte_size is None else f", {report.byte_size:,} bytes"
     print(f"objects without a row: {report.abandoned} abandoned, {report.deleted} deleted{size}")
     for key in report.sample:
-        print(f"  {key}")
+        print(f"  {printable(key)}")
     if (more := report.abandoned + report.deleted - len(report.sample)) > 0:
         print(f"  and {more} more")
     print(f"records of earlier sweeps: {report.settled}")

@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 from jobkit.cli.app import load
+from jobkit.cli.output import complain
 from jobkit.errors import ConfigurationError
 from jobkit.keys import safe_filename
 from jobkit.renderers import Renderers
-from jobkit.text import describe, printable
+from jobkit.text import printable
 
 BUILT_IN = ("pdf_document", "convert", "spreadsheet")
 
@@ -31,32 +31,42 @@ def add(commands: Any) -> None:
 
 
 def _render(options: argparse.Namespace) -> int:
-    renderers = load(options.app)._renderers if options.app else _built_in()
-    text = sys.stdin.read() if options.input == "-" else Path(options.input).read_text("utf-8")
+    renderers = load(options.app)._renderers if options.app else _built_in(options.type)
     try:
-        given = json.loads(text)
+        read = sys.stdin.buffer.read() if options.input == "-" else Path(options.input).read_bytes()
+        given = json.loads(read)
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{options.input} is no JSON: {error}") from error
     try:
         files = renderers.render(options.type, given)
     except Exception as error:
-        print(f"jobkit: {printable(describe(error))}", file=sys.stderr)
+        complain(error)
         return 1
     options.output.mkdir(parents=True, exist_ok=True)
     written: set[str] = set()
-    for number, file in enumerate(files):
-        name = safe_filename(file.filename)
-        path = options.output / (name if name not in written else f"{number}-{name}")
+    for file in files:
+        name = _unlike(written, safe_filename(file.filename))
         written.add(name)
         body = cast("bytes", file.body)  # Renderers.render has read it
+        path = options.output / name
         path.write_bytes(body)
-        print(f"{path}: {printable(file.content_type)}, {len(body):,} bytes")
+        print(f"{printable(str(path))}: {printable(file.content_type)}, {len(body):,} bytes")
     return 0
 
 
-def _built_in() -> Renderers:
+def _unlike(names: set[str], name: str) -> str:
+    """``name``, or one like it that is not among ``names``."""
+    found, number = name, 1
+    while found in names:
+        found, number = f"{number}-{name}", number + 1
+    return found
+
+
+def _built_in(job_type: str) -> Renderers:
+    """The renderer for ``job_type`` that comes with jobkit, if there is one; its extra has to be installed."""
     renderers = Renderers()
     for name in BUILT_IN:
-        with suppress(ImportError, ConfigurationError):  # its extra is not installed
-            import_module(f"jobkit.contrib.renderers.{name}").register(renderers)
+        module = import_module(f"jobkit.contrib.renderers.{name}")
+        if job_type == module.JOB_TYPE:
+            module.register(renderers)
     return renderers

@@ -27,7 +27,6 @@ def add(commands: Any) -> None:
 
     migrate = commands.add_parser("migrate", help="bring a database to this version of jobkit")
     add_database(migrate)
-    migrate.add_argument("--schema", help="a PostgreSQL schema to keep the tables in")
     migrate.add_argument("--downgrade", action="store_true", help="remove the tables, jobs and asset rows with them")
     migrate.set_defaults(command=_migrate)
 

@@ -1,0 +1,41 @@
+"""``jobkit prune``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+from jobkit.cli.app import add_source, opened
+from jobkit.cli.durations import duration
+from jobkit.errors import ConfigurationError
+from jobkit.pruning import prune
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("prune", help="tell which old jobs would go; with --yes delete them")
+    parser.add_argument(
+        "--older-than", type=duration("d"), required=True, metavar="DAYS", help="how long ago they ended: 30, 30d, 12h"
+    )
+    parser.add_argument("--assets", action="store_true", help="their assets too; needs --app, whose storage has them")
+    parser.add_argument("--yes", action="store_true", help="do it")
+    parser.set_defaults(command=_prune)
+    add_source(parser)
+
+
+def _prune(options: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    if options.assets and not options.app:
+        raise ConfigurationError("--assets needs --app: a database alone does not tell which storage has them")
+    with opened(options) as source:
+        store = source.runner.assets if source.runner is not None and options.assets else None
+        report = prune(source.engine, older_than=options.older_than, assets=store, dry_run=not options.yes)
+    print(f"{report.jobs} jobs, {report.events} events, {report.assets} assets")
+    for job in report.sample:
+        print(f"  {job}")
+    if (more := report.jobs - len(report.sample)) > 0:
+        print(f"  and {more} more")
+    if report.refused:
+        print(f"{report.refused} jobs stay, because other rows refer to them")
+    print("deleted" if options.yes else "nothing was changed; --yes deletes them")
+    return 0
