@@ -20,7 +20,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jobkit.errors import AssetEmpty, AssetTooLarge
+from jobkit.errors import AssetEmpty, AssetError, AssetTooLarge
 from jobkit.spool import CHUNK, Spool
 
 NewSpool = Callable[..., Spool]
@@ -218,6 +218,45 @@ def test_a_full_disk_that_is_swallowed_ships_nothing(new: NewSpool) -> None:
     with pytest.raises(OSError, match="File too large") as again:
         spool.seal()
     assert again.value is full.value
+
+
+class Interrupted:
+    """A file whose first write is interrupted, as by a signal, before or after its bytes are on disk."""
+
+    def __init__(self, file: Any, when: str) -> None:
+        self._file, self._when = file, when
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, piece: Any) -> int:
+        when, self._when = self._when, ""
+        written: int = 0 if when == "before" else self._file.write(piece)
+        if when:
+            raise KeyboardInterrupt(when)
+        return written
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_write_that_is_swallowed_ships_nothing(new: NewSpool, when: str) -> None:
+    spool = new()
+    spool.write(b"x")
+    spool._file = Interrupted(spool._file, when)  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt, match=when):
+        spool.write(b"1234")
+    for go_on in (lambda: spool.write(b"more"), spool.seal):
+        with pytest.raises(KeyboardInterrupt, match=when):
+            go_on()
+    assert spool.refused
+
+
+def test_a_file_that_was_changed_by_others_is_not_sealed(new: NewSpool) -> None:
+    spool = new()
+    spool.write(b"1234")
+    with open(spool.path, "ab") as file:
+        file.write(b"more")
+    with pytest.raises(AssetError, match=r"^'a\.bin' has 8 bytes on disk, 4 were written$"):
+        spool.seal()
 
 
 def test_the_file_is_private(new: NewSpool) -> None:

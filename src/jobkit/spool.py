@@ -35,7 +35,7 @@ class Spool(io.RawIOBase):
         self._limit, self._limit_source = limit, limit_source
         self._hash: Any = hashlib.sha256()
         self._hashed = 0
-        self._refusal: AssetError | OSError | None = None
+        self._refusal: BaseException | None = None
         self._file = io.FileIO(self.path, "x+", opener=_private)
         self.size = 0
 
@@ -56,11 +56,11 @@ class Spool(io.RawIOBase):
             self._check(self.size)
             return 0
         self._check(position + len(view))
-        in_order = position == self._hashed
-        if not in_order:
-            self._hashed = -1  # written out of order: hashed from the file at the end
         written = 0
         try:
+            in_order = position == self._hashed
+            if not in_order:
+                self._hashed = -1  # written out of order: hashed from the file at the end
             while written < len(view):
                 piece = view[written : written + _PIECE]
                 if in_order:
@@ -70,10 +70,10 @@ class Spool(io.RawIOBase):
                     count = self._file.write(piece)
                     written += count
                     piece = piece[count:]
-        except OSError as error:  # a full disk: what is missing must not be shipped when this is swallowed
+            self.size = max(self.size, position + written)
+        except BaseException as error:  # a full disk, a signal: a cut file must not be shipped when this is swallowed
             self._refusal = error
             raise
-        self.size = max(self.size, position + written)
         return written
 
     def readinto(self, buffer: Any, /) -> int:
@@ -87,10 +87,9 @@ class Spool(io.RawIOBase):
 
     def truncate(self, size: int | None = None, /) -> int:
         self._check(self._file.tell() if size is None else size)
-        new = self._file.truncate(size)
         self._hashed = -1
-        self.size = new
-        return new
+        self.size = self._file.truncate(size)
+        return self.size
 
     def fill(self, body: Body) -> None:
         """Write everything that ``body`` is or yields. ``TypeError`` when that is not bytes."""
@@ -100,7 +99,7 @@ class Spool(io.RawIOBase):
 
     @property
     def refused(self) -> bool:
-        """Whether a write ever failed: over the limit, or no room on the disk."""
+        """Whether a write ever failed: over the limit, no room on the disk, interrupted."""
         return self._refusal is not None
 
     def seal(self) -> str:
@@ -111,6 +110,8 @@ class Spool(io.RawIOBase):
             raise self._refusal
         if self.size == 0:
             raise AssetEmpty(self.filename)
+        if (found := os.stat(self.path).st_size) != self.size:
+            raise AssetError(f"{self.filename or 'file'!r} has {found} bytes on disk, {self.size} were written")
         if self._hashed != self.size:
             with open(self.path, "rb", buffering=0) as file:
                 self._hash = hashlib.file_digest(file, "sha256")
