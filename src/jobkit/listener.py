@@ -116,33 +116,37 @@ class Listener:
             self._far.close()
 
     def _listen(self) -> None:
-        with self.link.use() as connection:
-            inbox = _Inbox(connection.connection.driver_connection)
-            connection.detach()  # it is this thread's for good: the pool may open another in its place
-            for channel in (self._jobs, self._log):
-                connection.exec_driver_sql(f"LISTEN {channel}")
+        with ExitStack() as stack:
+            with self.link.use() as connection:
+                inbox = _Inbox(connection.connection.driver_connection)
+                # It is this thread's for good: the pool may open another in its place, and will not close this one.
+                connection.detach()
+                stack.callback(inbox.close)
+                for channel in (self._jobs, self._log):
+                    connection.exec_driver_sql(f"LISTEN {channel}")
+            self._attend(inbox, stack.enter_context(selectors.DefaultSelector()))
+
+    def _attend(self, inbox: _Inbox, selector: selectors.BaseSelector) -> None:
         self.listening = True
         self._heard(True)  # what was committed before is not notified again
         next_beat = time.monotonic() + HEARTBEAT
-        with ExitStack() as stack:
-            selector = stack.enter_context(selectors.DefaultSelector())
-            selector.register(self._near, selectors.EVENT_READ)
-            selector.register(inbox.fileno(), selectors.EVENT_READ)
-            while not self._stopped.is_set():
-                until = min(next_beat, self._last_sent + TOGETHER) if self._pending else next_beat
-                ready = [key.fd for key, _ in selector.select(max(0.0, until - time.monotonic()))]
-                if self._near.fileno() in ready:
-                    with suppress(BlockingIOError):
-                        self._near.recv(4096)
-                if inbox.fileno() in ready:
-                    inbox.read()
-                if self._pending and time.monotonic() >= self._last_sent + TOGETHER:
-                    self._send()
-                if time.monotonic() >= next_beat:
-                    self._check()
-                    next_beat = time.monotonic() + HEARTBEAT
-                if heard := inbox.take():
-                    self._heard(self._jobs in heard)
+        selector.register(self._near, selectors.EVENT_READ)
+        selector.register(inbox.fileno(), selectors.EVENT_READ)
+        while not self._stopped.is_set():
+            until = min(next_beat, self._last_sent + TOGETHER) if self._pending else next_beat
+            ready = [key.fd for key, _ in selector.select(max(0.0, until - time.monotonic()))]
+            if self._near.fileno() in ready:
+                with suppress(BlockingIOError):
+                    self._near.recv(4096)
+            if inbox.fileno() in ready:
+                inbox.read()
+            if self._pending and time.monotonic() >= self._last_sent + TOGETHER:
+                self._send()
+            if time.monotonic() >= next_beat:
+                self._check()
+                next_beat = time.monotonic() + HEARTBEAT
+            if heard := inbox.take():
+                self._heard(self._jobs in heard)
 
     def _send(self) -> None:
         with self._lock:
@@ -179,6 +183,11 @@ class _Inbox:
             self._add(notify.relname.decode(), notify.be_pid)
         if self._driver.closed:
             raise ConnectionError("closed by the server")
+
+    def close(self) -> None:
+        """Close the connection, also one that is lost: SQLAlchemy drops a detached one without closing it."""
+        with suppress(Exception):
+            self._driver.close()
 
     def take(self) -> set[str]:
         """The channels notified since the last call, by others than this connection."""
