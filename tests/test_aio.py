@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from aiosqlite import Connection
 from sqlalchemy.exc import InvalidRequestError, PendingRollbackError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -295,3 +296,43 @@ def test_a_connection_in_autocommit_is_refused_because_nothing_could_be_rolled_b
 
     lane.run(story)
     assert committed(lane) == ([], 0)
+
+
+@pytest.mark.parametrize("lane", ["aiosqlite"], indirect=True)
+def test_a_task_that_is_cancelled_at_any_statement_leaves_no_lock_behind(
+    lane: Lane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, victim, last = 0, None, 0
+    original = Connection._execute
+
+    async def execute(connection: Connection, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        if victim is not None and asyncio.current_task() is victim:
+            calls += 1
+            if calls == last:
+                victim.cancel()  # takes effect while the driver's thread is at work on this
+        return await original(connection, *args, **kwargs)
+
+    async def order() -> None:
+        async with AsyncSession(lane.async_engine) as session, session.begin():
+            await AsyncJobStore(session).create(COMPANY, job_type="a")
+            async with session.begin_nested():
+                await AsyncJobStore(session).create(COMPANY, job_type="b")
+
+    async def story() -> None:
+        nonlocal calls, victim, last
+        ends: list[Any] = []  # with their tracebacks, which hold the cursors
+        while calls >= last:
+            calls, last = 0, last + 1
+            victim = asyncio.create_task(order())
+            ends += await asyncio.gather(victim, return_exceptions=True)
+            with Session(lane.engine) as session, session.begin():
+                JobStore(session).create(COMPANY, job_type="others")
+        assert len(ends) > 15
+        assert [type(end) for end in ends] == [asyncio.CancelledError] * (len(ends) - 1) + [type(None)]
+
+    monkeypatch.setattr(Connection, "_execute", execute)
+    jobkit.configure_sqlite(lane.engine, synchronous="NORMAL", busy_timeout=2)
+    lane.run(story)
+    types, _ = committed(lane)
+    assert types.count("a") == types.count("b") >= 1

@@ -14,7 +14,7 @@ import re
 import threading
 import time
 import weakref
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -91,6 +91,8 @@ def configure_sqlite(
         sa.event.listen(sync_engine, "engine_connect", _prepare)
         sa.event.listen(sync_engine, "before_cursor_execute", _begin_before_write)
         sa.event.listen(sync_engine, "after_cursor_execute", _read_whole)
+        if sync_engine.dialect.is_async:
+            sa.event.listen(sync_engine, "invalidate", _roll_back_first)
 
 
 def require_configured(bind: sa.Engine | sa.Connection) -> None:
@@ -220,6 +222,17 @@ def _read_whole(
     options = context.execution_options
     if not options.get("stream_results") and options.get("yield_per") is None:
         context.cursor_fetch_strategy = FullyBufferedCursorFetchStrategy(cursor, cursor.description)
+
+
+def _roll_back_first(connection: Any, record: object, error: BaseException | None) -> None:
+    """Let aiosqlite's thread roll back before it closes the connection of a cancelled task: as long as anything holds a
+    cursor, such as the task's traceback, SQLite keeps the closed connection, and with it its transaction's lock.
+    """
+    with suppress(Exception):  # it may be closed already, or no loop may run any more
+        driver = connection.driver_connection
+        done = asyncio.get_running_loop().create_future()
+        done.add_done_callback(lambda future: future.exception())
+        driver._tx.put_nowait((done, driver._conn.rollback))
 
 
 def is_write(statement: str) -> bool:
