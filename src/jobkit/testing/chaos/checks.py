@@ -117,7 +117,9 @@ def judge(
         object_bytes=sum(row.byte_size for row in rows),
         swept=dict(sorted(evidence.janitor.items())),
         violations=tuple(found),
-        lacks=tuple(_lacks(evidence, plan, postgresql=engine.dialect.name == "postgresql", restartable=restartable)),
+        lacks=tuple(
+            _lacks(evidence, plan, len(jobs), postgresql=engine.dialect.name == "postgresql", restartable=restartable)
+        ),
         **counted(found),
     )
 
@@ -225,8 +227,10 @@ def _heard(name: str, log: list[dict[str, Any]], events: Sequence[Any]) -> Itera
     )
 
 
-def _lacks(evidence: Evidence, plan: Plan, *, postgresql: bool, restartable: bool) -> Iterator[str]:
+def _lacks(evidence: Evidence, plan: Plan, jobs: int, *, postgresql: bool, restartable: bool) -> Iterator[str]:
     size, done = plan.size, evidence.done_to
+    if jobs < size.jobs:
+        yield f"{jobs} of {size.jobs} jobs were created"
     planned = Counter(life.point for life in plan.lives if life.point)
     for point in POINTS:
         if planned[point] and not evidence.struck[point]:

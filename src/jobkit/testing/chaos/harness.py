@@ -38,7 +38,7 @@ BACKLOG = 60
 TRICKLE = 10
 # How long a frozen worker may go on after it was woken up, in seconds, before it is asked to stop.
 AFTERMATH = 0.5
-# How much longer than ``patience`` each job that has not ended by the last fault gives all of them, in seconds.
+# How much longer than ``patience`` each job lets all of them take, in seconds.
 PER_JOB = 0.05
 _TERMINAL = ("done", "failed", "cancelled")
 
@@ -91,7 +91,7 @@ def run(target: Target, plan: Plan, folder: Path) -> Verdict:
             with Processes(folder, target.database, target.storage, target.setup) as processes:
                 _Harness(target, plan, folder, engine, processes, evidence).run()
         except Stuck as stuck:
-            evidence.violations.append(f"stuck: {stuck}")
+            evidence.violations.append(f"stuck: {stuck}; where every thread was then is in {folder / 'stderr.log'}")
         evidence.janitor["swept at the end"] = _sweep(engine, target)
         return judge(
             engine,
@@ -168,8 +168,9 @@ class _Harness:
             self._calm()
             for number in range(self._target.workers):
                 self._work(f"healthy-{number}", None)
-            patience = self._target.patience + PER_JOB * self._unfinished()
-            self._wait(self._all_terminal, patience, "jobs did not end after the last fault")
+            patience = self._target.patience + PER_JOB * len(self._plan.orders)
+            self._wait(lambda: "creator" not in self._helpers, patience, "the creator did not carry out every order")
+            self._wait(lambda: self._unfinished() == 0, patience, "jobs did not end after the last fault")
             self._end()
         finally:
             os.close(self._fifo)
@@ -212,9 +213,6 @@ class _Harness:
             self._processes.signal(name, signal.SIGTERM)
         self._wait(lambda: not self._helpers, self._target.deadline, "subscribers and janitor did not stop")
 
-    def _all_terminal(self) -> bool:
-        return "creator" not in self._helpers and self._unfinished() == 0
-
     def _unfinished(self) -> int:
         unfinished = sa.select(sa.func.count()).where(content_jobs.c.status.not_in(_TERMINAL))
         with self._engine.connect() as connection:
@@ -236,12 +234,20 @@ class _Harness:
                     return
                 looked = moment
             if moment > deadline:
+                self._look_where_they_are()
                 raise Stuck(f"{failure} within {seconds:.0f} s")
             while self._timers and self._timers[0][0] <= time.monotonic():
                 heapq.heappop(self._timers)[2]()
             pause = min([often, *(timer[0] - time.monotonic() for timer in self._timers[:1])])
             for message in self._processes.messages(pause):
                 self._hear(message)
+
+    def _look_where_they_are(self) -> None:
+        for name in (*self._workers, *self._helpers):
+            self._processes.signal(name, signal.SIGUSR1)
+        until = time.monotonic() + 1.0
+        while (left := until - time.monotonic()) > 0:
+            deque(self._processes.messages(left), maxlen=0)
 
     def _later(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._timers, (time.monotonic() + seconds, next(self._numbers), action))

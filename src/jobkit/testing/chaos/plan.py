@@ -131,7 +131,9 @@ def draw(seed: int, size: Size) -> Plan:
     source.shuffle(points)
     rates = (0.0, 0.0, 0.05, 0.15) if size.storage_faults else (0.0,)
     lives = tuple(_life(number, doom, points, rates, source) for number, doom in enumerate(dooms))
-    return Plan(seed, size, lives, _troubles(size, len(lives), source), _orders(size.jobs, source))
+    # Whatever strikes the creator may cost it the job that it is about to create.
+    spare = 2 * (size.creator_kills + size.restarts + size.cuts)
+    return Plan(seed, size, lives, _troubles(size, len(lives), source), _orders(size.jobs + spare, source))
 
 
 def _life(number: int, doom: str, points: list[str | None], rates: tuple[float, ...], source: random.Random) -> Life:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -34,6 +35,8 @@ class Process:
         self._parent = os.getppid()
         self._ending = threading.Event()
         signal.signal(signal.SIGTERM, lambda *_: self._ending.set())
+        # What every thread is at goes to the log when the harness asks for it, because something is stuck.
+        faulthandler.register(signal.SIGUSR1)
 
     def tell(self, **told: Any) -> None:
         """Tell the harness. Written in one go to a pipe: it arrives even when this process is killed right after."""
