@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -16,36 +15,19 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import AssetStore, Job, JobStore, Runner
-from jobkit.cli import URL_VARIABLE, main
+from jobkit.cli import URL_VARIABLE
 from jobkit.cli.output import table
 from jobkit.tables import assets, content_jobs
 from jobkit.types import Rendered
 from tests.support.databases import Database
 from tests.support.runners import only, seen, statuses
 from tests.test_cli import JOBKIT
+from tests.test_cli_jobs import here, url_of
 
+__all__ = ["here"]  # a fixture
 Create = Callable[..., Job]
 Here = Callable[..., tuple[int, str, str]]
 EVIL = "\x1b]0;owned\x07\x9b31m\u202e"
-
-
-@pytest.fixture
-def here(capsys: pytest.CaptureFixture[str]) -> Here:
-    """Run a command in this process: its status, and what it printed."""
-
-    def here(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            status: Any = main(arguments)
-        except SystemExit as ended:  # argparse
-            status = ended.code
-        return status, *capsys.readouterr()
-
-    return here
-
-
-def url_of(engine: sa.Engine) -> str:
-    return engine.url.render_as_string(hide_password=False)
 
 
 # --- which database
