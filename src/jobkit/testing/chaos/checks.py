@@ -59,6 +59,13 @@ class Objects:
         return found
 
 
+def _by_job(rows: Sequence[Any]) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = defaultdict(list)
+    for row in rows:
+        found[str(row.job_id)].append(row)
+    return found
+
+
 def judge(
     engine: sa.Engine,
     objects: Objects,
@@ -76,12 +83,7 @@ def judge(
         events = connection.execute(sa.select(content_job_events).order_by(content_job_events.c.seq)).all()
         intents = connection.execute(sa.select(asset_intents)).all()
         version = ".".join(str(part) for part in (connection.dialect.server_version_info or ())[:2])
-    by_job: dict[str, list[Any]] = defaultdict(list)
-    files: dict[str, list[Any]] = defaultdict(list)
-    for event in events:
-        by_job[str(event.job_id)].append(event)
-    for row in rows:
-        files[str(row.job_id)].append(row)
+    by_job, files = _by_job(events), _by_job(rows)
     unlucky: Counter[str] = Counter()
     found = list(evidence.violations)
     found += _creations(evidence, jobs, by_job, len(plan.orders))
