@@ -50,6 +50,14 @@ def test_a_claim_takes_the_oldest_up_to_the_limit_and_no_more(limit: int, engine
     assert statuses(engine) == ["running"] * min(limit, 5) + ["queued"] * max(0, 5 - limit)
 
 
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_claim_takes_the_more_urgent_first(limit: int, engine: sa.Engine, create: Create) -> None:
+    usual, urgent, later, too = (create(priority=priority) for priority in (0, 5, -1, 5))
+    order = [urgent.id, too.id, usual.id, later.id]
+    for at in range(0, 4, limit):
+        assert {one.job_id for one in claim(engine, limit)} == set(order[at : at + limit])
+
+
 def test_a_claim_gives_what_a_renderer_needs_and_marks_the_row(engine: sa.Engine, create: Create) -> None:
     job = create("note", "c-1", input={"a": [1, "é", None]}, source_task_id="t")
     [taken] = claim(engine, worker="me")

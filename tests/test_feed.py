@@ -128,7 +128,7 @@ def rolled_back(engine: sa.Engine, look: Callable[[], None]) -> int:
 INTERLEAVINGS = [late_commit, late_commit_of_a_late_number, early_number_late_event, rolled_back]
 
 
-def heard(engine: sa.Engine, statements: Postgresql, interleaving: Any) -> tuple[list[str], int]:
+def heard(engine: sa.Engine, statements: Postgresql, interleaving: Any, batch: int = 500) -> tuple[list[str], int]:
     """What a reader with these statements gets, looking whenever the interleaving says so, and how many are right."""
     ids: list[str] = []
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -137,17 +137,20 @@ def heard(engine: sa.Engine, statements: Postgresql, interleaving: Any) -> tuple
 
         def look() -> None:
             nonlocal position
-            rows, position = statements.scan(connection, position, start, 500)
-            ids.extend(str(row.job_id) for row in rows)
+            rows: list[Any] = [None] * batch
+            while len(rows) == batch:
+                rows, position = statements.scan(connection, position, start, batch)
+                ids.extend(str(row.job_id) for row in rows)
 
         committed = interleaving(engine, look)
         look()
     return ids, committed
 
 
+@pytest.mark.parametrize("batch", [1, 500])
 @pytest.mark.parametrize("interleaving", INTERLEAVINGS)
-def test_a_scan_skips_nothing_and_repeats_nothing(pg: sa.Engine, interleaving: Any) -> None:
-    ids, committed = heard(pg, Postgresql(), interleaving)
+def test_a_scan_skips_nothing_and_repeats_nothing(pg: sa.Engine, interleaving: Any, batch: int) -> None:
+    ids, committed = heard(pg, Postgresql(), interleaving, batch)
     assert (len(ids), len(set(ids))) == (committed, committed)
 
 

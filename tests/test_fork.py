@@ -208,3 +208,33 @@ def test_a_runner_that_was_started_before_a_fork_is_the_parents_and_may_be_start
         12 if engine.dialect.name == "postgresql" else 0
     )
     assert violations(engine, tmp_path / "assets") == []
+
+
+POOLED = """
+import contextlib, os, sys
+import sqlalchemy as sa
+import jobkit
+
+engine = sa.create_engine(sys.argv[1])
+
+def backends():
+    "The servers of five connections that are open at once."
+    with contextlib.ExitStack() as stack:
+        opened = [stack.enter_context(engine.connect()) for _ in range(5)]
+        return {one.execute(sa.text("SELECT pg_backend_pid()")).scalar_one() for one in opened}
+
+with jobkit.Relay(engine):
+    ours = backends()
+    child = os.fork()
+    if not child:
+        os._exit(len(backends() & ours))
+    assert os.waitpid(child, 0)[1] == 0
+    assert backends() & ours                              # the child has closed nothing of them
+"""
+
+
+def test_a_child_uses_none_of_its_parents_connections(postgres_database: Any) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", POOLED, postgres_database.url], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ran.returncode == 0, ran.stderr

@@ -101,7 +101,18 @@ class Copy:
         """What became of the tests; ``RuntimeError`` when they could not be run."""
         report = self._folder / "report.xml"
         report.unlink(missing_ok=True)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "tests.board.once",
+            f"--junitxml={report}",
+            *tests,
+        ]
         command += ["-k", f"not {'postgresql' if only == 'sqlite' else 'sqlite'}"] if only else []
         ran = self._call(command)
         if ran.returncode not in (0, 1) or not report.exists():
