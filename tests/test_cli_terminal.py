@@ -17,6 +17,7 @@ import jobkit
 from jobkit import AssetStore, Job, JobStore, Runner
 from jobkit.cli import URL_VARIABLE
 from jobkit.cli.output import table
+from jobkit.contrib.renderers import spreadsheet
 from jobkit.tables import assets, content_jobs
 from jobkit.types import Rendered
 from tests.support.databases import Database
@@ -221,6 +222,7 @@ def test_a_renderer_whose_extra_is_not_installed_says_which(
     here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "xlsxwriter", None)
+    spreadsheet._library.cache_clear()  # other tests have found it
     (tmp_path / "input.json").write_text("{}")
     status, told, error = here("render", "spreadsheet", str(tmp_path / "input.json"))
     assert (status, told) == (2, "")

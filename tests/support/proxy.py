@@ -76,10 +76,18 @@ class Proxy:
             threading.Thread(target=_close, args=(carriers, client, server), daemon=True).start()
 
 
+def _flows(source: socket.socket, flowing: threading.Event) -> bool:
+    """Wait until it flows; False when the source has hung up meanwhile, so that the other end hears of that."""
+    while not flowing.wait(0.05):
+        with suppress(BlockingIOError):
+            if not source.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                return False
+    return True
+
+
 def _carry(source: socket.socket, target: socket.socket, flowing: threading.Event) -> None:
     with suppress(OSError):
-        while data := source.recv(65536):
-            flowing.wait()
+        while (data := source.recv(65536)) and _flows(source, flowing):
             target.sendall(data)
     for end in (source, target):
         with suppress(OSError):
