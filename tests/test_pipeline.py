@@ -349,12 +349,14 @@ def test_at_most_four_connections_are_used_at_any_concurrency(
     with engine.connect() as host:
         host.execute(sa.select(content_jobs)).all()
         sa.event.listen(engine.pool, "checkout", count(1))
-        sa.event.listen(engine.pool, "checkin", count(-1))
+        for name in ("checkin", "detach"):
+            sa.event.listen(engine.pool, name, count(-1))
         for _ in range(96):
             create()
         assert Runner(engine, store, only(render), concurrency=concurrency).run_until_idle(timeout=60) == 96
     assert statuses(engine) == ["done"] * 96
-    assert most[0] <= 4
+    listening = engine.dialect.name == "postgresql"  # one more, taken out of the pool when a run lasts
+    assert most[0] <= 4 + listening
 
 
 def test_a_full_runner_waits_instead_of_looking_again_and_again(
