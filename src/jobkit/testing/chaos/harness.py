@@ -133,6 +133,10 @@ def _sweep(engine: sa.Engine, target: Target) -> int:
                 connection.execute(held.values(not_before=datetime(2000, 1, 1, tzinfo=UTC)))
             report = assets.collect_garbage(older_than=0, dry_run=False)
             swept += report.abandoned + report.deleted
+    # Through the workers' own door: the unfinished files of those that were killed last go too.
+    AssetStore(target.storage, engine=engine, storage_options=options, provider=PROVIDER).collect_garbage(
+        older_than=0, dry_run=False
+    )
     return swept
 
 
