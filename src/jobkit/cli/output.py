@@ -35,7 +35,7 @@ def shown(value: object) -> str:
 
 def document(value: object) -> None:
     """``value`` as one line of JSON, in ASCII."""
-    print(json.dumps(value).replace("\x7f", "\\u007f"))
+    print(json.dumps(value))
 
 
 def plain(row: Any) -> dict[str, Any]:
