@@ -479,6 +479,45 @@ EVENTS = [
         "                    on_commit(events)\n",
         "test_leases.py::test_a_rescue_is_told_after_its_commit",
     ),
+    bug(
+        "an event that was told is told again",
+        "feed.py",
+        "fresh = [row for row in rows if row.id not in place.ahead and self._untold(row)]",
+        "fresh = list(rows)",
+        "test_feed.py::test_an_event_that_was_offered_is_skipped_by_the_scan",
+    ),
+    bug(
+        "a pruned log that looks whole",
+        "relay.py",
+        "if after < begins:",
+        "if after < begins and not begins:",
+        "test_replay.py::test_a_cursor_older_than_the_log_or_of_another_log_is_refused_and_nothing_is_left",
+        "test_pruning.py::test_a_replay_from_before_what_was_pruned_is_refused_and_one_from_after_it_is_not",
+    ),
+    bug(
+        "a prune that acts on what it read",
+        SQLITE,
+        "WHERE id {_JOBS} AND {_OVER} RETURNING id",
+        "WHERE id {_JOBS} AND ({_OVER} OR true) RETURNING id",
+        "test_pruning_races.py::test_what_happens_between_the_look_and_the_deletion_is_seen",
+        only="sqlite",
+    ),
+    bug(
+        "a watch that looks for its end in the payload",
+        "watching.py",
+        "            if event.type in TERMINAL:\n",
+        '            if event.payload.get("status") in ("done", "failed", "cancelled"):\n',
+        "test_watching.py::test_an_event_ends_a_watch_by_its_type_whatever_its_payload_says",
+        only="sqlite",
+    ),
+    bug(
+        "a watch that misses what comes while it begins",
+        "watching.py",
+        "                _hub.add(self)\n                state = self.read()\n",
+        "                _hub.add(self)\n",
+        "test_watching.py::test_what_is_committed_while_a_watch_begins_comes_once",
+        only="sqlite",
+    ),
 ]
 
 BUGS = [*CLAIMS, *HOSTS, *ATTEMPTS, *FILES, *EVENTS]
