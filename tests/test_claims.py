@@ -107,7 +107,8 @@ def test_a_claim_passes_over_a_row_that_another_transaction_holds(
         held, free = (store.create("acme", job_type="note") for _ in range(2))
     with engine.connect() as connection:
         assert claims.claim(connection, limit=1, worker_id="w", lease=60.0, now=utcnow())[0][0].job_id == held.id
-        assert [one.job_id for one in claim(postgres_database.connect(), 5)] == [free.id]
+        options = {"connect_args": {"options": "-c lock_timeout=10s"}}
+        assert [one.job_id for one in claim(postgres_database.connect(**options), 5)] == [free.id]
         connection.rollback()
 
 

@@ -115,6 +115,18 @@ def early_number_late_event(engine: sa.Engine, look: Callable[[], None]) -> int:
     return 2
 
 
+def numbers_turned_round(engine: sa.Engine, look: Callable[[], None]) -> int:
+    """The older transaction has the greater event id, and both are seen at once."""
+    with Session(engine) as old, Session(engine) as young:
+        taking_a_number(old)
+        JobStore(young).create("acme", job_type="young")
+        JobStore(old).create("acme", job_type="old")
+        young.commit()
+        old.commit()
+    look()
+    return 2
+
+
 def rolled_back(engine: sa.Engine, look: Callable[[], None]) -> int:
     with Session(engine) as lost, Session(engine) as kept:
         JobStore(lost).create("acme", job_type="lost")
@@ -125,7 +137,13 @@ def rolled_back(engine: sa.Engine, look: Callable[[], None]) -> int:
     return 1
 
 
-INTERLEAVINGS = [late_commit, late_commit_of_a_late_number, early_number_late_event, rolled_back]
+INTERLEAVINGS = [
+    late_commit,
+    late_commit_of_a_late_number,
+    early_number_late_event,
+    numbers_turned_round,
+    rolled_back,
+]
 
 
 def heard(engine: sa.Engine, statements: Postgresql, interleaving: Any, batch: int = 500) -> tuple[list[str], int]:

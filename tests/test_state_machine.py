@@ -42,7 +42,7 @@ from tests.support.model import LIVE, OVER, ModelJob, Record, differences, read
 from tests.support.runners import until
 
 # About half a minute on each; PostgreSQL's round trips take longer.
-SIZE = {"sqlite": "250x50", "postgresql": "150x50"}
+SIZE = {"sqlite": "350x50", "postgresql": "200x50"}
 LONG_AGO = datetime(2001, 1, 1, tzinfo=UTC)
 COMPANIES = ("acme", "brick")
 REASON = "the worker was lost"
@@ -94,7 +94,7 @@ class Machine(Ground):
         self.model.jobs[job.id] = ModelJob(job.id, company, {"n": n}, key, priority, run_at, self.now)
         return job.id
 
-    @rule(job_id=jobs, commit=FREQUENTLY, foreign=st.booleans(), how=st.sampled_from(["fitting", "cancel", "retry"]))
+    @rule(job_id=jobs, commit=FREQUENTLY, foreign=SELDOM, how=st.sampled_from(["fitting", "cancel", "retry"]))
     def cancel_or_retry(self, job_id: UUID, commit: bool, foreign: bool, how: str) -> None:
         job = self.model.jobs[job_id]
         how = how if how != "fitting" else "retry" if job.status in ("failed", "cancelled") else "cancel"

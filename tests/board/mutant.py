@@ -79,7 +79,7 @@ class Copy:
             "PYTHONPATH": str(folder),
             "PYTHONDONTWRITEBYTECODE": "1",
             "JOBKIT_TEST_POSTGRES_URL": postgres,
-            "JOBKIT_TEST_MACHINE": "60x50",
+            "JOBKIT_TEST_MACHINE": "100x50",
             "JOBKIT_TEST_MACHINE_SHRINK": "no",
         }
 
