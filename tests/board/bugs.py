@@ -203,7 +203,6 @@ HOSTS = [
         '"attempt": 0, "rescues": 0}',
         '"attempt": 0, "rescues": 0, "fence": 0}',
         "test_retry.py::test_retry_makes_a_job_new_but_for_its_fence_and_events",
-        "test_retry.py::test_a_zombie_of_the_run_before_a_retry_changes_nothing",
         MACHINE,
         only="sqlite",
     ),
@@ -490,7 +489,6 @@ EVENTS = [
         "relay.py",
         "if after < begins:",
         "if after < begins and not begins:",
-        "test_replay.py::test_a_cursor_older_than_the_log_or_of_another_log_is_refused_and_nothing_is_left",
         "test_pruning.py::test_a_replay_from_before_what_was_pruned_is_refused_and_one_from_after_it_is_not",
     ),
     bug(
