@@ -271,11 +271,11 @@ class Pipeline:
         for completion in turn.ends:
             job_id = completion.claim.job_id
             self._attempts.pop(job_id, None)
-            if job_id in settled:
+            if job_id in told:
+                self.ended += told[job_id] not in BACK_IN_QUEUE
+            elif job_id in settled:
                 self.ended += settled[job_id].terminal
             else:
-                self.ended += told.get(job_id, BACK_IN_QUEUE[0]) not in BACK_IN_QUEUE
-            if job_id not in told and job_id not in settled:
                 self._rejected += 1
                 logger.warning(TAKEN, job_id)
         for attempt in turn.rendered:
