@@ -72,16 +72,10 @@ class Rescuer:
     ) -> None:
         self._clock, self._on_commit, self._wake = clock, on_commit, wake
         self._statements = statements_for(engine)
-        self.link = shared
+        self._shared = shared
         self._pause = min(INTERVAL, lease / 2)
         self._awake = time.monotonic()
         self.timer = Periodic("jobkit-rescue", self._pause, self._tick)
-
-    def start(self) -> None:
-        self.timer.start()
-
-    def stop(self) -> None:
-        self.timer.stop()
 
     def _tick(self) -> None:
         # Whoever was frozen together with its keeper lets that renew first, rather than take its own jobs.
@@ -95,6 +89,6 @@ class Rescuer:
             self._awake = time.monotonic()
 
     def _rescue(self) -> None:
-        report = rescue(self.link, self._statements, clock=self._clock, on_commit=self._on_commit)
+        report = rescue(self._shared, self._statements, clock=self._clock, on_commit=self._on_commit)
         if report.queued:
             self._wake()

@@ -86,21 +86,14 @@ class Sweep:
         for state in STATES:
             after: datetime | None = _START
             while after is not None:
-                after = self._batch(tally, state, after, BATCH)
+                after = self._batch(tally, state, after)
         return tally.report()
 
-    def once(self, limit: int = BATCH) -> GarbageReport:
-        """Visit up to ``limit`` keys of each state: a bounded step, for whoever sweeps all the time."""
-        tally = _Tally()
-        for state in STATES:
-            self._batch(tally, state, _START, limit)
-        return tally.report()
-
-    def _batch(self, tally: _Tally, state: str, after: datetime, limit: int) -> datetime | None:
+    def _batch(self, tally: _Tally, state: str, after: datetime) -> datetime | None:
         """Visit the next keys from ``after`` on. Where to go on, None at the end."""
         self._refuse_deadlock()
         with self._connect() as connection:
-            found = list(self._due(connection, state, after, limit))
+            found = list(self._due(connection, state, after, BATCH))
         if not found:
             return None
         # What was read may be outdated already. The claim decides, and it is a write.
@@ -117,7 +110,7 @@ class Sweep:
             )
         self._visit(tally, state, [due for due in found if due.object_key in claimed])
         last = found[-1].not_before
-        return last if len(found) == limit and (claimed or last > after) else None
+        return last if len(found) == BATCH and (claimed or last > after) else None
 
     def _visit(self, tally: _Tally, state: str, keys: Sequence[Due]) -> None:
         """Remove the objects of claimed keys; no transaction is open meanwhile. Then record what failed, and at the

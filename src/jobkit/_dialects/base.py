@@ -255,9 +255,6 @@ class EventStatements(Protocol):
     def log_begins(self, connection: sa.Connection) -> Position:
         """The position up to which events may be gone from the log: a reader from below it may miss some."""
 
-    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
-        """Remember, in the transaction that removes events, up to where that is. Never moves back."""
-
     def scan(
         self, connection: sa.Connection, after: Position, start: Start, limit: int
     ) -> tuple[list[EventRow], Position]:
@@ -289,6 +286,9 @@ class PruneStatements(Protocol):
         """Delete those of ``jobs`` that still are over and that nobody else is changing, with their events, moving the
         mark, and the assets that ``provider`` has of them, leaving tombstones. Waits for no lock on a row of a host.
         """
+
+    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
+        """Remember, in the transaction that removes events, up to where that is. Never moves back."""
 
 
 class Statements(

@@ -11,7 +11,6 @@ import sqlalchemy as sa
 from jobkit._dialects.base import (
     EVENT,
     MARK,
-    PRUNED,
     Document,
     EventRow,
     Position,
@@ -99,18 +98,6 @@ WHERE job_id = '{MARK}' AND seq = 0
     sa.column("id", sa.BigInteger()),
 )
 
-MARK_PRUNED = Sql(
-    f"""
-INSERT INTO {{s}}content_job_events AS e (id, xid, company_id, job_id, seq, type, payload)
-VALUES (0, 0, '', '{MARK}', 0, '{PRUNED}',
-    jsonb_build_object('xid', CAST(:xid AS bigint), 'id', CAST(:id AS bigint)))
-ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
-WHERE (CAST(e.payload->>'xid' AS bigint), CAST(e.payload->>'id' AS bigint)) < (:xid, :id)
-""",
-    xid=sa.BigInteger(),
-    id=sa.BigInteger(),
-)
-
 
 class Events:
     """``jobkit._dialects.base.EventStatements`` for PostgreSQL."""
@@ -134,9 +121,6 @@ class Events:
     def log_begins(self, connection: sa.Connection) -> Position:
         row = connection.execute(LOG_BEGINS(connection)).one_or_none()
         return Position(0, 0) if row is None else Position(*row)
-
-    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
-        connection.execute(MARK_PRUNED(connection), upto._asdict())
 
     def scan(
         self, connection: sa.Connection, after: Position, start: Start, limit: int

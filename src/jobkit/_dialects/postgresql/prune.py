@@ -10,8 +10,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit._dialects.base import Position, Pruned, Sql
-from jobkit._dialects.postgresql.events import MARK_PRUNED
+from jobkit._dialects.base import MARK, PRUNED, Position, Pruned, Sql
 from jobkit.columns import UtcDateTime
 
 # A job that was ended by hand may have no time of its end.
@@ -86,6 +85,19 @@ FROM (SELECT) AS one LEFT JOIN (SELECT xid, id FROM told ORDER BY xid DESC, id D
     provider=sa.Text(),
 )
 
+# One row of the log, that belongs to no job: up to where events were removed.
+MARK_PRUNED = Sql(
+    f"""
+INSERT INTO {{s}}content_job_events AS e (id, xid, company_id, job_id, seq, type, payload)
+VALUES (0, 0, '', '{MARK}', 0, '{PRUNED}',
+    jsonb_build_object('xid', CAST(:xid AS bigint), 'id', CAST(:id AS bigint)))
+ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
+WHERE (CAST(e.payload->>'xid' AS bigint), CAST(e.payload->>'id' AS bigint)) < (:xid, :id)
+""",
+    xid=sa.BigInteger(),
+    id=sa.BigInteger(),
+)
+
 
 class Prune:
     """``jobkit._dialects.base.PruneStatements`` for PostgreSQL."""
@@ -111,8 +123,11 @@ class Prune:
         events, files, *upto = connection.execute(DELETE(connection), _values(locked, provider=provider)).one()
         if events:
             # Last, because other prunes wait for the mark.
-            connection.execute(MARK_PRUNED(connection), Position(*upto)._asdict())
+            self.mark_pruned(connection, Position(*upto))
         return Pruned(locked, events, files)
+
+    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
+        connection.execute(MARK_PRUNED(connection), upto._asdict())
 
 
 def _values(jobs: Sequence[UUID], **others: Any) -> dict[str, Any]:

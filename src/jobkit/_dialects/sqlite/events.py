@@ -12,7 +12,6 @@ import sqlalchemy as sa
 from jobkit._dialects.base import (
     EVENT,
     MARK,
-    PRUNED,
     TOLD,
     Document,
     EventRow,
@@ -84,16 +83,6 @@ WHERE job_id = '{MARK.hex}' AND seq = 0
     sa.column("id", sa.BigInteger()),
 )
 
-MARK_PRUNED = Sql(
-    f"""
-INSERT INTO {{s}}content_job_events (id, company_id, job_id, seq, type, payload)
-VALUES (0, '', '{MARK.hex}', 0, '{PRUNED}', json_object('xid', 0, 'id', :id))
-ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
-WHERE json_extract(payload, '$.id') < :id
-""",
-    id=sa.BigInteger(),
-)
-
 
 class Events:
     """``jobkit._dialects.base.EventStatements`` for SQLite."""
@@ -117,9 +106,6 @@ class Events:
     def log_begins(self, connection: sa.Connection) -> Position:
         row = connection.execute(LOG_BEGINS(connection)).one_or_none()
         return Position(0, 0) if row is None else Position(0, row.id)
-
-    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
-        connection.execute(MARK_PRUNED(connection), {"id": upto.id})
 
     def scan(
         self, connection: sa.Connection, after: Position, start: Start, limit: int

@@ -10,8 +10,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit._dialects.base import Pruned, Sql
-from jobkit._dialects.sqlite.events import MARK_PRUNED
+from jobkit._dialects.base import MARK, PRUNED, Position, Pruned, Sql
 from jobkit.columns import SQLITE_NOW, UtcDateTime
 
 # A job that was ended by hand may have no time of its end.
@@ -68,6 +67,17 @@ DELETE_FILES = Sql(
     f"DELETE FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider", jobs=sa.Text(), provider=sa.Text()
 )
 
+# One row of the log, that belongs to no job: up to where events were removed.
+MARK_PRUNED = Sql(
+    f"""
+INSERT INTO {{s}}content_job_events (id, company_id, job_id, seq, type, payload)
+VALUES (0, '', '{MARK.hex}', 0, '{PRUNED}', json_object('xid', 0, 'id', :id))
+ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
+WHERE json_extract(payload, '$.id') < :id
+""",
+    id=sa.BigInteger(),
+)
+
 
 class Prune:
     """``jobkit._dialects.base.PruneStatements`` for SQLite."""
@@ -91,11 +101,14 @@ class Prune:
         events, upto = connection.execute(EVENTS(connection), theirs).one()
         if events:
             connection.execute(DELETE_EVENTS(connection), theirs)
-            connection.execute(MARK_PRUNED(connection), {"id": upto})
+            self.mark_pruned(connection, Position(0, upto))
         if provider is not None:
             connection.execute(BURY(connection), {**theirs, "provider": provider})
             files = connection.execute(DELETE_FILES(connection), {**theirs, "provider": provider}).rowcount
         return Pruned(gone, events, files)
+
+    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
+        connection.execute(MARK_PRUNED(connection), {"id": upto.id})
 
 
 def _values(jobs: Sequence[UUID], **others: Any) -> dict[str, Any]:
