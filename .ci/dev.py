@@ -41,6 +41,7 @@ def main() -> int:
         return run(BIN / "jobkit", "demo", *arguments)
     if command == "test":
         prepare("test")
+        prepare_browser()
         return test(arguments)
     if command == "lock":
         prepare("test")
@@ -121,6 +122,43 @@ def install(kind: str) -> None:
             return
     say("the packages could not be installed; the messages above say why")
     raise SystemExit(1)
+
+
+# --- a browser, for the tests that need one
+
+APT_LIMIT = 600.0  # seconds, for about 120 MB
+APT = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=3", "-o", "Acquire::http::Timeout=60"]
+
+
+def prepare_browser() -> None:
+    """Have a Chromium, where it can be installed. Where it cannot, the tests that need one fail and say what helps."""
+    sys.path.insert(0, str(ROOT))
+    from tests.support import chromium
+
+    if chromium.unwanted() or chromium.find():
+        return
+    if os.name != "posix" or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        say(chromium.HELP)
+        return
+    say("installing chromium with apt-get, for the tests that need a browser; once, about a minute")
+    for _ in range(2):  # another installation may be under way
+        told = apt("update") + apt("install", "-y", "--no-install-recommends", "chromium")
+        if found := chromium.find():
+            say(f"there is {found}")
+            return
+    say(f"apt-get did not install it: {told.strip()[-2000:]}\n{chromium.HELP}")
+
+
+def apt(*command: str) -> str:
+    """What apt-get had to say. One that takes too long is ended softly: a kill would leave half a package."""
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen([*APT, *command], env=environment, text=True, errors="replace", **pipes) as running:
+        try:
+            return running.communicate(timeout=APT_LIMIT)[0]
+        except subprocess.TimeoutExpired:
+            running.terminate()
+            return running.communicate()[0] + f"\n{' '.join(command)} took longer than {APT_LIMIT:.0f} s"
 
 
 # --- pins

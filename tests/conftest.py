@@ -1,5 +1,5 @@
 """Every database and storage the tests run on: SQLite files and a real PostgreSQL, a folder, memory and
-S3 servers."""
+S3 servers; and a real browser."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -14,6 +15,8 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from tests.support.asynchronous import DRIVERS, Lane
+from tests.support.browser import browser as a_browser
+from tests.support.browser import page as a_page
 from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
 from tests.support.postgres import Server, start_server
 from tests.support.recorder import ALL, Recorder
@@ -117,6 +120,21 @@ def assets(engine: sa.Engine, storage_url: str) -> jobkit.AssetStore:
 def disk(engine: sa.Engine, tmp_path: Path) -> jobkit.AssetStore:
     """Assets in a folder, where a test is about something else."""
     return jobkit.AssetStore(tmp_path / "assets", engine=engine)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A Chromium; the test fails, and says how to get one, when there is none. Of a module, not of the whole run: no
+    test that has no browser is run beside its threads and processes."""
+    with a_browser() as started:
+        yield started
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page in a profile of this test alone."""
+    with a_page(browser) as opened:
+        yield opened
 
 
 @pytest.fixture
