@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import threading
 from typing import Protocol
 from weakref import WeakSet
 
@@ -10,15 +12,35 @@ import sqlalchemy as sa
 
 from jobkit.errors import ConfigurationError
 
+logger = logging.getLogger("jobkit")
+
 
 class Forgetful(Protocol):
-    """Has threads or counts that a forked child does not have."""
-
-    @property
-    def engine(self) -> sa.Engine: ...
+    """Has threads, locks, files or counts that a forked child does not have."""
 
     def _after_fork(self) -> None:
-        """Be as if never started. Called in the child, where no other thread runs."""
+        """Be as if new. Called in the child, where no other thread runs."""
+
+
+_known: WeakSet[Forgetful] = WeakSet()
+
+
+def forget_in_children(thing: Forgetful) -> None:
+    """From now on let ``thing`` forget in each forked child, as long as somebody holds it."""
+    _known.add(thing)
+
+
+def leave_connections(engine: sa.Engine) -> None:
+    """Use none of the connections in ``engine``'s pool, and close none: called in a child, for an engine that threads
+    of the parent use.
+    """
+    # The connections in it are the parent's: used by two processes, each would read the other's answers.
+    engine.dispose(close=False)
+
+
+def hold_across(lock: threading.Lock | threading.RLock) -> None:
+    """Fork only while no other thread holds ``lock``, so that no child inherits it locked."""
+    os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
 def refuse_inherited(engine: sa.Engine, used: bool) -> None:
@@ -34,20 +56,12 @@ def refuse_inherited(engine: sa.Engine, used: bool) -> None:
         )
 
 
-_known: WeakSet[Forgetful] = WeakSet()
-
-
-def forget_in_children(thing: Forgetful) -> None:
-    """From now on each forked child disposes of the pool of ``thing.engine``, closing nothing, and lets it forget."""
-    _known.add(thing)
-
-
 def _after_in_child() -> None:
     for thing in list(_known):
-        # The connections in it are the parent's: used by two processes, each would read the other's answers.
-        thing.engine.dispose(close=False)
-        thing._after_fork()
+        try:
+            thing._after_fork()
+        except Exception:  # a hook of the host's on its engine, for one; the others forget nevertheless
+            logger.exception("%r could not forget its parent", thing)
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_in_child)
+os.register_at_fork(after_in_child=_after_in_child)

@@ -7,11 +7,11 @@ import threading
 import time
 from uuid import UUID
 
+from jobkit.forks import hold_across
+
 _lock = threading.Lock()
 _last = 0
-
-if hasattr(os, "register_at_fork"):  # held across a fork, so that no child inherits it locked
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+hold_across(_lock)
 
 
 def new_id() -> UUID:

@@ -16,14 +16,28 @@ from jobkit.bookmark import Memory
 from jobkit.engines import sync_engine
 from jobkit.errors import ConfigurationError, EventsPruned
 from jobkit.feed import Feed
-from jobkit.forks import forget_in_children, refuse_inherited
+from jobkit.forks import forget_in_children, leave_connections, refuse_inherited
 from jobkit.outbox import event_of
 from jobkit.schema import require_schema
 from jobkit.sqlite import is_memory
 
-_lock = threading.RLock()
-_feeds: dict[str, tuple[Feed, int]] = {}
-_memory = Memory()
+
+class _Shared:
+    """What the relays and runners of a process share: the feeds, each with its number of users, and what was told."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.feeds: dict[str, tuple[Feed, int]] = {}
+        self.memory = Memory()
+        forget_in_children(self)
+
+    def _after_fork(self) -> None:
+        """No feed runs in a child, and a lock that another thread held at the fork is held there for ever."""
+        self.lock, self.memory = threading.RLock(), Memory()
+        self.feeds.clear()
+
+
+_shared = _Shared()
 
 
 class Relay:
@@ -50,7 +64,7 @@ class Relay:
         ``EventsPruned`` when some of those events are gone.
         """
         refuse_inherited(self.engine, self._inherited)
-        with _lock:
+        with _shared.lock:
             if not self._held:
                 acquire(self.engine, self._after)
                 self._held = True
@@ -60,13 +74,14 @@ class Relay:
         """No more signals, unless another relay or runner of this database is started. Waits for the receiver that runs
         now.
         """
-        with _lock:
+        with _shared.lock:
             held, self._held = self._held, False
         if held:
             release(self.engine, timeout)
 
     def _after_fork(self) -> None:
         """Be as if never started: called in a forked child, whose ``start`` then begins anew."""
+        leave_connections(self.engine)
         self._inherited, self._held = self._held or self._inherited, False
 
     def __enter__(self) -> Self:
@@ -76,17 +91,6 @@ class Relay:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
-
-
-def _forget() -> None:
-    """No feed runs in a forked child, and a lock that another thread held there is held for ever."""
-    global _lock, _memory
-    _lock, _memory = threading.RLock(), Memory()
-    _feeds.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
 
 
 def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
@@ -99,17 +103,17 @@ def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
             "other's transactions: leave poolclass= out of create_engine"
         )
     key = _key(engine)
-    with _lock:
-        feed, count = _feeds.get(key, (None, 0))
+    with _shared.lock:
+        feed, count = _shared.feeds.get(key, (None, 0))
         if feed is None:
             require_schema(engine)
             _require_whole(engine, after)
-            feed = Feed(engine, _memory, key)
+            feed = Feed(engine, _shared.memory, key)
             feed.start(after)
         elif after is not None:
             _require_whole(engine, after)
             feed.replay(after)
-        _feeds[key] = feed, count + 1
+        _shared.feeds[key] = feed, count + 1
         return feed
 
 
@@ -129,13 +133,13 @@ def _require_whole(engine: sa.Engine, after: Position | None) -> None:
 def release(engine: sa.Engine, timeout: float) -> None:
     """Count once less; the last one ends the feed. What was offered to it was delivered, or ``timeout`` is over."""
     key = _key(engine)
-    with _lock:
-        feed, count = _feeds[key]
+    with _shared.lock:
+        feed, count = _shared.feeds[key]
         last = count == 1
         if last:
-            del _feeds[key]
+            del _shared.feeds[key]
         else:
-            _feeds[key] = feed, count - 1
+            _shared.feeds[key] = feed, count - 1
     if last:
         feed.close(timeout)
     else:
@@ -144,14 +148,14 @@ def release(engine: sa.Engine, timeout: float) -> None:
 
 def running_feed(engine: sa.Engine) -> Feed | None:
     """The feed of ``engine``'s database, when this process has one."""
-    with _lock:
-        found = _feeds.get(_key(engine))
+    with _shared.lock:
+        found = _shared.feeds.get(_key(engine))
     return found[0] if found else None
 
 
 def deliver_here(engine: sa.Engine, rows: list[EventRow], cursor: Position) -> None:
     """Signals for events this process just committed while it has no feed, in the calling thread."""
-    signals.deliver(event_of(row, cursor) for row in _memory.add(rows))
+    signals.deliver(event_of(row, cursor) for row in _shared.memory.add(rows))
 
 
 def _key(engine: sa.Engine) -> str:

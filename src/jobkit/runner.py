@@ -24,7 +24,7 @@ from jobkit.clock import Clock, seconds, utcnow
 from jobkit.engines import sync_engine
 from jobkit.errors import ConfigurationError
 from jobkit.feed import Feed
-from jobkit.forks import forget_in_children, refuse_inherited
+from jobkit.forks import forget_in_children, leave_connections, refuse_inherited
 from jobkit.ids import new_id
 from jobkit.jobs import JobStore
 from jobkit.leases import LeaseKeeper
@@ -202,6 +202,7 @@ class Runner:
 
     def _after_fork(self) -> None:
         """Be as if never started: called in a forked child, whose ``start`` then begins anew."""
+        leave_connections(self.engine)
         self._inherited = self._inherited or self._running is not None
         self._lock = threading.RLock()
         self._running = self._ending = None

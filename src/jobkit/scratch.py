@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobkit.errors import ConfigurationError
+from jobkit.forks import forget_in_children
 from jobkit.ids import new_id
 
 logger = logging.getLogger("jobkit")
@@ -38,7 +39,7 @@ class Scratch:
         self._base = base
         self._lock = threading.Lock()
         self._held: _Held | None = None
-        _known.add(self)
+        forget_in_children(self)
 
     def folder(self) -> Path:
         """A folder that only this object uses; empty when it is new, and then what dead processes left is removed.
@@ -177,14 +178,3 @@ def _machine() -> str:
         return _BOOT_ID.read_text().strip().replace("-", "")
     except OSError:
         return hashlib.sha256(platform.node().encode()).hexdigest()[:32]
-
-
-_known: weakref.WeakSet[Scratch] = weakref.WeakSet()
-
-
-def _after_in_child() -> None:
-    for scratch in list(_known):
-        scratch._after_fork()
-
-
-os.register_at_fork(after_in_child=_after_in_child)

@@ -7,7 +7,6 @@ Receivers get ``receiver(company_id, *, event)``. ``connect`` is blinker's: it h
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
@@ -17,6 +16,7 @@ from typing import Any, TypeVar
 from blinker import ANY, NamedSignal
 from blinker.base import ANY_ID
 
+from jobkit.forks import hold_across
 from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
 
 Receiver = TypeVar("Receiver", bound=Callable[..., Any])
@@ -27,11 +27,7 @@ _delivering = threading.local()
 # Connecting, disconnecting and choosing receivers, one at a time: blinker's bookkeeping is not made for threads. An
 # RLock, because a weak receiver may be collected, and thereby disconnected, in the middle of any of them.
 _bookkeeping = threading.RLock()
-
-if hasattr(os, "register_at_fork"):  # held across a fork, so that no child inherits it locked
-    os.register_at_fork(
-        before=_bookkeeping.acquire, after_in_parent=_bookkeeping.release, after_in_child=_bookkeeping.release
-    )
+hold_across(_bookkeeping)
 
 
 class JobSignal(NamedSignal):

@@ -54,9 +54,7 @@ _settings: weakref.WeakKeyDictionary[sa.Dialect, tuple[int, str]] = weakref.Weak
 # The last thread that opened a write transaction on a database file, with its connection and the asyncio task that ran
 # there: whether that is still open is asked of the connection, so nothing has to be cleared.
 _writers: dict[str, tuple[int, Any, weakref.ref[Any] | None]] = {}
-
-if hasattr(os, "register_at_fork"):  # they are the parent's
-    os.register_at_fork(after_in_child=_writers.clear)
+os.register_at_fork(after_in_child=_writers.clear)  # they are the parent's
 
 
 def configure_sqlite(

@@ -7,7 +7,6 @@ already. Signals make it quick; the log itself, where ``seq`` counts a job's eve
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -22,6 +21,7 @@ from jobkit import outbox, signals
 from jobkit._dialects import statements_for
 from jobkit.clock import seconds
 from jobkit.errors import JobNotFound
+from jobkit.forks import forget_in_children
 from jobkit.jobs import JobStore
 from jobkit.relay import Relay
 from jobkit.tables import content_job_events, content_jobs
@@ -227,8 +227,8 @@ class _Hub:
                 for signal in signals._SIGNALS.values():
                     signal.disconnect(self._receive)
 
-    def forget(self) -> None:
-        """Begin anew in a forked child, where nobody takes what the parent's watchers hear."""
+    def _after_fork(self) -> None:
+        """Begin anew in a child, where nobody takes what the parent's watchers hear."""
         self._lock = threading.RLock()
         self._watchers.clear()
         for signal in signals._SIGNALS.values():
@@ -243,6 +243,4 @@ class _Hub:
 
 
 _hub = _Hub()
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_hub.forget)
+forget_in_children(_hub)

@@ -333,7 +333,7 @@ ATTEMPTS = [
     bug(
         "connections that a child inherits",
         "forks.py",
-        "thing.engine.dispose(close=False)",
+        "engine.dispose(close=False)",
         "pass",
         "test_fork.py::test_a_child_uses_none_of_its_parents_connections",
         only="postgresql",
