@@ -157,7 +157,7 @@ def test_many_outputs_do_not_use_up_the_descriptors() -> None:
             held.append(len(os.listdir("/proc/self/fd")))
 
     assert len(rendered(many)) == 100
-    assert max(held) == min(held)
+    assert max(held) < min(held) + 10  # a hundred outputs; threads of this process may open or close some meanwhile
 
 
 # --- how failures read

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, SupportsFloat
 from uuid import UUID
 
 from jobkit.assets import AssetStore
@@ -30,6 +30,7 @@ from jobkit.errors import (
 )
 from jobkit.ids import new_id
 from jobkit.payload import canonical
+from jobkit.progress import Report, report
 from jobkit.text import describe
 from jobkit.types import Rendered, StoredObject
 
@@ -50,15 +51,22 @@ class Attempt:
         services: Any,
         open_asset: Callable[[UUID | str], BinaryIO],
         start_coroutine: StartCoroutine,
+        progressed: Callable[[], None] = lambda: None,
         lease: float = math.inf,
     ) -> None:
-        """``lease``: for how many seconds after its last renewal the claim holds."""
+        """``progressed`` is called when ``reported`` has changed, on whatever thread the renderer does that. ``lease``:
+        for how many seconds after its last renewal the claim holds.
+        """
         self.claim = claim
         self.failure: BaseException | None = None
         self.max_attempts = registration.max_attempts
         # When the claim's lease was last known to have begun, on this machine's monotonic clock.
         self.renewed = time.monotonic()
         self.stored: tuple[StoredObject, ...] = ()
+        #: What the renderer said last of how far it is, and what of that the job's row says.
+        self.reported: Report | None = None
+        self.recorded: Report | None = None
+        self._progressed = progressed
         self._started: float | None = None
         self._handover = threading.Lock()
         self._at_work = self._left = False
@@ -79,6 +87,7 @@ class Attempt:
             new_draft=self._draft,
             workspace=assets.spool_folder,
             check=self.check,
+            progress=self._progress,
         )
 
     @property
@@ -160,6 +169,12 @@ class Attempt:
     def interrupted(self) -> bool:
         """Whether the renderer was asked to stop."""
         return self._interruption is not None
+
+    def _progress(self, fraction: SupportsFloat, message: str | None) -> None:
+        latest = report(fraction, message, after=self.reported)
+        if latest is not self.reported:
+            self.reported = latest
+            self._progressed()
 
     def _overdue(self) -> JobTimeout:
         return JobTimeout(

@@ -18,6 +18,7 @@ from jobkit._dialects import statements_for
 from jobkit._dialects.base import Claimed, EventRow, RescueTerms, Terms, Told
 from jobkit.errors import AssetNotFound
 from jobkit.ids import new_id
+from jobkit.progress import Report
 from jobkit.types import JobStatus, StoredObject, Verdict
 
 Pick = Callable[[sa.Connection, Terms], list[Claimed]]
@@ -129,7 +130,10 @@ def finish(connection: sa.Connection, completions: Sequence[Completion], *, now:
 
 def _finish(connection: sa.Connection, completions: Sequence[Completion], now: datetime) -> list[EventRow]:
     told, gone = statements_for(connection).finish(
-        connection, [_job(c) for c in completions], [row for c in completions for row in _files(c)], now=now
+        connection,
+        [_job(c) for c in sorted(completions, key=lambda c: _by_id(c.claim))],
+        [row for c in completions for row in _files(c)],
+        now=now,
     )
     by_id = {c.claim.job_id: c for c in completions}
     recorded = sum(file.recorded for t in told for file in by_id[t.job_id].files)
@@ -153,6 +157,18 @@ def look(connection: sa.Connection, claims: Sequence[Claim]) -> dict[UUID, bool]
     return dict(statements_for(connection).look(connection, _tokens(claims)))
 
 
+def advance(
+    connection: sa.Connection, reports: Sequence[tuple[Claim, Report]], *, lease: float, now: datetime
+) -> tuple[dict[UUID, bool], list[EventRow]]:
+    """As ``renew``, and records how far the jobs are; with their events. A job's fraction never goes back."""
+    jobs = [
+        {"job": claim.job_id.hex, "fence": claim.fence, "progress": report.fraction, "message": report.message}
+        for claim, report in sorted(reports, key=lambda reported: _by_id(reported[0]))
+    ]
+    moved = statements_for(connection).advance(connection, jobs, lease=lease, now=now)
+    return {event.job_id: cancelled for event, cancelled in moved}, [event for event, _ in moved]
+
+
 def rescue(connection: sa.Connection, *, limit: int, now: datetime) -> list[EventRow]:
     """Take up to ``limit`` jobs from workers whose lease is over: queued again, the attempt not charged; cancelled when
     asked to stop; failed when that happened ``MAX_RESCUES`` times before. Returns their events.
@@ -163,7 +179,13 @@ def rescue(connection: sa.Connection, *, limit: int, now: datetime) -> list[Even
 
 
 def _tokens(claims: Sequence[Claim]) -> list[dict[str, Any]]:
-    return [{"job": claim.job_id.hex, "fence": claim.fence} for claim in claims]
+    return [{"job": claim.job_id.hex, "fence": claim.fence} for claim in sorted(claims, key=_by_id)]
+
+
+# Statements of several jobs lock them in this order, as far as the plan lets them: two that want the same jobs in
+# different orders would wait for each other.
+def _by_id(claim: Claim) -> int:
+    return claim.job_id.int
 
 
 def _job(completion: Completion) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, SupportsFloat
 from uuid import UUID
 
 from jobkit.drafts import Draft
@@ -41,6 +41,7 @@ class RenderContext:
         new_draft: Callable[[str, str], Draft],
         workspace: Callable[[], Path],
         check: Callable[[], None] = lambda: None,
+        progress: Callable[[SupportsFloat, str | None], None] = lambda fraction, message: None,
     ) -> None:
         self.job_id = job_id
         self.company_id = company_id
@@ -52,7 +53,7 @@ class RenderContext:
         self._open_asset = open_asset
         self._new_draft = new_draft
         self._workspace = workspace
-        self._check = check
+        self._check, self._progress = check, progress
         self._workdir: Path | None = None
 
     @property
@@ -66,6 +67,18 @@ class RenderContext:
         """Return when the work is still wanted; else raise ``LeaseLost``, ``JobCancelled`` or ``JobTimeout``. Cheap:
         call it often.
         """
+        self._check()
+
+    def progress(self, fraction: SupportsFloat, message: str | None = None) -> None:
+        """Tell how far the work is, from 0 to 1, and what is being done. Cheap: call it often, from any thread or
+        coroutine.
+
+        The job's ``progress`` and ``progress_message``, and ``content_job.progress``, follow within a second or so; of
+        several reports in half a second, the last one counts. The fraction never goes back: one that is lower leaves it
+        as it is. ``message`` is what the message is from now on. ``TypeError`` or ``ValueError`` for what is no number
+        from 0 to 1. Raises what ``check`` raises.
+        """
+        self._progress(fraction, message)
         self._check()
 
     def open_asset(self, asset_id: UUID | str) -> BinaryIO:

@@ -70,6 +70,7 @@ class Pipeline:
         clock: Clock,
         shared: SharedLink,
         on_commit: Callable[[Sequence[EventRow]], object],
+        progressed: Callable[[], None],
     ) -> None:
         self._concurrency, self._poll_interval = concurrency, poll_interval
         self._clock, self._on_commit = clock, on_commit
@@ -82,6 +83,7 @@ class Pipeline:
             publishers=publishers,
             lease=lease,
             shared=shared,
+            progressed=progressed,
             wanted=lambda attempt: not self._abandoned and self._holds(attempt.claim),
             rendered=self._inbox.put,
             stored=self._stored,

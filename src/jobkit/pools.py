@@ -108,7 +108,7 @@ class InlinePool:
 
 
 class Periodic:
-    """A daemon thread that does ``task`` every ``interval`` seconds, from now on until stopped.
+    """A daemon thread that does ``task`` every ``interval`` seconds, and when woken, from now on until stopped.
 
     The pauses vary by a tenth, so that many processes do not act in step. A task that raises is logged once in a row
     and tried again after a growing pause. ``after`` is called on the thread when it ends.
@@ -118,7 +118,9 @@ class Periodic:
         self, name: str, interval: float, task: Callable[[], None], after: Callable[[], None] = lambda: None
     ) -> None:
         self._name, self.interval, self._task, self._after = name, interval, task, after
-        self._stopped = threading.Event()
+        self._woken = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._stopped = False
         self._failures = 0
         self._since: float | None = None
 
@@ -129,14 +131,25 @@ class Periodic:
         return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Do the task now, unless it failed the last time. From any thread."""
+        if not self._failures:
+            self._woken.set()
 
     def stop(self) -> None:
         """Let the thread end. Waits for nothing."""
-        self._stopped.set()
+        self._stopped = True
+        self._woken.set()
+
+    def join(self, timeout: float) -> None:
+        """Wait up to ``timeout`` seconds until the stopped thread has ended."""
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, timeout))
 
     def _run(self) -> None:
-        while not self._stopped.wait(self._pause()):
+        while self._next():
             self._since = time.monotonic()
             try:
                 self._task()
@@ -149,6 +162,12 @@ class Periodic:
             finally:
                 self._since = None
         self._after()
+
+    def _next(self) -> bool:
+        """Wait until the task is due; False when stopped."""
+        self._woken.wait(self._pause())
+        self._woken.clear()
+        return not self._stopped
 
     def _pause(self) -> float:
         if self._failures:

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from datetime import datetime, timedelta
 from types import TracebackType
@@ -270,7 +270,12 @@ class Runner:
     def _run_here(self) -> int:
         """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""
         require_schema(self.engine)
-        pipeline = self._pipeline(None, SharedLink(self.engine, 0.0))
+
+        def record() -> None:
+            keeper.record()
+
+        pipeline = self._pipeline(None, SharedLink(self.engine, 0.0), record)
+        keeper = LeaseKeeper(self.engine, math.inf, pipeline.attempts, clock=self._clock, on_commit=self._deliver_here)
         pipeline.ask()
         pipeline.run(until_idle=True)
         self._past += pipeline.metrics()
@@ -280,9 +285,11 @@ class Runner:
         engine, lease, clock = self.engine, self._lease, self._clock
         feed.hurry(self._db_timeout)
         shared = SharedLink(engine, self._db_timeout / 2)
+        # Where there is one writer at a time, a renewal may have to wait longer than a short lease, and does answer.
+        waits_for_writers = statements_for(engine).claim_locks
         return Supervisor(
-            pipeline=lambda: self._pipeline(feed, shared),
-            keeper=lambda attempts: LeaseKeeper(engine, lease, attempts),
+            pipeline=lambda progressed: self._pipeline(feed, shared, progressed),
+            keeper=lambda attempts: LeaseKeeper(engine, lease, attempts, clock=clock, on_commit=feed.offer),
             rescuer=lambda wake: Rescuer(
                 engine, lease=lease, clock=clock, shared=shared, on_commit=feed.offer, wake=wake
             ),
@@ -290,10 +297,10 @@ class Runner:
             listen=feed.on_jobs,
             shared=shared,
             db_timeout=self._db_timeout,
-            lease=lease,
+            renewal_timeout=self._db_timeout if waits_for_writers else min(self._db_timeout, lease / 3),
         )
 
-    def _pipeline(self, feed: Feed | None, shared: SharedLink) -> Pipeline:
+    def _pipeline(self, feed: Feed | None, shared: SharedLink, progressed: Callable[[], None]) -> Pipeline:
         return Pipeline(
             self.engine,
             self._assets,
@@ -307,6 +314,7 @@ class Runner:
             clock=self._clock,
             shared=shared,
             on_commit=feed.offer if feed else self._deliver_here,
+            progressed=progressed,
         )
 
     def _deliver_here(self, rows: Sequence[EventRow]) -> None:

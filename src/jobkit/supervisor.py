@@ -24,7 +24,7 @@ logger = logging.getLogger("jobkit")
 LOOK = 1.0
 # A call that goes on after so many times its limit has not been ended by cutting it.
 GIVE_UP = 2.0
-# How long a stopping runner waits for its last statement, in seconds.
+# How long a stopping runner waits for its last statement, and then for its other threads, in seconds.
 RELEASE_WAIT = 2.0
 
 
@@ -34,25 +34,25 @@ class Supervisor:
     def __init__(
         self,
         *,
-        pipeline: Callable[[], Pipeline],
+        pipeline: Callable[[Callable[[], None]], Pipeline],
         keeper: Callable[[Callable[[], list[Attempt]]], LeaseKeeper],
         rescuer: Callable[[Callable[[], None]], Rescuer],
         sweeper: Periodic,
         listen: Callable[[Callable[[], None]], Callable[[], None]],
         shared: SharedLink,
         db_timeout: float,
-        lease: float,
+        renewal_timeout: float,
     ) -> None:
         """``pipeline``, ``keeper`` and ``rescuer`` make one; ``listen`` lets hints at new jobs call a function, until
         what it returns is called; ``shared`` is the connection they use in turns. ``db_timeout``: how long any use of a
-        connection may last, in seconds; the keeper's no longer than a third of a ``lease``.
+        connection may last, in seconds; ``renewal_timeout``: the keeper's.
         """
         self._make_pipeline, self._listen = pipeline, listen
         self._deafen: Callable[[], None] = lambda: None
         self._make_keeper, self._make_rescuer = keeper, rescuer
         self._sweeper, self._shared = sweeper, shared
-        self._db_timeout, self._renewal_timeout = db_timeout, min(db_timeout, lease / 3)
-        self.pipeline = pipeline()
+        self._db_timeout, self._renewal_timeout = db_timeout, renewal_timeout
+        self.pipeline = pipeline(self._hear)
         self._keeper, self._rescuer = keeper(self._attempts), rescuer(self._wake)
         self._past = RunnerMetrics()
         self._stopping = False
@@ -81,8 +81,7 @@ class Supervisor:
             if not over:
                 pipeline.abandon()
                 over = pipeline.wait_over(RELEASE_WAIT)
-            for timer in (self._keeper.timer, self._rescuer.timer, self._sweeper, self._watch):
-                timer.stop()
+            self._end(self._keeper.timer, self._rescuer.timer, self._sweeper, self._watch)
         if not over:
             logger.error("the runner's thread does not answer; its jobs stay claimed until their lease runs out")
 
@@ -103,11 +102,22 @@ class Supervisor:
         """Counts since ``start``."""
         return self._past + self.pipeline.metrics()
 
+    def _end(self, *timers: Periodic) -> None:
+        """End their threads, and give them a moment to give their connections back."""
+        deadline = time.monotonic() + RELEASE_WAIT
+        for timer in timers:
+            timer.stop()
+        for timer in timers:
+            timer.join(deadline - time.monotonic())
+
     def _attempts(self) -> list[Attempt]:
         return self.pipeline.attempts()
 
     def _wake(self) -> None:
         self.pipeline.wake()
+
+    def _hear(self) -> None:
+        self._keeper.hear()
 
     def _spawn(self, pipeline: Pipeline) -> None:
         threading.Thread(target=self._work, args=(pipeline,), name="jobkit-runner", daemon=True).start()
@@ -132,7 +142,7 @@ class Supervisor:
         if self._stopping:
             return
         if pipeline is self._dead or pipeline.link.waiting > GIVE_UP * self._db_timeout:
-            self.pipeline, self._past = self._make_pipeline(), self._past + pipeline.metrics()
+            self.pipeline, self._past = self._make_pipeline(self._hear), self._past + pipeline.metrics()
             pipeline.desert()
             self._replaced("runner")
             self._spawn(self.pipeline)

@@ -44,13 +44,15 @@ class Workshop:
         publishers: Pool,
         lease: float,
         shared: SharedLink,
+        progressed: Callable[[], None],
         wanted: Callable[[Attempt], bool],
         rendered: Callable[[Attempt], None],
         stored: Callable[[Attempt, BaseException | None], None],
     ) -> None:
         self._assets, self._renderers, self._lease = assets, renderers, lease
         self._slots, self._publishers = slots, publishers
-        self._shared, self._wanted, self._rendered, self._stored = shared, wanted, rendered, stored
+        self._shared, self._progressed = shared, progressed
+        self._wanted, self._rendered, self._stored = wanted, rendered, stored
         self._loop = LoopThread()
         #: The attempts whose renderers run, in the order in which they began.
         self.rendering: dict[Attempt, None] = {}
@@ -67,6 +69,7 @@ class Workshop:
             services=self._renderers.services,
             open_asset=lambda asset_id: self._open_asset(claim.company_id, asset_id),
             start_coroutine=self._loop.start,
+            progressed=self._progressed,
             lease=self._lease,
         )
 

@@ -196,6 +196,13 @@ class ClaimStatements(Protocol):
     def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
         """Which claims still hold. Writes nothing."""
 
+    def advance(
+        self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
+    ) -> list[tuple[EventRow, bool]]:
+        """As ``renew``, with each job's ``progress``, never lower than before, and ``message``. The events, and which
+        jobs were asked to stop.
+        """
+
     def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
         """Take running jobs whose lease is over from their lost workers, each with its event; the attempt is not
         charged.
@@ -349,6 +356,7 @@ EVENT = (
     sa.column("created_at", UtcDateTime()),
     sa.column("payload", JsonObject()),
 )
+ADVANCED = (*EVENT, sa.column("cancelled", sa.Boolean()))
 DUE = (sa.column("company_id", sa.Text()), sa.column("object_key", sa.Text()), sa.column("not_before", UtcDateTime()))
 MANY_PARAMETERS: dict[str, Any] = {"company_id": sa.Text(), "jobs": sa.Text(), "now": UtcDateTime()}
 JOB_PARAMETERS: dict[str, Any] = {

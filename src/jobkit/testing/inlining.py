@@ -126,10 +126,18 @@ class _Inline:
             services=self._renderers.services,
             open_asset=lambda asset_id: self._home.ask(partial(self._open_asset, claim.company_id, asset_id)),
             start_coroutine=lambda coroutine: self._home.serve(loop.start(coroutine), attempt),
+            progressed=lambda: self._home.ask(partial(self._record, attempt)),
             lease=LEASE,
         )
         attempt.look = lambda: self._home.ask(partial(claims.look, self._connection, [claim]))
         return attempt
+
+    def _record(self, attempt: _Attempt) -> None:
+        assert attempt.reported is not None
+        with self._connection.begin_nested():
+            reports = [(attempt.claim, attempt.reported)]
+            claims.advance(self._connection, reports, lease=LEASE, now=self._clock())
+        self._tell(attempt.claim.job_id)
 
     def _end(self, attempt: _Attempt) -> None:
         """From the renderer to the commit of what came of it."""

@@ -11,6 +11,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit._dialects.base import (
+    ADVANCED,
     CLAIMED,
     EVENT,
     HELD,
@@ -107,7 +108,8 @@ WITH f AS (
         rescues = CASE f.status WHEN 'queued' THEN 0 ELSE j.rescues END,
         run_at = CASE f.status WHEN 'queued' THEN f.run_at ELSE j.run_at END,
         started_at = CASE f.status WHEN 'queued' THEN NULL ELSE j.started_at END,
-        finished_at = CASE f.status WHEN 'queued' THEN NULL ELSE CAST(:now AS timestamptz) END
+        finished_at = CASE f.status WHEN 'queued' THEN NULL ELSE CAST(:now AS timestamptz) END,
+        progress = CASE WHEN f.status = 'done' AND j.progress IS NOT NULL THEN 1 ELSE j.progress END
     FROM f WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
         AND (f.status <> 'queued' OR j.cancel_requested_at IS NULL)
     RETURNING j.id, j.company_id, j.event_seq, f.type, f.payload
@@ -155,6 +157,34 @@ JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.
 """,
     *HELD,
     jobs=sa.Text(),
+)
+
+ADVANCE = Sql(
+    """
+WITH f AS (
+    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint, progress float8, message text)
+), moved AS (
+    UPDATE {s}content_jobs j
+    SET progress = GREATEST(j.progress, f.progress), progress_message = f.message, event_seq = j.event_seq + 1,
+        lease_until = clock_timestamp() + make_interval(secs => :lease), updated_at = :now
+    FROM f WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+    RETURNING j.id, j.company_id, j.event_seq, j.progress, j.progress_message,
+        j.cancel_requested_at IS NOT NULL AS cancelled
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT company_id, id, event_seq, 'content_job.progress',
+        jsonb_build_object('jobId', id, 'progress', progress, 'message', progress_message), :now
+    FROM moved
+    RETURNING id, job_id, seq, company_id, type, payload
+)
+SELECT told.id, CAST(0 AS bigint), told.seq, told.company_id, told.type, told.job_id, CAST(:now AS timestamptz),
+    told.payload, moved.cancelled
+FROM told JOIN moved ON moved.id = told.job_id
+""",
+    *ADVANCED,
+    jobs=sa.Text(),
+    lease=sa.Float(),
+    now=UtcDateTime(),
 )
 
 RESCUE = Sql(
@@ -237,6 +267,12 @@ class Claims:
 
     def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
         return [Held(*row) for row in connection.execute(LOOK(connection), {"jobs": json.dumps(jobs)})]
+
+    def advance(
+        self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
+    ) -> list[tuple[EventRow, bool]]:
+        values = {"jobs": json.dumps(jobs), "lease": lease, "now": now}
+        return [(EventRow(*row[:-1]), row.cancelled) for row in connection.execute(ADVANCE(connection), values)]
 
     def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
         values = {**terms._asdict(), "run_at": terms.now.isoformat()}

@@ -95,7 +95,8 @@ SET status = json_extract(f.value, '$.status'), result_asset_id = json_extract(f
     run_at = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN substr(json_extract(f.value, '$.run_at'), 1, 26)
         ELSE run_at END,
     started_at = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN NULL ELSE started_at END,
-    finished_at = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN NULL ELSE :now END
+    finished_at = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN NULL ELSE :now END,
+    progress = CASE WHEN json_extract(f.value, '$.status') = 'done' AND progress IS NOT NULL THEN 1 ELSE progress END
 FROM json_each(:jobs) AS f
 WHERE {s}content_jobs.id = json_extract(f.value, '$.job') AND {s}content_jobs.status = 'running'
     AND fence = json_extract(f.value, '$.fence')
@@ -154,6 +155,24 @@ FROM json_each(:jobs) AS f JOIN {{s}}content_jobs ON {_HOLDS}
 """,
     *HELD,
     jobs=sa.Text(),
+)
+
+ADVANCE = Sql(
+    f"""
+UPDATE {{s}}content_jobs
+SET progress = max(COALESCE(progress, 0.0), json_extract(f.value, '$.progress')),
+    progress_message = json_extract(f.value, '$.message'), event_seq = event_seq + 1,
+    lease_until = {sqlite_in(":lease")}, updated_at = :now
+FROM json_each(:jobs) AS f WHERE {_HOLDS}
+RETURNING id, company_id, event_seq, progress, progress_message, COALESCE(cancel_requested_at, '') <> '' AS cancelled
+""",
+    *_ENDED,
+    sa.column("progress", sa.Float()),
+    sa.column("progress_message", sa.Text()),
+    sa.column("cancelled", sa.Boolean()),
+    jobs=sa.Text(),
+    lease=sa.Text(),
+    now=UtcDateTime(),
 )
 
 RESCUE = Sql(
@@ -244,17 +263,22 @@ class Claims:
     def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
         return [Held(*row) for row in connection.execute(LOOK(connection), {"jobs": json.dumps(jobs)})]
 
+    def advance(
+        self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
+    ) -> list[tuple[EventRow, bool]]:
+        values = {"jobs": json.dumps(jobs), "lease": str(lease), "now": now}
+        rows = connection.execute(ADVANCE(connection), values).all()
+        events = [_event(row.id, row.company_id, row.event_seq, "content_job.progress", _advanced(row)) for row in rows]
+        told = _told(connection, events, now)
+        return [(event, row.cancelled) for event, row in zip(told, rows, strict=True)]
+
     def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
         rows = connection.execute(RESCUE(connection), terms._asdict()).all()
         events = [
             _event(row.id, row.company_id, row.event_seq, *_rescued(str(row.id), row.status, row.attempt, terms))
             for row in rows
         ]
-        ids = {told.job_id: told.event_id for told in tell(connection, events, terms.now)}
-        return [
-            EventRow(ids[row.id], 0, e["seq"], row.company_id, e["type"], row.id, terms.now, e["payload"])
-            for row, e in zip(rows, events, strict=True)
-        ]
+        return _told(connection, events, terms.now)
 
     def has_expired(self, connection: sa.Connection) -> bool:
         return bool(connection.execute(EXPIRED(connection)).scalar())
@@ -262,6 +286,17 @@ class Claims:
 
 def _event(job_id: UUID, company_id: str, seq: int, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
     return {"company": company_id, "job": job_id.hex, "seq": seq, "type": kind, "payload": payload}
+
+
+def _told(connection: sa.Connection, events: Document, now: datetime) -> list[EventRow]:
+    ids = {told.job_id.hex: told.event_id for told in tell(connection, events, now)}
+    return [
+        EventRow(ids[e["job"]], 0, e["seq"], e["company"], e["type"], UUID(e["job"]), now, e["payload"]) for e in events
+    ]
+
+
+def _advanced(row: Any) -> dict[str, Any]:
+    return {"jobId": str(row.id), "progress": row.progress, "message": row.progress_message}
 
 
 def _rescued(job_id: str, status: str, attempt: int, terms: RescueTerms) -> tuple[str, dict[str, Any]]:

@@ -55,6 +55,7 @@ def render(ctx: RenderContext) -> Rendered:
     """The PDF of the job's ``markdown``. ``ValueError``, naming the field, when the input is not right."""
     document = Document.of(ctx.input)
     markdown_it, typst, fonts = _libraries()
+    ctx.progress(0.1, "reading the document")
     parser = markdown_it.MarkdownIt("commonmark", {"html": False, "maxNesting": MAX_NESTING})
     parser.enable(["table", "strikethrough"])
     for ruler in (parser.block.ruler, parser.inline.ruler):  # the parser asks at every step whether to go on
@@ -67,7 +68,7 @@ def render(ctx: RenderContext) -> Rendered:
         ignore_system_fonts=True,
         sys_inputs={"document": json.dumps(data)},
     )
-    ctx.check()
+    ctx.progress(0.4, "setting the pages")
     pdf: bytes = compiler.compile(format="pdf")
     return Rendered(data["filename"], "application/pdf", pdf)
 
