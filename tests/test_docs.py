@@ -32,7 +32,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
 import jobkit
-from jobkit import aio, errors, signals, testing
+from jobkit import aio, errors, signals, sse, testing
 from jobkit.cli import URL_VARIABLE
 from jobkit.limits import VARIABLES as LIMIT_VARIABLES
 
@@ -262,7 +262,7 @@ def public() -> dict[str, list[str]]:
     ]
     return {
         "names": jobkit.__all__,
-        "names of aio and testing": [*aio.__all__, *testing.__all__],
+        "names of aio, sse and testing": [*aio.__all__, *sse.__all__, *testing.__all__],
         "methods": methods,
         "commands": commands(),
         "events": list(jobkit.CONTENT_JOB_EVENTS),

@@ -351,7 +351,7 @@ class Feed:
                 complete = self._read(self._place)
                 self._owed = bool(self._replays)
             elif not self._owed:
-                self._skip(hint=version is not None)
+                complete = self._skip(hint=version is not None)
         self._version = version if complete else None
         self._last_scan = began
         active = began < self._active_until
@@ -376,12 +376,18 @@ class Feed:
         place.advance(rows, position)
         return len(rows) < BATCH
 
-    def _skip(self, *, hint: bool) -> None:
-        """Nobody listens, so what was committed until now is owed to no one. ``hint``: it may be jobs."""
-        former, self._place = self._place, Bookmark(self._ask(self._statements.start))
+    def _skip(self, *, hint: bool) -> bool:
+        """Nobody listens, so what was committed until now is owed to no one. ``hint``: it may be jobs. False, and
+        nothing is skipped, when somebody has come meanwhile, to whom the last of it is owed.
+        """
+        here = Bookmark(self._ask(self._statements.start))
+        if signals.any_receivers():
+            return False
+        former, self._place = self._place, here
         self._keep(former.stretch())
         if hint and self._place.cursor != former.cursor:
             self._wanted()
+        return True
 
     def _keep(self, stretch: Stretch | None) -> None:
         self._memory.keep(self._log, stretch)
@@ -436,5 +442,6 @@ class Feed:
         ordered = in_order(rows)
         place.tell(ordered)
         self._memory.add(row for row in ordered if row.type == "content_job.queued")
-        signals.deliver(event_of(row, cursor) for row, cursor in cursors(scanned, ordered, place.cursor))
+        events = (event_of(row, cursor) for row, cursor in cursors(scanned, ordered, place.cursor))
+        signals.deliver(events, self._log)
         self._told += len(ordered)

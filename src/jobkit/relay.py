@@ -102,22 +102,22 @@ def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
             f"{type(engine.pool).__name__} gives one connection to several users at once, who would commit each "
             "other's transactions: leave poolclass= out of create_engine"
         )
-    key = _key(engine)
+    key = log_key(engine)
     with _shared.lock:
         feed, count = _shared.feeds.get(key, (None, 0))
         if feed is None:
             require_schema(engine)
-            _require_whole(engine, after)
+            require_whole(engine, after)
             feed = Feed(engine, _shared.memory, key)
             feed.start(after)
         elif after is not None:
-            _require_whole(engine, after)
+            require_whole(engine, after)
             feed.replay(after)
         _shared.feeds[key] = feed, count + 1
         return feed
 
 
-def _require_whole(engine: sa.Engine, after: Position | None) -> None:
+def require_whole(engine: sa.Engine, after: Position | None) -> None:
     """``EventsPruned`` unless every event after this position is in the log."""
     if after is None:
         return
@@ -132,7 +132,7 @@ def _require_whole(engine: sa.Engine, after: Position | None) -> None:
 
 def release(engine: sa.Engine, timeout: float) -> None:
     """Count once less; the last one ends the feed. What was offered to it was delivered, or ``timeout`` is over."""
-    key = _key(engine)
+    key = log_key(engine)
     with _shared.lock:
         feed, count = _shared.feeds[key]
         last = count == 1
@@ -149,16 +149,17 @@ def release(engine: sa.Engine, timeout: float) -> None:
 def running_feed(engine: sa.Engine) -> Feed | None:
     """The feed of ``engine``'s database, when this process has one."""
     with _shared.lock:
-        found = _shared.feeds.get(_key(engine))
+        found = _shared.feeds.get(log_key(engine))
     return found[0] if found else None
 
 
 def deliver_here(engine: sa.Engine, rows: list[EventRow], cursor: Position) -> None:
     """Signals for events this process just committed while it has no feed, in the calling thread."""
-    signals.deliver(event_of(row, cursor) for row in _shared.memory.add(rows))
+    signals.deliver((event_of(row, cursor) for row in _shared.memory.add(rows)), log_key(engine))
 
 
-def _key(engine: sa.Engine) -> str:
+def log_key(engine: sa.Engine) -> str:
+    """What the log of ``engine``'s database is known by in this process."""
     url, kind = engine.url, engine.dialect.name
     schema = (engine.get_execution_options().get("schema_translate_map") or {}).get(None)
     if is_memory(engine) or not (url.host or url.database or url.query):  # the latter: create_engine(creator=...)

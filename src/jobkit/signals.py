@@ -111,22 +111,31 @@ def any_receivers() -> bool:
     return any(signal.receivers for signal in _SIGNALS.values())
 
 
-def deliver(events: Iterable[JobEvent]) -> None:
+def deliver(events: Iterable[JobEvent], origin: str = "") -> None:
     """Call the receivers of each event, in order. One that raises is logged and the others still run; nothing is
-    raised.
+    raised. ``origin``: what the log they are from is known by.
 
     Events delivered from within a receiver wait until the current ones are through, so recursion has no depth.
     """
-    queue: deque[JobEvent] | None = getattr(_delivering, "queue", None)
+    queue: deque[tuple[JobEvent, str]] | None = getattr(_delivering, "queue", None)
     if queue is not None:
-        queue.extend(events)
+        queue.extend((event, origin) for event in events)
         return
-    _delivering.queue = queue = deque(events)
+    _delivering.queue = queue = deque((event, origin) for event in events)
     try:
         while queue:
-            _send(queue.popleft())
+            event, _delivering.origin = queue.popleft()
+            _send(event)
     finally:
         _delivering.queue = None
+
+
+def origin() -> str:
+    """The log that the event is from which this thread delivers now: a process may have several, and companies of the
+    same name in them.
+    """
+    found: str = getattr(_delivering, "origin", "")
+    return found
 
 
 def _send(event: JobEvent) -> None:

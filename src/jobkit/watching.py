@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -23,7 +23,7 @@ from jobkit.clock import seconds
 from jobkit.errors import JobNotFound
 from jobkit.forks import forget_in_children
 from jobkit.jobs import JobStore
-from jobkit.relay import Relay
+from jobkit.relay import Relay, log_key
 from jobkit.tables import content_job_events, content_jobs
 from jobkit.text import describe
 from jobkit.turns import is_outage
@@ -36,6 +36,8 @@ logger = logging.getLogger("jobkit")
 LOOK = 5.0
 # How many events wait for a slow watcher; more are left in the log and read from there.
 MOST_WAITING = 1_000
+# How many are read from there at once.
+PAGE = 500
 # How long the end of a watch waits for its relay, in seconds.
 ENDING = 1.0
 TERMINAL = {f"content_job.{status.value}" for status in JobStatus if status.terminal}
@@ -90,9 +92,10 @@ class Watcher:
     def __init__(
         self, engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, wake: Callable[[], object]
     ) -> None:
-        self._relay, self._engine = Relay(engine), engine
+        self._relay, self._engine, self.log = Relay(engine), engine, log_key(engine)
         self._asked, self._company_id, self._wake = job_id, company_id, wake
         self.job_id: UUID
+        self.key: object = None
         #: Whether the job has ended, as far as ``open`` and ``take`` have told.
         self.over = False
         self._seq, self._cursor = 0, ""
@@ -109,7 +112,7 @@ class Watcher:
                 raise JobNotFound(self._asked)
             last = connection.execute(sa.select(_e.id).where(_e.job_id == job.id, _e.seq == job.event_seq))
             event_id = last.scalar_one_or_none() or 0
-        self.job_id = job.id
+        self.job_id = self.key = job.id
         return JobState(
             event_id,
             job.event_seq,
@@ -122,10 +125,14 @@ class Watcher:
             job,
         )
 
-    def open(self) -> JobState:
-        """Hear of the job from now on, and return its state. Blocks on the database; ``JobNotFound``."""
+    def open(self, after: int | None = None) -> JobState:
+        """Hear of the job from now on, and return its state. Blocks on the database; ``JobNotFound``.
+
+        ``after``: ``take`` gives the events after this ``seq``, at most that of the state, instead of those after the
+        state.
+        """
         state = self.read()
-        if state.type not in TERMINAL:
+        if state.type not in TERMINAL or after is not None:
             try:
                 self._relay.start()
                 _hub.add(self)
@@ -133,7 +140,9 @@ class Watcher:
             except BaseException:
                 self.close()
                 raise
-        self._seq, self._cursor, self.over = state.seq, state.cursor, state.type in TERMINAL
+        self._seq, self._cursor = state.seq if after is None else after, state.cursor
+        self._missed = self._missed or self._seq < state.seq
+        self.over = state.type in TERMINAL and not self._seq < state.seq
         if self.over:
             self.close()
         return state
@@ -148,8 +157,15 @@ class Watcher:
                 self._heard.append(event)
         self._wake()
 
+    def miss(self, seq: int | None) -> None:
+        """Told from outside that the job's last event has this ``seq``, or that there is no such job any more."""
+        if seq is None or seq > self._seq:
+            with self._lock:
+                self._missed = True
+            self._wake()
+
     def take(self, *, look: bool = False) -> list[JobEvent]:
-        """The events since the last call, in order. Empty when there are none.
+        """The events since the last call, in order; of a great many the first. Empty when there are none.
 
         Blocks on the database only with ``look``, or when more had come than are kept. ``JobNotFound`` when it finds
         the job deleted.
@@ -186,6 +202,7 @@ class Watcher:
                     sa.select(_e.id, _e.seq, _e.company_id, _e.type, _e.created_at, _e.payload)
                     .where(_e.job_id == self.job_id, _e.seq > self._seq)
                     .order_by(_e.seq)
+                    .limit(PAGE)
                 ).all()
                 known = sa.select(content_jobs.c.id).where(content_jobs.c.id == self.job_id)
                 if not rows and connection.execute(known).one_or_none() is None:
@@ -197,49 +214,93 @@ class Watcher:
             with self._lock:
                 self._missed = True
             return []
+        if len(rows) == PAGE:
+            with self._lock:
+                self._missed = True
+            self._wake()
         return [
             JobEvent(r.id, r.seq, self._cursor, r.company_id, r.type, self.job_id, r.created_at, r.payload)
             for r in rows
         ]
 
 
+class Listening(Protocol):
+    """Hears events on the relay's thread. ``key``: a job's id, or a log and a company, see ``Hub``."""
+
+    key: Any
+
+    def hear(self, event: JobEvent) -> None: ...
+
+
 class _Hub:
-    """Every watcher of this process by its job, behind one receiver however many they are."""
+    """Every watcher of this process by its job, and whoever follows a company by ``(signals.origin(), company_id)``,
+    behind one receiver however many they are.
+    """
 
     def __init__(self) -> None:
         # An RLock: an abandoned watch may be collected, and thereby closed, in the middle of any of these.
         self._lock = threading.RLock()
-        self._watchers: dict[UUID, tuple[Watcher, ...]] = {}
+        self._watchers: dict[Any, tuple[Listening, ...]] = {}
+        self._looking = threading.Lock()
+        self._looked: dict[str, float] = {}
 
-    def add(self, watcher: Watcher) -> None:
+    def add(self, watcher: Listening) -> None:
         with self._lock:
-            self._watchers[watcher.job_id] = (*self._watchers.get(watcher.job_id, ()), watcher)
+            self._watchers[watcher.key] = (*self._watchers.get(watcher.key, ()), watcher)
             for signal in signals._SIGNALS.values():
                 signal.connect(self._receive)
 
-    def remove(self, watcher: Watcher) -> None:
+    def remove(self, watcher: Listening) -> None:
         with self._lock:
-            job_id: Any = getattr(watcher, "job_id", None)
-            left = tuple(other for other in self._watchers.pop(job_id, ()) if other is not watcher)
+            left = tuple(other for other in self._watchers.pop(watcher.key, ()) if other is not watcher)
             if left:
-                self._watchers[job_id] = left
+                self._watchers[watcher.key] = left
             if not self._watchers:
                 for signal in signals._SIGNALS.values():
                     signal.disconnect(self._receive)
 
     def _after_fork(self) -> None:
         """Begin anew in a child, where nobody takes what the parent's watchers hear."""
-        self._lock = threading.RLock()
+        self._lock, self._looking = threading.RLock(), threading.Lock()
         self._watchers.clear()
         for signal in signals._SIGNALS.values():
             signal.disconnect(self._receive)
 
     def _receive(self, _company_id: str, *, event: JobEvent) -> None:
-        for watcher in self._watchers.get(event.job_id, ()):
-            try:
-                watcher.hear(event)
-            except Exception:  # what its wake raises, such as that of a closed event loop, is not the others' trouble
-                logger.exception("a watcher of job %s could not be woken", event.job_id)
+        for key in (event.job_id, (signals.origin(), event.company_id)):
+            for watcher in self._watchers.get(key, ()):
+                try:
+                    watcher.hear(event)
+                except Exception:  # what its wake raises, such as that of a closed loop, is not the others' trouble
+                    logger.exception("a watcher of job %s could not be woken", event.job_id)
+
+    def look(self, engine: sa.Engine) -> None:
+        """One look for all watchers of ``engine``, unless there was one ``LOOK`` seconds ago: whoever missed something
+        is woken. Blocks on the database.
+        """
+        log, now = log_key(engine), time.monotonic()
+        if now < self._looked.get(log, 0.0) + LOOK or not self._looking.acquire(blocking=False):
+            return
+        try:
+            self._looked[log] = now
+            with self._lock:
+                groups = list(self._watchers.values())
+            watchers = [w for group in groups for w in group if isinstance(w, Watcher) and w.log == log]
+            ids = sorted({watcher.job_id for watcher in watchers})
+            last: dict[UUID, int] = {}
+            for start in range(0, len(ids), PAGE):
+                page = sa.select(content_jobs.c.id, content_jobs.c.event_seq)
+                page = page.where(content_jobs.c.id.in_(ids[start : start + PAGE]))
+                with engine.connect() as connection:
+                    last.update(connection.execute(page).tuples())
+            for watcher in watchers:
+                watcher.miss(last.get(watcher.job_id))
+        except Exception as error:
+            if not is_outage(error):
+                raise
+            logger.warning("jobs that are watched could not be looked at: %s", describe(error))
+        finally:
+            self._looking.release()
 
 
 _hub = _Hub()

@@ -146,13 +146,13 @@ def told_before_the_commit() -> None:
 def deaf() -> None:
     """One in thirty events becomes no signal."""
     deliver = signals.deliver
-    signals.deliver = lambda events: deliver(event for event in events if event.id % 30)
+    signals.deliver = lambda events, *origin: deliver((event for event in events if event.id % 30), *origin)
 
 
 def hurried() -> None:
     """A receiver hears two events of a batch in the wrong order."""
     deliver = signals.deliver
-    signals.deliver = lambda events: deliver(reversed(list(events)))
+    signals.deliver = lambda events, *origin: deliver(reversed(list(events)), *origin)
 
 
 def spoiled() -> None:

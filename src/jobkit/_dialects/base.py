@@ -267,6 +267,13 @@ class EventStatements(Protocol):
     ) -> tuple[list[EventRow], Position]:
         """The next events that no later commit can precede, in order, and the position after them."""
 
+    def of_company(
+        self, connection: sa.Connection, after: Position, start: Start, company_id: str, limit: int
+    ) -> tuple[list[EventRow], Position]:
+        """The next committed events of a company by position, also those that later commits may precede; and the
+        position up to which no later commit can.
+        """
+
     def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
         """Events of each job before a ``seq`` that lie beyond ``after``; with ``queued`` also the one just before, if
         it is ``queued``.

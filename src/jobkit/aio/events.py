@@ -17,9 +17,9 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit import signals
-from jobkit.aio.threads import OneAtATime
 from jobkit.clock import seconds
 from jobkit.errors import SubscriberTooSlow
+from jobkit.threads import OneAtATime
 from jobkit.types import JobEvent
 from jobkit.watching import LOOK, Watcher
 

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 
-from jobkit.aio.threads import OneAtATime, in_thread
 from jobkit.assets import AssetStore
 from jobkit.clock import Clock, utcnow
 from jobkit.errors import ConfigurationError
@@ -18,6 +17,7 @@ from jobkit.jobs import JobStore
 from jobkit.payload import MAX_INPUT_BYTES
 from jobkit.spool import CHUNK, Spool
 from jobkit.sqlite import writing_in_this_task
+from jobkit.threads import OneAtATime, in_thread
 from jobkit.types import Asset
 
 if TYPE_CHECKING:

@@ -68,6 +68,24 @@ ORDER BY e.xid, e.id
     limit=sa.Integer(),
 )
 
+OF_COMPANY = Sql(
+    f"""
+SELECT h.horizon, e.* FROM (SELECT {_HORIZON} AS horizon) h LEFT JOIN LATERAL (
+    SELECT id, xid, seq, company_id, type, job_id, created_at, payload FROM {{s}}content_job_events
+    WHERE (xid, id) > (:xid, :id) AND company_id = :company AND seq > 0 AND {_SINCE_START}
+    ORDER BY xid, id LIMIT :limit
+) e ON true
+ORDER BY e.xid, e.id
+""",
+    sa.column("horizon", sa.BigInteger()),
+    *EVENT,
+    xid=sa.BigInteger(),
+    id=sa.BigInteger(),
+    snapshot=sa.Text(),
+    company=sa.Text(),
+    limit=sa.Integer(),
+)
+
 # A job's row lock orders its transactions, so all events below a committed one are committed too.
 EARLIER = Sql(
     f"""
@@ -131,6 +149,14 @@ class Events:
         if len(events) == limit:
             return events, Position(events[-1].xid, events[-1].id)
         return events, max(after, Position(rows[0].horizon, 0))
+
+    def of_company(
+        self, connection: sa.Connection, after: Position, start: Start, company_id: str, limit: int
+    ) -> tuple[list[EventRow], Position]:
+        values = {"xid": after.xid, "id": after.id, "snapshot": start.snapshot, "company": company_id, "limit": limit}
+        rows = connection.execute(OF_COMPANY(connection), values).all()
+        events = [EventRow(*row[1:]) for row in rows if row[1] is not None]
+        return events, Position(rows[0].horizon, 0)
 
     def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
         values = {"jobs": json.dumps(jobs), "xid": after.xid, "id": after.id, "snapshot": start.snapshot}

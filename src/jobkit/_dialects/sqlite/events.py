@@ -59,6 +59,17 @@ SCAN = Sql(
     limit=sa.Integer(),
 )
 
+OF_COMPANY = Sql(
+    f"""
+SELECT {_COLUMNS} FROM {{s}}content_job_events
+WHERE id > :id AND company_id = :company AND seq > 0 ORDER BY id LIMIT :limit
+""",
+    *EVENT,
+    id=sa.BigInteger(),
+    company=sa.Text(),
+    limit=sa.Integer(),
+)
+
 EARLIER = Sql(
     """
 SELECT e.id, 0 AS xid, e.seq, e.company_id, e.type, e.job_id, e.created_at, e.payload
@@ -112,6 +123,13 @@ class Events:
     ) -> tuple[list[EventRow], Position]:
         events = [EventRow(*row) for row in connection.execute(SCAN(connection), {"id": after.id, "limit": limit})]
         return events, Position(0, events[-1].id) if events else after
+
+    def of_company(
+        self, connection: sa.Connection, after: Position, start: Start, company_id: str, limit: int
+    ) -> tuple[list[EventRow], Position]:
+        values = {"id": after.id, "company": company_id, "limit": limit}
+        horizon = self.start(connection).position
+        return [EventRow(*row) for row in connection.execute(OF_COMPANY(connection), values)], horizon
 
     def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
         values = {"jobs": json.dumps(jobs), "id": after.id}
