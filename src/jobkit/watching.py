@@ -292,7 +292,7 @@ class _Hub:
                 page = sa.select(content_jobs.c.id, content_jobs.c.event_seq)
                 page = page.where(content_jobs.c.id.in_(ids[start : start + PAGE]))
                 with engine.connect() as connection:
-                    last.update(connection.execute(page).tuples())
+                    last.update({row.id: row.event_seq for row in connection.execute(page)})
             for watcher in watchers:
                 watcher.miss(last.get(watcher.job_id))
         except Exception as error:
