@@ -23,7 +23,7 @@ from jobkit.engines import sync_engine
 from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError
 from jobkit.headers import content_disposition
 from jobkit.ids import new_id, parse_id
-from jobkit.jobs import connection_of, page_size
+from jobkit.jobs import connection_of, of_company, page_size
 from jobkit.keys import check_key
 from jobkit.limits import LIMIT_SOURCE, MAX_GENERATED_ASSET_BYTES
 from jobkit.spool import CHUNK, Spool
@@ -218,7 +218,7 @@ class AssetStore:
         """A company's assets, newest first, ties broken by id. ``before``: the last one of the page before this one."""
         connection = connection_of(session)
         place = (_c.created_at, _sortable_id(connection))
-        query = sa.select(assets).where(_of(company_id))
+        query = sa.select(assets).where(of_company(_c.company_id, company_id))
         if before is not None:
             last = before if isinstance(before, Asset) else self.get_by_id(session, before, company_id=company_id)
             if last is None or last.company_id != asked_company(company_id):
@@ -280,7 +280,7 @@ class AssetStore:
         # The object that goes is the one the row names, whatever the caller made of ``asset``.
         gone = connection.execute(
             assets.delete()
-            .where(_has_id(connection, asset.id), _of(asset.company_id))
+            .where(_has_id(connection, asset.id), of_company(_c.company_id, asset.company_id))
             .returning(_c.company_id, _c.provider, _c.object_key)
         ).one_or_none()
         if gone is None:
@@ -389,12 +389,7 @@ def _sortable_id(connection: sa.Connection) -> sa.ColumnElement[UUID]:
 
 
 def _scoped(query: sa.Select[Any], company_id: object) -> sa.Select[Any]:
-    return query if company_id is None else query.where(_of(company_id))
-
-
-def _of(company_id: object) -> sa.ColumnElement[bool]:
-    owner = asked_company(company_id)
-    return sa.false() if owner is None else _c.company_id == owner
+    return query if company_id is None else query.where(of_company(_c.company_id, company_id))
 
 
 def _text(value: object, field: str) -> str | None:

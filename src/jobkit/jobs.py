@@ -124,7 +124,7 @@ class JobStore:
             return None
         query = sa.select(content_jobs).where(_c.id == parsed)
         if company_id is not None:
-            query = query.where(_of(company_id))
+            query = query.where(of_company(_c.company_id, company_id))
         row = self._connection().execute(query).one_or_none()
         return None if row is None else job_of(row)
 
@@ -141,7 +141,7 @@ class JobStore:
 
         ``before`` is the last job of the page before this one. ``JobNotFound`` when it is none of the company's.
         """
-        query = sa.select(content_jobs).where(_of(company_id))
+        query = sa.select(content_jobs).where(of_company(_c.company_id, company_id))
         if status is not None:
             query = query.where(_c.status == _status(status).value)
         if job_type is not None:
@@ -298,9 +298,10 @@ def page_size(limit: int | None) -> int | None:
     return min(limit, (1 << 63) - 1)
 
 
-def _of(company_id: object) -> sa.ColumnElement[bool]:
+def of_company(column: sa.Column[str], company_id: object) -> sa.ColumnElement[bool]:
+    """The rows of this company; none for what cannot be a company."""
     owner = asked_company(company_id)
-    return sa.false() if owner is None else _c.company_id == owner
+    return sa.false() if owner is None else column == owner
 
 
 def _position(job: Job) -> list[Any]:

@@ -265,7 +265,7 @@ HOSTS = [
     bug(
         "another company's job",
         "jobs.py",
-        "query = query.where(_of(company_id))",
+        "query = query.where(of_company(_c.company_id, company_id))",
         "pass",
         "test_jobs.py::test_a_job_is_found_only_under_its_own_company_when_one_is_named",
         "test_cancel.py::test_a_job_that_is_not_there_or_not_theirs_is_not_found",
@@ -430,7 +430,7 @@ FILES = [
     bug(
         "another company's asset is deleted",
         "assets.py",
-        ".where(_has_id(connection, asset.id), _of(asset.company_id))",
+        ".where(_has_id(connection, asset.id), of_company(_c.company_id, asset.company_id))",
         ".where(_has_id(connection, asset.id))",
         "test_asset_rows.py::test_an_asset_that_is_not_the_rows_deletes_nothing",
     ),
