@@ -9,6 +9,9 @@ from datetime import UTC, datetime, timedelta
 
 Clock = Callable[[], datetime]
 
+# In seconds. A longer time is taken for this one where a database or datetime has to reckon with it.
+CENTURY = 36525 * 86400.0
+
 
 def utcnow() -> datetime:
     """The wall clock, aware, in UTC. What every ``clock=`` argument defaults to."""

@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from jobkit._dialects import statements_for
 from jobkit._dialects.base import Pruned
 from jobkit.assets import AssetStore
-from jobkit.clock import Clock, seconds, utcnow
+from jobkit.clock import CENTURY, Clock, seconds, utcnow
 from jobkit.engines import sync_engine
 from jobkit.errors import ConfigurationError
 from jobkit.schema import require_schema
@@ -34,7 +34,6 @@ logger = logging.getLogger("jobkit")
 PAGE = 5_000
 BATCH = 100
 SAMPLE = 10
-_CENTURY = 36525 * 86400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,7 @@ def prune(
             "this thread's SQLite transaction has written, and prune would wait for it for ever: call it outside"
         )
     require_schema(chosen)
-    before = clock() - timedelta(seconds=min(age, _CENTURY))
+    before = clock() - timedelta(seconds=min(age, CENTURY))
     return _Pruning(chosen, before, None if assets is None else assets.provider, dry_run=dry_run).run()
 
 

@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from jobkit._dialects import statements_for
 from jobkit._dialects.base import Due
 from jobkit.claims import INTENT_GRACE
+from jobkit.clock import CENTURY
 from jobkit.errors import ConfigurationError
 from jobkit.keys import check_key
 from jobkit.sqlite import require_configured, writing_in_this_thread
@@ -38,7 +39,6 @@ VISIT = 900.0
 SAMPLE = 10
 _ALL = 2**31 - 1
 _START = datetime(1970, 1, 1, tzinfo=UTC)
-_CENTURY = 100 * 365.25 * 24 * 3600
 # Second visits come first: a key that a call has visited is not visited again by it.
 STATES = ("collected", "tombstone", "pending")
 
@@ -65,8 +65,8 @@ class Sweep:
         require_configured(engine)
         self._engine, self._storage, self._connect = engine, storage, connect or engine.connect
         self._statements = statements_for(engine)
-        self._grace = min(older_than, _CENTURY)
-        self._quarantine = self._grace if quarantine is None else min(quarantine, _CENTURY)
+        self._grace = min(older_than, CENTURY)
+        self._quarantine = self._grace if quarantine is None else min(quarantine, CENTURY)
 
     def look(self) -> GarbageReport:
         """What ``run`` would visit. Changes nothing."""

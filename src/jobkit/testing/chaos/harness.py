@@ -21,7 +21,7 @@ from jobkit.assets import AssetStore
 from jobkit.errors import ConfigurationError
 from jobkit.migrations import upgrade
 from jobkit.tables import asset_intents, content_job_events, content_jobs
-from jobkit.testing.chaos.checks import Objects, judge
+from jobkit.testing.chaos.checks import TERMINAL, Objects, judge
 from jobkit.testing.chaos.evidence import Evidence
 from jobkit.testing.chaos.plan import Life, Plan
 from jobkit.testing.chaos.points import through
@@ -40,7 +40,6 @@ TRICKLE = 10
 AFTERMATH = 0.5
 # How much longer than ``patience`` each job lets all of them take, in seconds.
 PER_JOB = 0.05
-_TERMINAL = ("done", "failed", "cancelled")
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ class _Harness:
         self._wait(lambda: not self._helpers, self._target.deadline, "subscribers and janitor did not stop")
 
     def _unfinished(self) -> int:
-        unfinished = sa.select(sa.func.count()).where(content_jobs.c.status.not_in(_TERMINAL))
+        unfinished = sa.select(sa.func.count()).where(content_jobs.c.status.not_in(TERMINAL))
         with self._engine.connect() as connection:
             return connection.execute(unfinished).scalar_one()
 
