@@ -27,7 +27,7 @@ from jobkit.jobs import connection_of, of_company, page_size
 from jobkit.keys import check_key
 from jobkit.limits import LIMIT_SOURCE, MAX_GENERATED_ASSET_BYTES
 from jobkit.spool import CHUNK, Spool
-from jobkit.sqlite import require_configured, writing_in_this_thread
+from jobkit.sqlite import refuse_deadlock, require_configured
 from jobkit.storage import limited, open_storage
 from jobkit.sweep import Sweep
 from jobkit.tables import asset_intents, assets
@@ -368,11 +368,9 @@ class AssetStore:
             raise AssetNotFound(f"{stored.object_key!r} was swept already, or has a row: store the file again")
 
     def _refuse_deadlock(self) -> None:
-        if self.engine is not None and writing_in_this_thread(self.engine):
-            raise ConfigurationError(
-                "this thread's SQLite transaction has written, and recording the file's key would wait for it for "
-                "ever: call put_file before the first write of the transaction"
-            )
+        if self.engine is not None:
+            before = "call put_file before the first write of the transaction"
+            refuse_deadlock(self.engine, "recording the file's key", before)
 
 
 def _has_id(connection: sa.Connection, asset_id: UUID) -> sa.ColumnElement[bool]:

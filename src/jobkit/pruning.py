@@ -23,9 +23,8 @@ from jobkit._dialects.base import Pruned
 from jobkit.assets import AssetStore
 from jobkit.clock import CENTURY, Clock, seconds, utcnow
 from jobkit.engines import sync_engine
-from jobkit.errors import ConfigurationError
 from jobkit.schema import require_schema
-from jobkit.sqlite import writing_in_this_thread
+from jobkit.sqlite import refuse_deadlock
 from jobkit.text import describe
 
 logger = logging.getLogger("jobkit")
@@ -76,10 +75,7 @@ def prune(
     age = seconds(older_than, "older_than", positive=False)
     if assets is not None and not isinstance(assets, AssetStore):
         raise TypeError(f"assets must be an AssetStore, not {type(assets).__name__}")
-    if writing_in_this_thread(chosen):
-        raise ConfigurationError(
-            "this thread's SQLite transaction has written, and prune would wait for it for ever: call it outside"
-        )
+    refuse_deadlock(chosen, "prune", "call it outside")
     require_schema(chosen)
     before = clock() - timedelta(seconds=min(age, CENTURY))
     return _Pruning(chosen, before, None if assets is None else assets.provider, dry_run=dry_run).run()

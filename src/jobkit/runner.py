@@ -22,7 +22,6 @@ from jobkit._dialects.base import EventRow, Position, Start
 from jobkit.assets import AssetStore
 from jobkit.clock import Clock, seconds, utcnow
 from jobkit.engines import sync_engine
-from jobkit.errors import ConfigurationError
 from jobkit.feed import Feed
 from jobkit.forks import forget_in_children, leave_connections, refuse_inherited
 from jobkit.ids import new_id
@@ -34,7 +33,7 @@ from jobkit.pools import DaemonPool, InlinePool, Periodic
 from jobkit.renderers import Renderers
 from jobkit.rescue import Rescuer, RescueReport, rescue
 from jobkit.schema import require_schema
-from jobkit.sqlite import is_memory, writing_in_this_thread
+from jobkit.sqlite import is_memory, refuse_deadlock
 from jobkit.supervisor import Supervisor
 from jobkit.types import Job, JobRequest, RunnerMetrics
 
@@ -112,11 +111,7 @@ class Runner:
         transaction of this thread that has written: it would wait for itself; use ``JobStore.create`` there.
         """
         refuse_inherited(self.engine, self._inherited)
-        if writing_in_this_thread(self.engine):
-            raise ConfigurationError(
-                "submit would wait for this thread's own SQLite transaction, which has written: use "
-                "JobStore(session).create in it, then dispatch after the commit"
-            )
+        refuse_deadlock(self.engine, "submit", "use JobStore(session).create in it, then dispatch after the commit")
         request = JobRequest(job_type, input, source_task_id, run_at, priority, idempotency_key)
         position = Position(0, 0)
         with self.engine.begin() as connection:

@@ -138,6 +138,17 @@ def writing_in_this_task(engine: sa.Engine) -> bool:
     return _is_open(engine, found)
 
 
+def refuse_deadlock(engine: sa.Engine, waiting: str, instead: str, *, task: bool = False) -> None:
+    """``ConfigurationError`` within an SQLite transaction of this thread that has written: what is called ``waiting``,
+    on another connection, would wait for it. ``instead``: what to do. ``task``: of the asyncio task that runs now.
+    """
+    if (writing_in_this_task if task else writing_in_this_thread)(engine):
+        raise ConfigurationError(
+            f"this {'task' if task else 'thread'}'s SQLite transaction has written, and {waiting} would wait for it "
+            f"for ever: {instead}"
+        )
+
+
 def _is_open(engine: sa.Engine, found: tuple[int, Any, weakref.ref[Any] | None]) -> bool:
     try:
         writing = bool(found[1].in_transaction)

@@ -21,9 +21,9 @@ from jobkit._dialects import statements_for
 from jobkit._dialects.base import Due
 from jobkit.claims import INTENT_GRACE
 from jobkit.clock import CENTURY
-from jobkit.errors import ConfigurationError
+from jobkit.engines import sync_engine
 from jobkit.keys import check_key
-from jobkit.sqlite import require_configured, writing_in_this_thread
+from jobkit.sqlite import refuse_deadlock
 from jobkit.text import describe
 from jobkit.types import GarbageReport
 
@@ -60,10 +60,7 @@ class Sweep:
         quarantine: float | None = None,
         connect: Callable[[], AbstractContextManager[sa.Connection]] | None = None,
     ) -> None:
-        if not isinstance(engine, sa.Engine):
-            raise ConfigurationError(f"a sweep needs a synchronous Engine, not {type(engine).__name__}")
-        require_configured(engine)
-        self._engine, self._storage, self._connect = engine, storage, connect or engine.connect
+        self._engine, self._storage, self._connect = sync_engine(engine), storage, connect or engine.connect
         self._statements = statements_for(engine)
         self._grace = min(older_than, CENTURY)
         self._quarantine = self._grace if quarantine is None else min(quarantine, CENTURY)
@@ -91,7 +88,7 @@ class Sweep:
 
     def _batch(self, tally: _Tally, state: str, after: datetime) -> datetime | None:
         """Visit the next keys from ``after`` on. Where to go on, None at the end."""
-        self._refuse_deadlock()
+        refuse_deadlock(self._engine, "a sweep", "call collect_garbage outside of it")
         with self._connect() as connection:
             found = list(self._due(connection, state, after, BATCH))
         if not found:
@@ -158,13 +155,6 @@ class Sweep:
     def _size(self, due: Due) -> int | None:
         check_key(due.company_id, due.object_key)
         return self._storage.size(due.object_key)
-
-    def _refuse_deadlock(self) -> None:
-        if writing_in_this_thread(self._engine):
-            raise ConfigurationError(
-                "this thread's SQLite transaction has written, and a sweep would wait for it for ever: call "
-                "collect_garbage outside of it"
-            )
 
 
 class _Tally:

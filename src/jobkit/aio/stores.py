@@ -12,11 +12,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 
 from jobkit.assets import AssetStore
 from jobkit.clock import Clock, utcnow
-from jobkit.errors import ConfigurationError
 from jobkit.jobs import JobStore
 from jobkit.payload import MAX_INPUT_BYTES
 from jobkit.spool import CHUNK, Spool
-from jobkit.sqlite import writing_in_this_task
+from jobkit.sqlite import refuse_deadlock
 from jobkit.threads import OneAtATime, in_thread
 from jobkit.types import Asset
 
@@ -166,8 +165,6 @@ class AsyncAssetStore:
 
     def _refuse_deadlock(self) -> None:
         engine = self._assets.engine
-        if engine is not None and writing_in_this_task(engine):
-            raise ConfigurationError(
-                "this task's SQLite transaction has written, and jobkit's own would wait for it for ever: call this "
-                "before the first write of the transaction, or after its end"
-            )
+        if engine is not None:
+            outside = "call this before the first write of the transaction, or after its end"
+            refuse_deadlock(engine, "jobkit's own", outside, task=True)
