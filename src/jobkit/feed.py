@@ -23,7 +23,7 @@ from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position
 from jobkit.bookmark import REMEMBERED_STRETCHES, Bookmark, Memory, Stretch, cursors, in_order
 from jobkit.clock import pause_after
-from jobkit.link import Link
+from jobkit.link import Link, end_overdue
 from jobkit.listener import Listener
 from jobkit.outbox import event_of, may_run
 from jobkit.pools import Periodic
@@ -198,11 +198,9 @@ class Feed:
         self._thread.start()
 
     def _look(self) -> None:
-        link = self._link
-        for each in [link] if self._listener is None else [link, self._listener.link]:
-            if each.waiting > self._db_timeout:
-                each.cut()
-        if link.waiting > 2 * self._db_timeout and not self._closing:
+        if self._listener is not None:
+            end_overdue(self._listener.link, self._db_timeout)
+        if end_overdue(self._link, self._db_timeout) and not self._closing:
             logger.error("the database does not answer the relay's thread; another takes its place")
             with self._wake:
                 self._link = Link(self._engine, autocommit=True)

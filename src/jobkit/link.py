@@ -12,6 +12,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
+# A call that goes on after so many times its limit has not been ended by cutting it.
+GIVE_UP = 2.0
+
 
 class Link:
     """The connection of one thread, opened when it is needed, closed after whatever goes wrong on it.
@@ -111,3 +114,12 @@ class SharedLink:
         """As ``Link.cut``, for the use that has lasted longest."""
         if links := list(self._links):
             max(links, key=lambda link: link.waiting).cut()
+
+
+def end_overdue(link: Link | SharedLink, limit: float) -> bool:
+    """Cut a use that has lasted more than ``limit`` seconds. True when even that has not ended it: another thread then
+    has to take the place of the one that waits.
+    """
+    if link.waiting > limit:
+        link.cut()
+    return link.waiting > GIVE_UP * limit

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from jobkit.attempt import Attempt
 from jobkit.leases import LeaseKeeper
-from jobkit.link import SharedLink
+from jobkit.link import GIVE_UP, SharedLink, end_overdue
 from jobkit.pipeline import Pipeline
 from jobkit.pools import Periodic
 from jobkit.rescue import Rescuer
@@ -22,8 +22,6 @@ logger = logging.getLogger("jobkit")
 
 # How often the calls under way are looked at, in seconds.
 LOOK = 1.0
-# A call that goes on after so many times its limit has not been ended by cutting it.
-GIVE_UP = 2.0
 # How long a stopping runner waits for its last statement, and then for its other threads, in seconds.
 RELEASE_WAIT = 2.0
 
@@ -131,22 +129,17 @@ class Supervisor:
 
     def _look(self) -> None:
         pipeline, keeper, rescuer = self.pipeline, self._keeper, self._rescuer
-        limits = (
-            (pipeline.link, self._db_timeout),
-            (keeper.link, self._renewal_timeout),
-            (self._shared, self._db_timeout),
-        )
-        for link, limit in limits:
-            if link.waiting > limit:
-                link.cut()
+        stuck = end_overdue(pipeline.link, self._db_timeout)
+        unrenewed = end_overdue(keeper.link, self._renewal_timeout)
+        end_overdue(self._shared, self._db_timeout)
         if self._stopping:
             return
-        if pipeline is self._dead or pipeline.link.waiting > GIVE_UP * self._db_timeout:
+        if stuck or pipeline is self._dead:
             self.pipeline, self._past = self._make_pipeline(self._hear), self._past + pipeline.metrics()
             pipeline.desert()
             self._replaced("runner")
             self._spawn(self.pipeline)
-        if keeper.link.waiting > GIVE_UP * self._renewal_timeout:
+        if unrenewed:
             keeper.timer.stop()
             self._keeper = self._make_keeper(self._attempts)
             self._replaced("lease")
