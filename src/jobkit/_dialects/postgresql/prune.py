@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
+from jobkit._dialects import shared
 from jobkit._dialects.base import MARK, PRUNED, Position, Pruned, Sql
+from jobkit._dialects.shared import these
 from jobkit.columns import UtcDateTime
 
 # A job that was ended by hand may have no time of its end.
@@ -99,28 +99,21 @@ WHERE (CAST(e.payload->>'xid' AS bigint), CAST(e.payload->>'id' AS bigint)) < (:
 )
 
 
-class Prune:
+class Prune(shared.Prune):
     """``jobkit._dialects.base.PruneStatements`` for PostgreSQL."""
 
     one_writer = False
 
-    def over(
-        self, connection: sa.Connection, *, before: datetime, after: UUID, limit: int
-    ) -> tuple[list[UUID], UUID | None]:
-        rows = connection.execute(OVER(connection), {"before": before, "after": after, "limit": limit}).all()
-        return [row.id for row in rows if row.over], rows[-1].id if rows else None
-
-    def weigh(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> Pruned:
-        return Pruned(jobs, *connection.execute(WEIGH(connection), _values(jobs, provider=provider)).one())
+    _over, _weigh = OVER, WEIGH
 
     def prune(
         self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
     ) -> Pruned:
-        locked = list(connection.execute(LOCK(connection), _values(jobs, before=before)).scalars())
+        locked = list(connection.execute(LOCK(connection), these(jobs, before=before)).scalars())
         if provider is not None:
-            busy = set(connection.execute(BUSY(connection), _values(locked, provider=provider)).scalars())
+            busy = set(connection.execute(BUSY(connection), these(locked, provider=provider)).scalars())
             locked = [job for job in locked if job not in busy]
-        events, files, *upto = connection.execute(DELETE(connection), _values(locked, provider=provider)).one()
+        events, files, *upto = connection.execute(DELETE(connection), these(locked, provider=provider)).one()
         if events:
             # Last, because other prunes wait for the mark.
             self.mark_pruned(connection, Position(*upto))
@@ -128,7 +121,3 @@ class Prune:
 
     def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
         connection.execute(MARK_PRUNED(connection), upto._asdict())
-
-
-def _values(jobs: Sequence[UUID], **others: Any) -> dict[str, Any]:
-    return {"jobs": json.dumps([str(job) for job in jobs]), **others}

@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
-
 import sqlalchemy as sa
 
-from jobkit._dialects.base import (
-    WAITING,
-    Sql,
-    Waiting,
-)
+from jobkit._dialects import shared
+from jobkit._dialects.base import WAITING, Sql
 from jobkit.columns import UtcDateTime
 
 # One look at each priority, however many jobs wait for a later time.
@@ -84,19 +77,7 @@ SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at 
 )
 
 
-class Queue:
+class Queue(shared.Queue):
     """``jobkit._dialects.base.QueueStatements`` for PostgreSQL."""
 
-    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[Waiting]:
-        values = {"window": window, "limit": limit, "now": now}
-        return [Waiting(*row) for row in connection.execute(DUE_JOBS(connection), values)]
-
-    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[Waiting]:
-        values = {"companies": json.dumps(companies), "each": each}
-        return [Waiting(*row) for row in connection.execute(HEADS(connection), values)]
-
-    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
-        return list(connection.execute(COMPANIES(connection), {"limit": limit}).scalars())
-
-    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
-        return bool(connection.execute(HAS_QUEUED(connection), {"now": now}).scalar())
+    _due, _heads, _companies, _has_queued = DUE_JOBS, HEADS, COMPANIES, HAS_QUEUED

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
 
+from jobkit._dialects import shared
 from jobkit._dialects.base import MARK, PRUNED, Position, Pruned, Sql
+from jobkit._dialects.shared import these
 from jobkit.columns import SQLITE_NOW, UtcDateTime
 
 # A job that was ended by hand may have no time of its end.
@@ -79,25 +79,18 @@ WHERE json_extract(payload, '$.id') < :id
 )
 
 
-class Prune:
+class Prune(shared.Prune):
     """``jobkit._dialects.base.PruneStatements`` for SQLite."""
 
     one_writer = True
 
-    def over(
-        self, connection: sa.Connection, *, before: datetime, after: UUID, limit: int
-    ) -> tuple[list[UUID], UUID | None]:
-        rows = connection.execute(OVER(connection), {"before": before, "after": after, "limit": limit}).all()
-        return [row.id for row in rows if row.over], rows[-1].id if rows else None
-
-    def weigh(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> Pruned:
-        return Pruned(jobs, *connection.execute(WEIGH(connection), _values(jobs, provider=provider)).one())
+    _over, _weigh = OVER, WEIGH
 
     def prune(
         self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
     ) -> Pruned:
-        gone = list(connection.execute(DELETE(connection), _values(jobs, before=before)).scalars())
-        theirs, files = _values(gone), 0
+        gone = list(connection.execute(DELETE(connection), these(jobs, before=before)).scalars())
+        theirs, files = these(gone), 0
         events, upto = connection.execute(EVENTS(connection), theirs).one()
         if events:
             connection.execute(DELETE_EVENTS(connection), theirs)
@@ -109,7 +102,3 @@ class Prune:
 
     def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
         connection.execute(MARK_PRUNED(connection), {"id": upto.id})
-
-
-def _values(jobs: Sequence[UUID], **others: Any) -> dict[str, Any]:
-    return {"jobs": json.dumps([job.hex for job in jobs]), **others}
