@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from jobkit.tables import content_jobs
 from tests.support.files import intents, objects, rows
 from tests.support.invariants import violations
 
-PRELOADING = """
-import os, sys, threading
+PREAMBLE = """
+import contextlib, os, sys, threading, traceback
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 import jobkit
@@ -25,6 +26,33 @@ engine = sa.create_engine(url)
 if engine.dialect.name == "sqlite":
     jobkit.configure_sqlite(engine)
 store = jobkit.AssetStore(storage, engine=engine)
+
+def forked(count, worker):
+    "The pids of children, each of which does its work and ends."
+    children = []
+    for number in range(count):
+        child = os.fork()
+        if not child:
+            try:
+                worker(number)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    return children
+
+def codes(children):
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+"""
+
+
+def run(script: str, *arguments: str, options: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *options, "-c", PREAMBLE + script, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=110, check=False)
+
+
+PRELOADING = """
 
 def keep(company, body):
     stored = store.put_file(company, original_filename="a.txt", content_type="text/plain", body=body)
@@ -57,35 +85,18 @@ def worker(number):
     assert read(preloaded) == b"preloaded"
     at_once(4, lambda n: keep(f"worker-{number}", f"{number}-{n}".encode()))
 
-children = []
-for number in range(3):
-    child = os.fork()
-    if not child:
-        try:
-            worker(number)
-        except BaseException:
-            import traceback
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    children.append(child)
+children = forked(3, worker)
 at_once(4, lambda n: keep("master", f"meanwhile {n}".encode()))
 assert held.read() == b"preloaded"
-codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+ended = codes(children)
 assert read(keep("master", b"afterwards")) == b"afterwards"
-print(codes)
+print(ended)
 """
 
 
 @pytest.mark.parametrize("storage_url", ["disk", "s3"], indirect=True)  # memory is each process's own
 def test_a_store_that_was_used_before_a_fork_works_in_parent_and_children(database: Any, storage_url: str) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-W", "error::ResourceWarning", "-c", PRELOADING, database.url, storage_url],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
+    ran = run(PRELOADING, database.url, storage_url, options=("-W", "error::ResourceWarning"))
     assert (ran.returncode, ran.stdout) == (0, "[0, 0, 0]\n"), ran.stderr
     engine: sa.Engine = database.engine
     store = AssetStore(storage_url, engine=engine)
@@ -100,16 +111,6 @@ def test_a_store_that_was_used_before_a_fork_works_in_parent_and_children(databa
 
 
 STARTED = """
-import contextlib, os, sys, threading, traceback
-import sqlalchemy as sa
-from sqlalchemy.orm import Session
-import jobkit
-
-url, folder = sys.argv[1:]
-engine = sa.create_engine(url)
-if engine.dialect.name == "sqlite":
-    jobkit.configure_sqlite(engine)
-store = jobkit.AssetStore(folder, engine=engine)
 rendered = []
 
 def note(ctx):
@@ -165,37 +166,20 @@ def worker(number):
             with changed:
                 assert changed.wait_for(lambda: (os.getpid(), "content_job.done") in told, 60), told
 
-children = []
-for number in range(12):
-    child = os.fork()
-    if not child:
-        try:
-            worker(number)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-    children.append(child)
-codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+ended = codes(forked(12, worker))
 busy.set()
 creating.join()
 runner.run_until_idle(timeout=60)
 runner.stop()
 relay.stop()
-print(codes, runner.metrics().rejected, len(rendered) > 0)
+print(ended, runner.metrics().rejected, len(rendered) > 0)
 """
 
 
 def test_a_runner_that_was_started_before_a_fork_is_the_parents_and_may_be_started_in_the_child(
     database: Any, tmp_path: Any
 ) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", STARTED, database.url, str(tmp_path / "assets")],
-        capture_output=True,
-        text=True,
-        timeout=110,
-        check=False,
-    )
+    ran = run(STARTED, database.url, str(tmp_path / "assets"))
     assert (ran.returncode, ran.stdout) == (0, f"{[0] * 12} 0 True\n"), ran.stderr[-3000:]
     assert ran.stderr.count("was started before its process was forked") == 12
     engine: sa.Engine = database.engine
@@ -211,12 +195,6 @@ def test_a_runner_that_was_started_before_a_fork_is_the_parents_and_may_be_start
 
 
 POOLED = """
-import contextlib, os, sys
-import sqlalchemy as sa
-import jobkit
-
-engine = sa.create_engine(sys.argv[1])
-
 def backends():
     "The servers of five connections that are open at once."
     with contextlib.ExitStack() as stack:
@@ -225,16 +203,13 @@ def backends():
 
 with jobkit.Relay(engine):
     ours = backends()
-    child = os.fork()
-    if not child:
-        os._exit(len(backends() & ours))
-    assert os.waitpid(child, 0)[1] == 0
+    def worker(number):
+        assert not backends() & ours
+    assert codes(forked(1, worker)) == [0]
     assert backends() & ours                              # the child has closed nothing of them
 """
 
 
-def test_a_child_uses_none_of_its_parents_connections(postgres_database: Any) -> None:
-    ran = subprocess.run(
-        [sys.executable, "-c", POOLED, postgres_database.url], capture_output=True, text=True, timeout=60, check=False
-    )
+def test_a_child_uses_none_of_its_parents_connections(postgres_database: Any, tmp_path: Any) -> None:
+    ran = run(POOLED, postgres_database.url, str(tmp_path / "assets"))
     assert ran.returncode == 0, ran.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,9 +25,9 @@ from jobkit import (
 )
 from jobkit.storage import LocalStorage
 from jobkit.tables import content_job_events
-from jobkit.testing import inline, temporary_assets
+from jobkit.testing import inline
+from tests.support import inlining
 from tests.support.asynchronous import Lane
-from tests.support.databases import Database
 from tests.support.inlining import (
     COMPANY,
     NOTHING,
@@ -43,18 +42,7 @@ from tests.support.inlining import (
 )
 from tests.support.recorder import Recorder
 
-
-@pytest.fixture
-def store() -> Iterator[AssetStore]:
-    with temporary_assets() as store:
-        yield store
-
-
-@pytest.fixture
-def engine(database: Database) -> Iterator[sa.Engine]:
-    """Nothing of any test here is ever committed."""
-    yield database.engine
-    assert rows(database.engine) == NOTHING
+engine, store = inlining.engine, inlining.store
 
 
 def log(session: Session, job: Job) -> list[str]:

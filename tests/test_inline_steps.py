@@ -25,11 +25,11 @@ from jobkit import (
     Snooze,
 )
 from jobkit.tables import content_jobs
-from jobkit.testing import FrozenClock, drain, inline, temporary_assets
+from jobkit.testing import FrozenClock, drain, inline
+from tests.support import inlining
 from tests.support.databases import Database
 from tests.support.inlining import (
     COMPANY,
-    NOTHING,
     TABLES,
     coroutine,
     create,
@@ -37,23 +37,11 @@ from tests.support.inlining import (
     note,
     only,
     raising,
-    rows,
     two,
 )
 from tests.support.recorder import Recorder
 
-
-@pytest.fixture
-def store() -> Iterator[AssetStore]:
-    with temporary_assets() as store:
-        yield store
-
-
-@pytest.fixture
-def engine(database: Database) -> Iterator[sa.Engine]:
-    """Nothing of any test here is ever committed."""
-    yield database.engine
-    assert rows(database.engine) == NOTHING
+engine, store = inlining.engine, inlining.store
 
 
 # --- the same steps as a runner's

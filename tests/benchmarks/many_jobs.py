@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
-import time
+import functools
 from datetime import timedelta
-from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -17,8 +15,8 @@ import jobkit
 from jobkit.clock import utcnow
 from jobkit.ids import new_id
 from jobkit.tables import assets, content_job_events, content_jobs
-from tests.benchmarks.large_asset import MIB, memory, reset_peak
-from tests.benchmarks.many_intents import Neighbour
+from tests.benchmarks.databases import beside_a_neighbour, database
+from tests.benchmarks.large_asset import memory
 
 DAY = timedelta(days=1)
 
@@ -57,13 +55,9 @@ def main() -> None:
     parser.add_argument("url", nargs="?")
     parser.add_argument("--jobs", type=int, default=1_000_000)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="jobkit-bench-") as folder:
-        engine = sa.create_engine(options.url or f"sqlite:///{folder}/bench.db")
-        if engine.dialect.name == "sqlite":
-            jobkit.configure_sqlite(engine)
-        jobkit.migrations.upgrade(engine)
+    with database(options.url) as (engine, folder):
         record(engine, options.jobs)
-        store = jobkit.AssetStore(Path(folder) / "assets", engine=engine)
+        store = jobkit.AssetStore(folder / "assets", engine=engine)
         jobkit.prune(engine, older_than=DAY * 1000)  # what is imported and connected late counts as idle
         idle = memory("VmRSS")
         for name, age, act in (
@@ -72,15 +66,12 @@ def main() -> None:
             ("half of them", DAY * 30, False),
             ("the other half", timedelta(0), False),
         ):
-            reset_peak()
-            start = time.perf_counter()
-            with Neighbour(engine) as neighbour:
-                report = jobkit.prune(engine, older_than=age, assets=store, dry_run=act)
-            took = time.perf_counter() - start
-            over = (memory("VmHWM") - idle) / MIB
-            print(f"{name}: {report.jobs} of the jobs in {took:.1f} s, {over:.1f} MiB over idle")
-            print(f"  {neighbour}", flush=True)
-        engine.dispose()
+            prune = functools.partial(jobkit.prune, engine, older_than=age, assets=store, dry_run=act)
+            beside_a_neighbour(engine, idle, prune, functools.partial(tell, name))
+
+
+def tell(name: str, report: jobkit.PruneReport, took: float) -> str:
+    return f"{name}: {report.jobs} of the jobs in {took:.1f} s"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import contextlib
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -25,15 +24,9 @@ import jobkit
 from jobkit import signals
 from jobkit.feed import Feed
 from jobkit.listener import Listener
+from tests.benchmarks.databases import connect, database
 
 SILENCE = 10.0
-
-
-def connect(url: str) -> sa.Engine:
-    engine = sa.create_engine(url)
-    if engine.dialect.name == "sqlite":
-        jobkit.configure_sqlite(engine)
-    return engine
 
 
 def commit_for_ever(url: str) -> None:
@@ -175,13 +168,10 @@ def main() -> None:
         return
     if options.poll:
         Listener.possible = staticmethod(lambda engine: False)  # type: ignore[method-assign]
-    with tempfile.TemporaryDirectory() as folder:
-        url = options.url or f"sqlite:///{folder}/relay.db"
-        engine, ear = connect(url), Ear()
-        jobkit.migrations.upgrade(engine)
-        own(engine, Path(folder) / "files", ear, options.count)
-        others(engine, url, ear, options.count)
-        engine.dispose()
+    with database(options.url) as (engine, folder):
+        ear = Ear()
+        own(engine, folder / "files", ear, options.count)
+        others(engine, engine.url.render_as_string(hide_password=False), ear, options.count)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,30 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+import pytest
 import sqlalchemy as sa
 
-from jobkit import Job, JobStore, RenderContext, Rendered, Renderers
+from jobkit import AssetStore, Job, JobStore, RenderContext, Rendered, Renderers
 from jobkit.tables import asset_intents, assets, content_job_events, content_jobs
+from jobkit.testing import temporary_assets
+from tests.support.databases import Database
 
 COMPANY = "acme"
 TABLES = (content_jobs, assets, content_job_events, asset_intents)
 NOTHING = {table.name: 0 for table in TABLES}
+
+
+@pytest.fixture
+def store() -> Iterator[AssetStore]:
+    with temporary_assets() as store:
+        yield store
+
+
+@pytest.fixture
+def engine(database: Database) -> Iterator[sa.Engine]:
+    """Nothing of a test with it is ever committed."""
+    yield database.engine
+    assert rows(database.engine) == NOTHING
 
 
 def rows(engine: sa.Engine) -> dict[str, int]:

@@ -1,0 +1,81 @@
+"""What benchmarks run on, and who writes beside them."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import sqlalchemy as sa
+
+import jobkit
+from tests.benchmarks.large_asset import MIB, memory, reset_peak
+
+T = TypeVar("T")
+
+
+def connect(url: str) -> sa.Engine:
+    engine = sa.create_engine(url)
+    if engine.dialect.name == "sqlite":
+        jobkit.configure_sqlite(engine)
+    return engine
+
+
+@contextmanager
+def database(url: str | None) -> Iterator[tuple[sa.Engine, Path]]:
+    """The database at ``url`` (default: an SQLite file), which must be empty, with the tables; and a folder."""
+    with tempfile.TemporaryDirectory(prefix="jobkit-bench-") as folder:
+        engine = connect(url or f"sqlite:///{folder}/bench.db")
+        jobkit.migrations.upgrade(engine)
+        yield engine, Path(folder)
+        engine.dispose()
+
+
+class Neighbour:
+    """Writes a job every few milliseconds, and knows how long each took."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.waits: list[float] = []
+        self._engine, self._stopped = engine, threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Neighbour:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(0.005):
+            start = time.perf_counter()
+            with self._engine.begin() as connection:
+                jobkit.JobStore(connection).create("neighbour", job_type="note")
+            self.waits.append(time.perf_counter() - start)
+
+    def __str__(self) -> str:
+        ordered = sorted(self.waits)
+        if not ordered:
+            return "no write beside it: over too soon"
+        return (
+            f"{len(ordered)} writes beside it: median {ordered[len(ordered) // 2] * 1000:.1f} ms, "
+            f"p99 {ordered[len(ordered) * 99 // 100] * 1000:.1f} ms, longest {ordered[-1] * 1000:.1f} ms"
+        )
+
+
+def beside_a_neighbour(engine: sa.Engine, idle: int, act: Callable[[], T], tell: Callable[[T, float], str]) -> None:
+    """Print what ``tell`` makes of the result of ``act`` and the seconds it took, the memory over ``idle``, and how the
+    neighbour fared.
+    """
+    reset_peak()
+    start = time.perf_counter()
+    with Neighbour(engine) as neighbour:
+        result = act()
+    took = time.perf_counter() - start
+    print(f"{tell(result, took)}, {(memory('VmHWM') - idle) / MIB:.1f} MiB over idle")
+    print(f"  {neighbour}", flush=True)
