@@ -63,21 +63,37 @@ class Source:
 def opened(options: argparse.Namespace) -> Iterator[Source]:
     """What ``add_source`` asked for, looked at; its connections are closed at the end. Makes no database."""
     runner = load(options.app) if options.app else None
-    if runner is None:
-        engine = engine_of(options.database or os.environ.get(URL_VARIABLE), option="--database")
-        if engine.dialect.name == "sqlite":
-            if not is_memory(engine) and not Path(engine.url.database or "").exists():
-                raise ConfigurationError(f"there is no file {engine.url.database}")
-            configure_sqlite(engine)
-    else:
-        engine = runner.engine
+    engine = _existing(options.database or os.environ.get(URL_VARIABLE)) if runner is None else runner.engine
     if options.schema is not None:
         engine = engine.execution_options(schema_translate_map={None: options.schema})
+    with _looked_at(engine):
+        yield Source(engine, runner)
+
+
+@contextmanager
+def migrated(app: str) -> Iterator[Runner]:
+    """The Runner, its database looked at; its connections are closed at the end."""
+    runner = load(app)
+    with _looked_at(runner.engine):
+        yield runner
+
+
+@contextmanager
+def _looked_at(engine: sa.Engine) -> Iterator[None]:
     try:
         require_schema(engine)
-        yield Source(engine, runner)
+        yield
     finally:
         engine.dispose()
+
+
+def _existing(url: str | None) -> sa.Engine:
+    engine = engine_of(url, option="--database")
+    if engine.dialect.name == "sqlite":
+        if not is_memory(engine) and not Path(engine.url.database or "").exists():
+            raise ConfigurationError(f"there is no file {engine.url.database}")
+        configure_sqlite(engine)
+    return engine
 
 
 def engine_of(url: str | None, *, option: str = "its URL") -> sa.Engine:
@@ -90,17 +106,6 @@ def engine_of(url: str | None, *, option: str = "its URL") -> sa.Engine:
     except ValueError as error:  # such as a port that is no number
         raise ConfigurationError("that is no SQLAlchemy URL, such as postgresql+psycopg://user@host/name") from error
     return engine
-
-
-@contextmanager
-def migrated(app: str) -> Iterator[Runner]:
-    """The Runner, its database looked at; its connections are closed at the end."""
-    runner = load(app)
-    try:
-        require_schema(runner.engine)
-        yield runner
-    finally:
-        runner.engine.dispose()
 
 
 def load(name: str) -> Runner:

@@ -10,6 +10,7 @@ from typing import Any
 from jobkit.audit import audit, elsewhere
 from jobkit.cli.app import add_app, migrated
 from jobkit.cli.durations import duration
+from jobkit.cli.output import sample
 from jobkit.text import printable
 
 
@@ -54,10 +55,7 @@ def _collect_garbage(options: argparse.Namespace) -> int:
         )
     size = "" if report.byte_size is None else f", {report.byte_size:,} bytes"
     print(f"objects without a row: {report.abandoned} abandoned, {report.deleted} deleted{size}")
-    for key in report.sample:
-        print(f"  {printable(key)}")
-    if (more := report.abandoned + report.deleted - len(report.sample)) > 0:
-        print(f"  and {more} more")
+    sample(report.sample, report.abandoned + report.deleted)
     print(f"records of earlier sweeps: {report.settled}")
     if report.failed:
         print(f"could not be removed: {report.failed}")

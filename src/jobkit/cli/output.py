@@ -33,6 +33,14 @@ def shown(value: object) -> str:
     return printable(json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else str(value))
 
 
+def sample(some: Sequence[object], count: int) -> None:
+    """``some`` of ``count``, one a line, and how many more there are."""
+    for one in some:
+        print(f"  {printable(str(one))}")
+    if (more := count - len(some)) > 0:
+        print(f"  and {more} more")
+
+
 def document(value: object) -> None:
     """``value`` as one line of JSON, in ASCII."""
     print(json.dumps(value))

@@ -8,6 +8,7 @@ from typing import Any
 
 from jobkit.cli.app import add_source, opened
 from jobkit.cli.durations import duration
+from jobkit.cli.output import sample
 from jobkit.errors import ConfigurationError
 from jobkit.pruning import prune
 
@@ -31,10 +32,7 @@ def _prune(options: argparse.Namespace) -> int:
         store = source.runner.assets if source.runner is not None and options.assets else None
         report = prune(source.engine, older_than=options.older_than, assets=store, dry_run=not options.yes)
     print(f"{report.jobs} jobs, {report.events} events, {report.assets} assets")
-    for job in report.sample:
-        print(f"  {job}")
-    if (more := report.jobs - len(report.sample)) > 0:
-        print(f"  and {more} more")
+    sample(report.sample, report.jobs)
     if report.refused:
         print(f"{report.refused} jobs stay, because other rows refer to them")
     print("deleted" if options.yes else "nothing was changed; --yes deletes them")
