@@ -15,6 +15,8 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import JobStore, Relay, feed, listener, relay
+from jobkit._dialects import statements_for
+from jobkit._dialects.postgresql import Postgresql
 from jobkit.bookmark import Memory
 from jobkit.feed import Feed
 from jobkit.listener import Listener
@@ -53,7 +55,8 @@ def listens(engine: sa.Engine) -> None:
 
 def listeners(engine: sa.Engine) -> list[int]:
     """The server processes of this database that wait for notifications."""
-    query = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND starts_with(query, 'LISTEN')"
+    last = "query = 'SELECT count(*) FROM pg_listening_channels()'"  # how the connection is asked whether it listens
+    query = f"SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND {last}"
     with engine.connect() as connection:
         return list(connection.exec_driver_sql(query).scalars())
 
@@ -271,6 +274,62 @@ def test_without_hints_polling_is_complete(
         jobs = [create() for _ in range(20)]
         recorder.wait(lambda types: len(types) == 20, 60)
         assert [event.job_id for event in recorder.events] == [job.id for job in jobs]
+
+
+@pytest.fixture
+def unheard(no_polling: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no notifications, and it has been silent for a while."""
+    monkeypatch.setattr(feed, "ACTIVE_FOR", -3600.0)
+    monkeypatch.setattr(Listener, "possible", lambda _: False)
+
+
+@pytest.mark.usefixtures("unheard")
+def test_without_hints_others_are_soon_heard_of_out_of_silence(
+    engine: sa.Engine, create: Create, recorder: Recorder
+) -> None:
+    with Relay(engine):
+        for count in range(1, 4):
+            create()
+            recorder.wait(lambda types, count=count: len(types) == count, 60)  # type: ignore[misc]
+
+
+@pytest.mark.usefixtures("unheard")
+def test_a_look_without_hints_finds_what_an_open_writer_held_back(pg: sa.Engine, recorder: Recorder) -> None:
+    looked, original = threading.Semaphore(0), Postgresql.version
+
+    def look(self: Postgresql, connection: sa.Connection) -> int:
+        looked.release()
+        return original(self, connection)
+
+    with pytest.MonkeyPatch.context() as patch, pg.connect() as writer, Relay(pg):
+        patch.setattr(Postgresql, "version", look)
+        writer.execute(sa.text("SELECT pg_current_xact_id()"))
+        create_in(pg)
+        for _ in range(looked._value + 3):
+            assert looked.acquire(timeout=60)
+        assert recorder.events == []
+        writer.rollback()
+        recorder.wait(lambda types: len(types) == 1, 60)
+
+
+@pytest.mark.usefixtures("unheard", "recorder")
+def test_a_look_that_shows_nothing_new_scans_nothing(
+    engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, looked = type(statements_for(engine)), threading.Semaphore(0)
+    scans: list[object] = []
+
+    def version(self: object, connection: sa.Connection) -> int:
+        looked.release()
+        return 7
+
+    monkeypatch.setattr(kind, "version", version)
+    monkeypatch.setattr(kind, "scan", lambda self, *place: scans.append(place) or ([], place[1]))
+    with Relay(engine):
+        create()
+        for _ in range(10):
+            assert looked.acquire(timeout=60)
+    assert len(scans) == 1
 
 
 # --- the listening connection

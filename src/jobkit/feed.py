@@ -3,7 +3,7 @@
 Two ways lead in. The scan follows a cursor that skips nothing, and therefore waits for the oldest open writing
 transaction. What this process committed itself is offered directly and does not wait; the scan then skips it.
 
-When to scan is told by hints: PostgreSQL's notifications, SQLite's ``data_version``. Without any it polls.
+When to scan is told by hints: PostgreSQL's notifications, or a look at a number that changes with every commit.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from jobkit.text import describe
 
 logger = logging.getLogger("jobkit")
 
-# How often the log is scanned, in seconds: for a while after an event, and else. Where a look at a version number tells
-# whether a scan is worth it, the other two are how often that is looked at.
-ACTIVE_POLL, IDLE_POLL = 0.025, 0.5
+# How often others' commits are looked for, in seconds: for a while after an event, and else. The latter is seldom where
+# notifications come sooner anyway, and often where there are none; a look at an SQLite file costs next to nothing.
+ACTIVE_POLL, IDLE_POLL, UNTOLD_POLL = 0.025, 0.5, 0.07
 ACTIVE_LOOK, IDLE_LOOK = 0.01, 0.04
 ACTIVE_FOR = 2.0
 # The least time between two scans that hints ask for, in seconds.
@@ -340,7 +340,8 @@ class Feed:
     def _scan(self, *, forced: bool = False) -> bool:
         """One look at the log; False when there is more to read at once."""
         began, self._hinted = time.monotonic(), False
-        version = self._ask(self._statements.version)
+        told = self._listener is not None and self._listener.listening
+        version = None if told else self._ask(self._statements.version)
         complete = True
         if forced or self._owed or version is None or version != self._version:
             if signals.any_receivers():
@@ -349,16 +350,20 @@ class Feed:
                 complete = self._read(self._place)
                 self._owed = bool(self._replays)
             elif not self._owed:
-                complete = self._skip(hint=version is not None)
+                complete = self._skip(hint=not self._statements.channels)
         self._version = version if complete else None
         self._last_scan = began
-        active = began < self._active_until
-        if version is None:
-            pause = ACTIVE_POLL if active else IDLE_POLL
-        else:
-            pause = ACTIVE_LOOK if active else IDLE_LOOK
-        self._next_scan = began + pause if complete else began
+        self._next_scan = began + self._pause(began, told) if complete else began
         return complete
+
+    def _pause(self, began: float, told: bool) -> float:
+        """How long after a look that ``began`` then the next one is due; ``told``: notifications arrive."""
+        active = began < self._active_until
+        if not self._statements.channels:
+            return ACTIVE_LOOK if active else IDLE_LOOK
+        if active:
+            return ACTIVE_POLL
+        return IDLE_POLL if told or not signals.any_receivers() else UNTOLD_POLL
 
     def _read(self, place: Bookmark) -> bool:
         """Deliver the next batch; whether it was the last one for now."""

@@ -127,6 +127,7 @@ class Listener:
             self._attend(inbox, stack.enter_context(selectors.DefaultSelector()))
 
     def _attend(self, inbox: _Inbox, selector: selectors.BaseSelector) -> None:
+        self._check()  # at once: until it fails, polling is seldom
         self.listening = True
         self._heard(True)  # what was committed before is not notified again
         next_beat = time.monotonic() + HEARTBEAT

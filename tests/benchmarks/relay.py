@@ -1,7 +1,7 @@
 """How soon a process hears what itself and others commit, and what it costs to listen to silence.
 
-``python -m tests.benchmarks.relay [URL] [--poll]``; the database at URL must be empty (default: an SQLite file).
-``--poll``: without LISTEN, as behind a pooler.
+``python -m tests.benchmarks.relay [URL]``; the database at URL must be empty (default: an SQLite file). On PostgreSQL
+what others commit is measured twice: with LISTEN, and without, as behind a pooler.
 """
 
 from __future__ import annotations
@@ -130,9 +130,9 @@ def own(engine: sa.Engine, folder: Path, ear: Ear, count: int) -> None:
     Feed.offer = original  # type: ignore[method-assign]
 
 
-def others(engine: sa.Engine, url: str, ear: Ear, count: int) -> None:
+def others(engine: sa.Engine, ear: Ear, count: int) -> None:
     """From the return of another process' commit to the receiver."""
-    other, rng = Other(url), random.Random(7)
+    other, rng = Other(engine.url.render_as_string(hide_password=False)), random.Random(7)
     target = 30 if engine.dialect.name == "sqlite" else 20
     with jobkit.Relay(engine):
         for name, pauses in (
@@ -160,18 +160,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url", nargs="?")
     parser.add_argument("--count", type=int, default=300)
-    parser.add_argument("--poll", action="store_true")
     parser.add_argument("--other", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.other:
         commit_for_ever(options.url)
         return
-    if options.poll:
-        Listener.possible = staticmethod(lambda engine: False)  # type: ignore[method-assign]
     with database(options.url) as (engine, folder):
         ear = Ear()
         own(engine, folder / "files", ear, options.count)
-        others(engine, engine.url.render_as_string(hide_password=False), ear, options.count)
+        others(engine, ear, options.count)
+        if Listener.possible(engine):
+            print("without LISTEN:")
+            Listener.possible = staticmethod(lambda engine: False)  # type: ignore[method-assign]
+            others(engine, ear, options.count)
 
 
 if __name__ == "__main__":

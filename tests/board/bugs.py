@@ -523,6 +523,22 @@ EVENTS = [
         "test_feed.py::test_an_event_that_was_offered_is_skipped_by_the_scan",
     ),
     bug(
+        "a look that does not see what was held back",
+        POSTGRESQL,
+        'cursor.execute(f"SELECT {_HORIZON}")',
+        'cursor.execute("SELECT COALESCE(max(id), 0) FROM content_job_events")',
+        "test_hints.py::test_a_look_without_hints_finds_what_an_open_writer_held_back",
+        only="postgresql",
+    ),
+    bug(
+        "notifications that are relied on where there are none",
+        "feed.py",
+        "return IDLE_POLL if told or not signals.any_receivers() else UNTOLD_POLL",
+        "return IDLE_POLL",
+        "test_hints.py::test_without_hints_others_are_soon_heard_of_out_of_silence",
+        only="postgresql",
+    ),
+    bug(
         "a pruned log that looks whole",
         "relay.py",
         "if after < begins:",

@@ -248,10 +248,8 @@ class EventStatements(Protocol):
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
         """Append one event to the log; return its id. ``notify``: hint at it when the transaction commits."""
 
-    def version(self, connection: sa.Connection) -> int | None:
-        """A number that differs from the last one of this connection when others have committed since; None where a
-        scan is the only way to know.
-        """
+    def version(self, connection: sa.Connection) -> int:
+        """As long as this number is that of the last look on this connection, a scan finds nothing new. Costs less."""
 
     def start(self, connection: sa.Connection) -> Start:
         """The end of the event log as of now."""

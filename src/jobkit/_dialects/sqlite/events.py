@@ -103,7 +103,7 @@ class Events:
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
         return append(connection, values)
 
-    def version(self, connection: sa.Connection) -> int | None:
+    def version(self, connection: sa.Connection) -> int:
         # Past SQLAlchemy, because a feed asks a hundred times a second.
         driver: Any = connection.connection.driver_connection
         return int(driver.execute("PRAGMA data_version").fetchone()[0])
