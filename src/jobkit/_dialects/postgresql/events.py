@@ -53,39 +53,24 @@ _HORIZON = "CAST(CAST(pg_snapshot_xmin(pg_current_snapshot()) AS text) AS bigint
 _SINCE_START = "NOT pg_visible_in_snapshot(CAST(CAST(xid AS text) AS xid8), CAST(:snapshot AS pg_snapshot))"
 
 # Ids become visible out of order, transaction ids below every running transaction's do not: (xid, id) skips nothing.
-SCAN = Sql(
-    f"""
+_NEXT = f"""
 SELECT h.horizon, e.* FROM (SELECT {_HORIZON} AS horizon) h LEFT JOIN LATERAL (
     SELECT id, xid, seq, company_id, type, job_id, created_at, payload FROM {{s}}content_job_events
-    WHERE (xid, id) > (:xid, :id) AND xid < h.horizon AND seq > 0 AND {_SINCE_START}
+    WHERE (xid, id) > (:xid, :id) AND {{which}} AND seq > 0 AND {_SINCE_START}
     ORDER BY xid, id LIMIT :limit
 ) e ON true
 ORDER BY e.xid, e.id
-""",
-    sa.column("horizon", sa.BigInteger()),
-    *EVENT,
-    xid=sa.BigInteger(),
-    id=sa.BigInteger(),
-    snapshot=sa.Text(),
-    limit=sa.Integer(),
-)
-
+"""
+_NEXT_COLUMNS = (sa.column("horizon", sa.BigInteger()), *EVENT)
+_NEXT_PARAMETERS: dict[str, Any] = {
+    "xid": sa.BigInteger(),
+    "id": sa.BigInteger(),
+    "snapshot": sa.Text(),
+    "limit": sa.Integer(),
+}
+SCAN = Sql(_NEXT.replace("{which}", "xid < h.horizon"), *_NEXT_COLUMNS, **_NEXT_PARAMETERS)
 OF_COMPANY = Sql(
-    f"""
-SELECT h.horizon, e.* FROM (SELECT {_HORIZON} AS horizon) h LEFT JOIN LATERAL (
-    SELECT id, xid, seq, company_id, type, job_id, created_at, payload FROM {{s}}content_job_events
-    WHERE (xid, id) > (:xid, :id) AND company_id = :company AND seq > 0 AND {_SINCE_START}
-    ORDER BY xid, id LIMIT :limit
-) e ON true
-ORDER BY e.xid, e.id
-""",
-    sa.column("horizon", sa.BigInteger()),
-    *EVENT,
-    xid=sa.BigInteger(),
-    id=sa.BigInteger(),
-    snapshot=sa.Text(),
-    company=sa.Text(),
-    limit=sa.Integer(),
+    _NEXT.replace("{which}", "company_id = :company"), *_NEXT_COLUMNS, **_NEXT_PARAMETERS, company=sa.Text()
 )
 
 # A job's row lock orders its transactions, so all events below a committed one are committed too.
