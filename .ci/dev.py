@@ -28,6 +28,9 @@ OLDEST = (3, 11)
 
 # What is pinned, each a superset of the one before: the installer, what the demo needs, what the tests need.
 EXTRAS = {"demo": "pdf", "test": "test"}
+# Most tests wait for something most of the time, so two at once help even on one core. Each process has servers of its
+# own, so more than four would mostly start servers.
+PARALLEL = ["-n", str(min(4, max(2, os.cpu_count() or 2))), "--dist", "worksteal"]
 BUILD = "hatchling>=1.26\neditables>=0.5\n"
 
 
@@ -58,7 +61,7 @@ def test(arguments: list[str]) -> int:
         ("format", [BIN / "ruff", "format", "--check", "."]),
         ("types", [BIN / "mypy"]),
         ("layers", [BIN / "lint-imports"]),
-        ("tests", [BIN / "python", "-m", "pytest", "-q", "--durations=10"]),
+        ("tests", [BIN / "python", "-m", "pytest", "-q", "--durations=10", *PARALLEL]),
     ]
     for name, step in steps:
         say(f"{name}: {' '.join([step[0].name, *map(str, step[1:])])}")
