@@ -11,6 +11,7 @@ import fsspec
 import pytest
 
 from jobkit.testing import Fault, FaultPlan, faulty_filesystem
+from tests.support.names import named
 
 
 def test_a_plan_spares_strikes_and_records(tmp_path: Path) -> None:
@@ -73,7 +74,7 @@ CONTENT = b"0123456789"
         (Fault("pipe_file", "wait"), CONTENT, False),
         (Fault("put_file", "flip", at=4), CONTENT, False),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_what_a_fault_leaves(fault: Fault, kept: bytes | None, fails: bool, tmp_path: Path) -> None:
     with faulty_filesystem(FaultPlan(fault), target="file"):
@@ -96,7 +97,7 @@ def test_what_a_fault_leaves(fault: Fault, kept: bytes | None, fails: bool, tmp_
         (Fault("read", "flip", at=40), CONTENT),
         (Fault("read", "wait"), CONTENT),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_what_a_fault_lets_be_read(fault: Fault, read: bytes | None, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(CONTENT)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from jobkit.errors import AssetEmpty, AssetError, AssetTooLarge
 from jobkit.spool import CHUNK, Spool
+from tests.support.names import named
 
 NewSpool = Callable[..., Spool]
 
@@ -114,7 +115,7 @@ def test_any_kind_of_body_is_written_whole(kind: str, content: bytes, new: NewSp
         (7, "not int"),
         (object(), "not object"),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_a_body_that_is_not_bytes_is_refused_with_what_it_is(body: Any, message: str, new: NewSpool) -> None:
     with pytest.raises(TypeError, match=message):
@@ -133,7 +134,7 @@ def test_a_file_that_has_nothing_yet_is_not_taken_for_its_end(new: NewSpool) -> 
         new().fill(body)
 
 
-@pytest.mark.parametrize("body", [b"", bytearray(), [], [b"", b""], io.BytesIO(), iter(())], ids=repr)
+@pytest.mark.parametrize("body", [b"", bytearray(), [], [b"", b""], io.BytesIO(), iter(())], ids=named)
 def test_an_empty_body_is_refused_by_name(body: Any, new: NewSpool) -> None:
     spool = new()
     spool.fill(body)
