@@ -153,6 +153,14 @@ def _history(job: Any, events: list[Any], evidence: Evidence) -> Iterator[str]:
         by_hand = before in ("failed", "cancelled") and str(job.id) not in evidence.asked["retry"]
         if after not in FOLLOWS[before] or by_hand:
             yield f"I2: {told}: {after} after {before or 'nothing'}"
+    reached = 0.0
+    for event in events:
+        if event.type == "content_job.queued":
+            reached = 0.0
+        if event.type == "content_job.progress":
+            if event.payload["progress"] < reached:
+                yield f"I2: {told}: {event.payload['progress']} after {reached}"
+            reached = event.payload["progress"]
     if types.count("running") != job.fence:
         yield f"I3: {told}: its fence is {job.fence}"
     if any(event.company_id != job.company_id for event in events):

@@ -70,9 +70,9 @@ class _Work:
     def slow_(self, ctx: RenderContext) -> Rendered:
         self._points.reach("renderer.start")
         claim = self._claim(ctx)
-        for _ in range(5):
+        for step in range(5):
             _pause(ctx, share=5)
-            ctx.check()
+            ctx.progress((step + 1) / 5, f"step {step + 1}")
         self._points.reach("renderer.end")
         return Rendered(f"slow{claim}.bin", "application/octet-stream", self._halves(ctx, 0))
 
@@ -91,6 +91,7 @@ class _Work:
         claim = self._claim(ctx)
         for position in range(FILES["async"]):
             await asyncio.sleep(ctx.input["milliseconds"] / 1000)
+            ctx.progress(position / FILES["async"])
             yield Rendered(f"part {position}{claim}.bin", "text/plain", self._halves(ctx, position))
         self._points.reach("renderer.end")
 
