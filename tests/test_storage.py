@@ -197,9 +197,9 @@ def test_bytes_and_names_are_on_the_disk_before_a_local_object_is_visible_and_wh
         steps.append(("sync", os.path.realpath(f"/proc/self/fd/{descriptor}")))
         sync(descriptor)
 
-    def spy_replace(old: Any, new: Any) -> None:
-        steps.append(("rename", str(new)))
-        replace(old, new)
+    def spy_replace(old: Any, new: Any, *, dst_dir_fd: int) -> None:
+        steps.append(("rename", os.path.join(os.path.realpath(f"/proc/self/fd/{dst_dir_fd}"), new)))
+        replace(old, new, dst_dir_fd=dst_dir_fd)
 
     monkeypatch.setattr(os, "fsync", spy_sync)
     monkeypatch.setattr(os, "replace", spy_replace)
@@ -366,6 +366,27 @@ def test_a_symbolic_link_to_a_file_outside_is_neither_read_nor_written(local: Lo
     link.symlink_to(secret)
     local.remove(KEY)
     assert (link.is_symlink(), secret.read_bytes()) == (False, b"secret")
+
+
+def test_a_folder_that_was_used_before_and_is_led_outside_since_is_not_followed(local: LocalStorage) -> None:
+    put(local, b"content")
+    company, outside = local.root / KEY.split("/")[0], local.root.parent / "outside"
+    company.rename(outside)
+    company.symlink_to(outside)
+    before = sorted(outside.rglob("*"))
+    with pytest.raises(AssetKeyRefused, match="leaves the storage root"):
+        put(local, b"evil")
+    assert sorted(outside.rglob("*")) == before
+    assert (outside.joinpath(*KEY.split("/")[1:])).read_bytes() == b"content"
+
+
+def test_a_root_that_is_a_symbolic_link_may_be_led_elsewhere(local: LocalStorage, tmp_path: Path) -> None:
+    for disk in ("disk1", "disk2"):
+        (tmp_path / disk).mkdir()
+        local.root.unlink(missing_ok=True)
+        local.root.symlink_to(tmp_path / disk)
+        put(local, disk.encode())
+        assert (tmp_path / disk / KEY).read_bytes() == disk.encode()
 
 
 def test_the_root_itself_may_be_a_symbolic_link(local: LocalStorage, tmp_path: Path) -> None:

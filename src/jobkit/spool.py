@@ -37,7 +37,8 @@ class Spool(io.RawIOBase):
         self._hashed = 0
         self._refusal: BaseException | None = None
         self._file = io.FileIO(self.path, "x+", opener=_private)
-        self.size = 0
+        self._gone = False
+        self._position = self.size = 0
 
     def writable(self) -> bool:
         return True
@@ -51,7 +52,7 @@ class Spool(io.RawIOBase):
     def write(self, data: Any, /) -> int:
         """Append or overwrite at the current position. All of ``data`` is written."""
         view = _view(data)
-        position = self._file.tell()
+        position = self._position
         if not view:
             self._check(self.size)
             return 0
@@ -69,6 +70,7 @@ class Spool(io.RawIOBase):
                 while piece:
                     count = self._file.write(piece)
                     written += count
+                    self._position += count
                     piece = piece[count:]
             self.size = max(self.size, position + written)
         except BaseException as error:  # a full disk, a signal: a cut file must not be shipped when this is swallowed
@@ -77,16 +79,19 @@ class Spool(io.RawIOBase):
         return written
 
     def readinto(self, buffer: Any, /) -> int:
-        return self._file.readinto(buffer)
+        count = self._file.readinto(buffer)
+        self._position += count
+        return count
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
-        return self._file.seek(offset, whence)
+        self._position = self._file.seek(offset, whence)
+        return self._position
 
     def tell(self) -> int:
-        return self._file.tell()
+        return self._position
 
     def truncate(self, size: int | None = None, /) -> int:
-        self._check(self._file.tell() if size is None else size)
+        self._check(self._position if size is None else size)
         self._hashed = -1
         self.size = self._file.truncate(size)
         return self.size
@@ -128,7 +133,9 @@ class Spool(io.RawIOBase):
     def discard(self) -> None:
         """Close, and remove the file if it is still there."""
         self.close()
-        self.path.unlink(missing_ok=True)
+        if not self._gone:
+            self.path.unlink(missing_ok=True)
+            self._gone = True
 
     def _check(self, size: int) -> None:
         if self._refusal is None and size > self._limit:

@@ -20,7 +20,7 @@ from jobkit.errors import AssetError, AssetKeyRefused, AssetUrlUnavailable, Conf
 from jobkit.scratch import Scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
 LOCAL = "local_disk"
 # 8 MiB parts, four at a time: the default of s3fs (ten of 50 MiB) takes a gigabyte of memory for a file of 500 MiB.
@@ -38,6 +38,7 @@ _UNFINISHED = ".part"
 # How long an upload may take: so many seconds, and one more for each so many bytes.
 PATIENCE = 600.0
 SLOWEST = 64 << 10
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # AWS refuses a signature of version 4 that is valid for longer.
 _LONGEST_URL = 7 * 24 * 3600
 
@@ -73,6 +74,7 @@ class LocalStorage:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._real_root = "\0"  # what no path begins with
         self.provider = LOCAL
         self.scratch = Scratch(lambda: root / ".spool")
 
@@ -84,16 +86,14 @@ class LocalStorage:
 
     def publish(self, source: Path, key: str, content_type: str) -> None:
         target = self._path(key)
-        self._inside(target)
-        _make_folders(self.root, target.parent)
-        with open(source, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(source, target)
-        _sync_folder(target.parent)
+        with _opened(source, os.O_RDONLY) as file, self._folder(target.parent) as folder:
+            os.fsync(file)
+            os.replace(source, target.name, dst_dir_fd=folder)
+            os.fsync(folder)
 
     def open(self, key: str) -> BinaryIO:
         path = self._path(key)
-        self._inside(path)
+        self._inside(path.parent)
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except OSError as error:
@@ -114,7 +114,7 @@ class LocalStorage:
 
     def remove(self, key: str) -> None:
         path = self._path(key)
-        self._inside(path)
+        self._inside(path.parent)
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
 
@@ -124,11 +124,28 @@ class LocalStorage:
     def _path(self, key: str) -> Path:
         return self.root.joinpath(*key.split("/"))
 
-    def _inside(self, path: Path) -> None:
+    @contextlib.contextmanager
+    def _folder(self, path: Path) -> Iterator[int]:
+        """The folder ``path`` open, made when it is missing, and within the root whatever happens to its name."""
+        try:
+            descriptor = os.open(path, _FOLDER)
+        except FileNotFoundError:
+            self._inside(path)
+            _make_folders(self.root, path)
+            descriptor = os.open(path, _FOLDER)
+        try:
+            self._inside(path, descriptor)
+            yield descriptor
+        finally:
+            os.close(descriptor)
+
+    def _inside(self, folder: Path, descriptor: int | None = None) -> None:
         # A symbolic link planted within the root must not lead out of it.
-        root, parent = os.path.realpath(self.root), os.path.realpath(path.parent)
-        if not parent.startswith(root.rstrip(os.sep) + os.sep):
-            raise AssetKeyRefused(f"object key {path.name!r} leaves the storage root")
+        real = _real(folder, descriptor)
+        if not real.startswith(self._real_root):  # the root itself may be a link, and lead elsewhere than before
+            self._real_root = os.path.realpath(self.root).rstrip(os.sep) + os.sep
+            if not real.startswith(self._real_root):
+                raise AssetKeyRefused(f"the folder {folder.name!r} of an object leaves the storage root")
 
 
 class FsspecStorage:
@@ -383,8 +400,22 @@ def _make_folders(root: Path, folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with _opened(folder, _FOLDER) as descriptor:
         os.fsync(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    try:
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _real(folder: Path, descriptor: int | None) -> str:
+    """Where a folder really is. Of an open one Linux says it at once; else each part of the path is looked at."""
+    if descriptor is not None:
+        with contextlib.suppress(OSError):
+            return os.readlink(f"/proc/self/fd/{descriptor}")
+    return os.path.realpath(folder)
