@@ -370,7 +370,7 @@ def test_a_symbolic_link_to_a_file_outside_is_neither_read_nor_written(local: Lo
 
 def test_a_folder_that_was_used_before_and_is_led_outside_since_is_not_followed(local: LocalStorage) -> None:
     put(local, b"content")
-    company, outside = local.root / KEY.split("/")[0], local.root.parent / "outside"
+    company, outside = local.root / KEY.split("/", maxsplit=1)[0], local.root.parent / "outside"
     company.rename(outside)
     company.symlink_to(outside)
     before = sorted(outside.rglob("*"))

@@ -67,7 +67,10 @@ class Attempt:
         self.reported: Report | None = None
         self.recorded: Report | None = None
         self._progressed = progressed
-        self._started: float | None = None
+        #: When its renderer began, on this machine's monotonic clock.
+        self.started: float | None = None
+        #: How many seconds it took, once it has ended.
+        self.took: float | None = None
         self._handover = threading.Lock()
         self._at_work = self._left = False
         self._interruption: RenderInterrupted | None = None
@@ -107,8 +110,7 @@ class Attempt:
 
     def render(self) -> None:
         """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk."""
-        self._started = time.monotonic()
-        self._at_work = True
+        self.started = time.monotonic()
         try:
             self._context.input = self._registration.parse(self.claim.input)
             self._read(self._registration.renderer(self._context))
@@ -120,6 +122,7 @@ class Attempt:
             raise
         finally:
             self._context.clean()
+            self.took = time.monotonic() - self.started
 
     # --- asked to stop: from other threads
 
@@ -129,13 +132,25 @@ class Attempt:
         timeout = self._registration.timeout
         if timeout is None:
             return math.inf
-        return timeout if self._started is None else self._started + timeout - time.monotonic()
+        return timeout if self.started is None else self.started + timeout - time.monotonic()
 
     def interrupt(self, reason: RenderInterrupted) -> None:
         """Let ``ctx.check()`` raise ``reason`` from now on, and end the coroutine that the renderer waits for."""
         self._interruption = reason
         if (awaited := self._awaited) is not None:
             awaited.cancel()
+
+    def begin(self) -> bool:
+        """The thread is about to render; False when the attempt was withdrawn."""
+        with self._handover:
+            self._at_work = not self._left
+            return self._at_work
+
+    def withdraw(self) -> bool:
+        """Let it never begin; False when it has."""
+        with self._handover:
+            self._left = self._left or not (self._at_work or self.started is not None)
+            return self._left
 
     def leave(self) -> bool:
         """Let another thread take the place of the one that is at work here; False when that is through already."""

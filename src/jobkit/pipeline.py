@@ -20,7 +20,7 @@ from jobkit import claims
 from jobkit._dialects.base import EventRow
 from jobkit.assets import AssetStore
 from jobkit.attempt import Attempt
-from jobkit.claims import Claim, Completion
+from jobkit.claims import RELEASED, Claim, Completion
 from jobkit.clock import Clock, pause_after
 from jobkit.committer import Committed, Committer
 from jobkit.errors import LeaseLost
@@ -79,6 +79,7 @@ class Pipeline:
         self._workshop = Workshop(
             assets,
             renderers,
+            concurrency=concurrency,
             slots=slots,
             publishers=publishers,
             lease=lease,
@@ -160,6 +161,8 @@ class Pipeline:
                 self._collect(min(self._patience(), self._workshop.patience))
                 for attempt, reason in self._workshop.overdue():
                     self._turn.ends.append(self._failed(attempt, reason))
+                for attempt in self._workshop.stuck():
+                    self._turn.ends.append(Completion(attempt.claim, verdict=RELEASED))
                 turn, self._turn = self._plan(), Turn()
                 if turn:
                     self._take(turn)
@@ -229,7 +232,8 @@ class Pipeline:
     def _free(self) -> int:
         if self._stopping:
             return 0
-        return min(self._concurrency - len(self._workshop.rendering), self._concurrency + BACKLOG - len(self._attempts))
+        most = self._concurrency + BACKLOG + self._workshop.ahead
+        return min(self._workshop.free, most - len(self._attempts))
 
     def _plan(self) -> Turn:
         turn = self._turn

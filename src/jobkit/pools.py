@@ -29,6 +29,8 @@ class DaemonPool:
     it.
     """
 
+    waits = True
+
     def __init__(self, size: int, name: str) -> None:
         self._size, self._name = size, name
         self._tasks: SimpleQueue[Task | None] = SimpleQueue()
@@ -96,6 +98,8 @@ class DaemonPool:
 
 class InlinePool:
     """Runs each task at once, in the thread that submits it: for databases that one thread only can use."""
+
+    waits = False
 
     def submit(self, task: Task) -> None:
         task()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import BinaryIO, Protocol
@@ -24,9 +25,19 @@ logger = logging.getLogger("jobkit")
 # How long storing one job's files may take, in seconds, before another thread takes the place of the one that waits for
 # the storage. Nothing is given up: the files may still arrive.
 STALLED = 60.0
+# While a transaction commits, a slot could render several jobs that take next to no time. So many are claimed ahead of
+# the slots as long as each of the last ones took less than so many seconds, and none at work has taken longer.
+AHEAD = 16
+QUICK = 0.02
+# What was claimed ahead goes back into the queue once every slot has been busy with one job for so many seconds. Not
+# less than QUICK: what has just gone back would be claimed again.
+STUCK = 0.1
 
 
 class Pool(Protocol):
+    #: Whether what is submitted may wait for a thread.
+    waits: bool
+
     def submit(self, task: Task) -> None: ...
     def replace(self) -> None: ...
     def close(self) -> None: ...
@@ -40,6 +51,7 @@ class Workshop:
         assets: AssetStore,
         renderers: Renderers,
         *,
+        concurrency: int,
         slots: Pool,
         publishers: Pool,
         lease: float,
@@ -50,13 +62,15 @@ class Workshop:
         stored: Callable[[Attempt, BaseException | None], None],
     ) -> None:
         self._assets, self._renderers, self._lease = assets, renderers, lease
-        self._slots, self._publishers = slots, publishers
+        self._concurrency, self._slots, self._publishers = concurrency, slots, publishers
         self._shared, self._progressed = shared, progressed
         self._wanted, self._rendered, self._stored = wanted, rendered, stored
         self._loop = LoopThread()
         #: The attempts whose renderers run, in the order in which they began.
         self.rendering: dict[Attempt, None] = {}
         self._storing: dict[Attempt, float] = {}
+        # How long the last renderers took.
+        self._paces: deque[float] = deque(maxlen=AHEAD)
         #: How many threads were replaced because what they called went on for too long.
         self.replaced = 0
 
@@ -85,15 +99,50 @@ class Workshop:
 
     def ended(self, attempt: Attempt) -> None:
         """Its renderer, or storing its files, is over: what ``rendered`` and ``stored`` tell comes back here."""
-        self.rendering.pop(attempt, None)
+        if self.rendering.pop(attempt, 0) is None:
+            self._paces.append(attempt.took or 0.0)
         self._storing.pop(attempt, None)
+
+    @property
+    def free(self) -> int:
+        """How many more jobs may be claimed to be rendered here."""
+        return self._concurrency + self.ahead - len(self.rendering)
+
+    @property
+    def ahead(self) -> int:
+        """How many jobs may wait for a slot."""
+        now = time.monotonic()
+        at_work = (now - began for began in self._began())
+        quick = self._slots.waits and len(self._paces) == AHEAD and max(*self._paces, *at_work) < QUICK
+        return AHEAD if quick else 0
+
+    def stuck(self) -> list[Attempt]:
+        """Withdraw the attempts that wait for slots that are all taken by slower ones."""
+        if self._stuck_in() > 0:
+            return []
+        withdrawn = [attempt for attempt in self.rendering if attempt.withdraw()]
+        for attempt in withdrawn:
+            del self.rendering[attempt]
+        return withdrawn
+
+    def _stuck_in(self) -> float:
+        """For how many seconds nothing can be stuck."""
+        began = self._began()
+        if len(began) < self._concurrency or len(self.rendering) == len(began):
+            return math.inf
+        return max(began) + STUCK - time.monotonic()
+
+    def _began(self) -> list[float]:
+        """When each of the renderers that are at work now began."""
+        return [attempt.started for attempt in self.rendering if attempt.started is not None and attempt.took is None]
 
     @property
     def patience(self) -> float:
         """For how many seconds nothing can be overdue."""
         now = time.monotonic()
         renderers = [attempt.remaining for attempt in self.rendering]
-        return max(0.0, min([*renderers, *(late - now for late in self._storing.values())], default=3600.0))
+        storing = (late - now for late in self._storing.values())
+        return max(0.0, min(3600.0, self._stuck_in(), *renderers, *storing))
 
     def overdue(self) -> list[tuple[Attempt, JobTimeout]]:
         """Give up the attempts whose renderers took too long, and replace the threads that wait for the storage."""
@@ -123,6 +172,8 @@ class Workshop:
         self.replaced += 1
 
     def _render(self, attempt: Attempt) -> bool:
+        if not attempt.begin():
+            return False
         attempt.run()
         late = attempt.over()
         if late or not self._wanted(attempt):

@@ -1,0 +1,119 @@
+"""Jobs that take no time are claimed ahead of the slots; one that takes long holds up none of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from jobkit import AssetStore, Job, JobRequest, JobStore, RenderContext, Rendered, Runner, workshop
+from jobkit.tables import content_job_events, content_jobs
+from tests.support.invariants import violations
+from tests.support.runners import note, only, seen, statuses, until
+
+Create = Callable[..., Job]
+c, e = content_jobs.c, content_job_events.c
+
+
+def many(engine: sa.Engine, count: int) -> list[Job]:
+    with Session(engine) as session, session.begin():
+        return JobStore(session).create_many("acme", [JobRequest("note", {"n": n}) for n in range(count)])
+
+
+class Halting:
+    """Renders at once, but for one job, and reports how many jobs are claimed and not begun when that begins."""
+
+    def __init__(self, engine: sa.Engine, halt_at: int) -> None:
+        self._engine, self._halt_at = engine, halt_at
+        self.entered, self.open = threading.Event(), threading.Event()
+        self.begun: set[int] = set()
+
+    def __call__(self, ctx: RenderContext) -> Rendered:
+        self.begun.add(ctx.input["n"])
+        if ctx.input["n"] == self._halt_at:
+            self.entered.set()
+            assert self.open.wait(60)
+        return note(ctx)
+
+
+def test_what_waits_behind_a_long_job_goes_back_to_the_queue_and_others_can_take_it(
+    engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workshop, "QUICK", 1.0)  # whatever this machine is busy with
+    monkeypatch.setattr(workshop, "STUCK", 1.0)
+    jobs = many(engine, 60)
+    # The one that halts is claimed once enough have shown that they take no time.
+    halting = Halting(engine, halt_at=30)
+    with Runner(engine, disk, only(halting), concurrency=1) as runner:
+        assert halting.entered.wait(60)
+        until(lambda: statuses(engine).count("running") == 1, "what was claimed ahead is back in the queue")
+        waiting = statuses(engine).count("queued")
+        assert waiting > 0
+        with Runner(engine, disk, only(note), concurrency=1) as other:
+            until(lambda: statuses(engine).count("done") == 59, "another runner does the rest")
+            assert other.metrics().ended == waiting
+        halting.open.set()
+        until(lambda: statuses(engine).count("done") == 60)
+        assert runner.metrics().rejected == 0
+    # The attempts of those that went back are not charged, and nobody rendered anything twice.
+    assert all((row := seen(engine, job)).attempt == 1 and row.status == "done" for job in jobs)
+    assert violations(engine, disk.spool_folder().parents[1]) == []
+
+
+def test_jobs_that_take_their_time_are_never_claimed_ahead(
+    engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workshop, "QUICK", 0.0)
+    many(engine, 50)
+    most: list[int] = []
+
+    def counting(ctx: RenderContext) -> Rendered:
+        most.append(statuses(engine).count("running"))
+        return note(ctx)
+
+    def released() -> int:
+        query = sa.select(sa.func.count()).where(e.type == "content_job.queued", e.seq > 1)
+        with engine.connect() as connection:
+            return connection.execute(query).scalar_one()
+
+    Runner(engine, disk, only(counting), concurrency=2).run_until_idle(timeout=120)
+    assert statuses(engine).count("done") == 50
+    assert released() == 0
+
+
+@pytest.mark.parametrize("begins_first", [True, False])
+def test_an_attempt_is_either_begun_or_withdrawn(begins_first: bool, disk: AssetStore) -> None:
+    from jobkit.attempt import Attempt
+    from jobkit.claims import Claim
+    from jobkit.context import Registration
+    from jobkit.ids import new_id
+
+    claim = Claim(new_id(), "acme", "note", {}, None, 1, 1)
+    never: Any = None
+    attempt = Attempt(claim, Registration(note), disk, services=None, open_asset=never, start_coroutine=never)
+    if begins_first:
+        assert attempt.begin()
+        assert not attempt.withdraw()
+        attempt.run()
+        assert not attempt.withdraw()
+        attempt.discard()
+    else:
+        assert attempt.withdraw()
+        assert not attempt.begin()
+
+
+def test_some_jobs_are_claimed_ahead(engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workshop, "QUICK", 60.0)
+    many(engine, 60)
+    halting = Halting(engine, halt_at=40)
+    monkeypatch.setattr(workshop, "STUCK", 3600.0)
+    with Runner(engine, disk, only(halting), concurrency=1):
+        assert halting.entered.wait(60)
+        until(lambda: statuses(engine).count("running") > 1, "others are claimed while one is at work")
+        halting.open.set()
+        until(lambda: statuses(engine).count("done") == 60)
+    assert len(halting.begun) == 60
