@@ -20,17 +20,14 @@ from jobkit.tables import assets, content_jobs
 from tests.support import seed
 from tests.support.databases import Database
 from tests.support.seed import AGENT, ASSET, BARE, COMPANY, DONE, KEY, LARGE, OPEN, SPELLINGS, plant, rows_of, schema_of
-from tests.support.unmigrated import KINDS, enforced, refused, run, unmigrated
+from tests.support.unmigrated import KINDS, empty_engine, enforced, refused, run, unmigrated
 
 WHEN = datetime(2026, 4, 5, 10, 0, 0, 123456, tzinfo=UTC)
 CASES = [*(("sqlite", spelling) for spelling in SPELLINGS), ("postgresql", "sized")]
 
 
-@pytest.fixture(params=KINDS)
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    database = unmigrated(request.param, tmp_path, request)
-    yield database.engine
-    database.close()
+engine = empty_engine(*KINDS)
+postgresql, sqlite = empty_engine("postgresql", fill=plant), empty_engine("sqlite", fill=plant)
 
 
 @pytest.fixture(params=CASES, ids="-".join)
@@ -39,22 +36,6 @@ def planted(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engin
     kind, spelling = request.param
     database: Database = unmigrated(kind, tmp_path, request)
     plant(database.engine, spelling)
-    yield database.engine
-    database.close()
-
-
-@pytest.fixture
-def postgresql(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    database = unmigrated("postgresql", tmp_path, request)
-    plant(database.engine)
-    yield database.engine
-    database.close()
-
-
-@pytest.fixture
-def sqlite(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    database = unmigrated("sqlite", tmp_path, request)
-    plant(database.engine)
     yield database.engine
     database.close()
 

@@ -2,39 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import sqlalchemy as sa
 
 from jobkit.tables import metadata
 from tests.support import seed
 from tests.support.seed import KEY, plant
-from tests.support.unmigrated import KINDS, refused, run, unmigrated
+from tests.support.unmigrated import KINDS, empty_engine, refused, run
 
-
-@pytest.fixture(params=KINDS)
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    database = unmigrated(request.param, tmp_path, request)
-    yield database.engine
-    database.close()
-
-
-@pytest.fixture
-def postgresql(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    database = unmigrated("postgresql", tmp_path, request)
-    plant(database.engine)
-    yield database.engine
-    database.close()
-
-
-@pytest.fixture
-def sqlite(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    database = unmigrated("sqlite", tmp_path, request)
-    plant(database.engine)
-    yield database.engine
-    database.close()
+engine = empty_engine(*KINDS)
+postgresql, sqlite = empty_engine("postgresql", fill=plant), empty_engine("sqlite", fill=plant)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -43,22 +43,11 @@ from sqlalchemy.orm import Session
 import jobkit
 from jobkit import AssetStore, JobStore, Renderers, Runner
 from jobkit.tables import asset_intents, assets, content_jobs
-from tests.support.databases import Database
+from tests.support import shared as module_database
 from tests.support.recorder import Recorder
 from tests.support.runners import note, only, seen
-from tests.support.shared import empty, shared_database
 
-
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def shared(request: pytest.FixtureRequest) -> Iterator[Database]:
-    with shared_database(request) as database:
-        yield database
-
-
-@pytest.fixture
-def database(shared: Database) -> Iterator[Database]:
-    yield shared
-    empty(shared.engine)
+shared, database = module_database.shared, module_database.database
 
 
 def number(engine: sa.Engine, table: sa.Table) -> int:

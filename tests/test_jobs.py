@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 from uuid import UUID
@@ -24,8 +24,7 @@ from jobkit import (
 )
 from jobkit.ids import new_id
 from jobkit.tables import assets, content_job_events, content_jobs
-from tests.support.databases import Database
-from tests.support.shared import empty, shared_database
+from tests.support import shared as module_database
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ABSENT = UUID("0190163d-8694-739b-aea5-966c26f8ad91")
@@ -47,16 +46,7 @@ class Clock:
         return self.now
 
 
-@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-def shared(request: pytest.FixtureRequest) -> Iterator[Database]:
-    with shared_database(request) as database:
-        yield database
-
-
-@pytest.fixture
-def database(shared: Database) -> Iterator[Database]:
-    yield shared
-    empty(shared.engine)
+shared, database = module_database.shared, module_database.database
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +18,21 @@ import jobkit
 from jobkit import migrations
 from jobkit.migrations import transaction
 from jobkit.tables import metadata
-from tests.support import seed
+from tests.support import seed, unmigrated
 from tests.support.databases import Database
 from tests.support.seed import rows_of, schema_of
-from tests.support.unmigrated import KINDS, enforced, unmigrated
+from tests.support.unmigrated import KINDS, enforced
 
 TABLES = {*metadata.tables, migrations.VERSION_TABLE}
 
 
-@pytest.fixture(params=KINDS)
-def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    database = unmigrated(request.param, tmp_path, request)
-    yield database
-    database.close()
+empty = unmigrated.empty(*KINDS)
+postgresql, sqlite = unmigrated.empty_engine("postgresql"), unmigrated.empty_engine("sqlite")
 
 
 @pytest.fixture
 def engine(empty: Database) -> sa.Engine:
     return empty.engine
-
-
-@pytest.fixture
-def postgresql(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    database = unmigrated("postgresql", tmp_path, request)
-    yield database.engine
-    database.close()
-
-
-@pytest.fixture
-def sqlite(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    database = unmigrated("sqlite", tmp_path, request)
-    yield database.engine
-    database.close()
 
 
 def tables(engine: sa.Engine, schema: str | None = None) -> set[str]:

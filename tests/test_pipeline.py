@@ -246,15 +246,19 @@ def test_stop_waits_for_the_second_claim_of_a_job(engine: sa.Engine, disk: Asset
 # --- a result that the database refuses
 
 
-def refuse_poison(engine: sa.Engine) -> None:
+def impose(engine: sa.Engine, rule: dict[str, str]) -> None:
     """A rule of the host's own."""
+    with engine.begin() as connection:
+        connection.exec_driver_sql(rule[engine.dialect.name])
+
+
+def refuse_poison(engine: sa.Engine) -> None:
     rule = {
         "postgresql": "ALTER TABLE assets ADD CHECK (original_filename <> 'poison.txt')",
         "sqlite": "CREATE TRIGGER t BEFORE INSERT ON assets WHEN NEW.original_filename = 'poison.txt' "
         "BEGIN SELECT RAISE(ABORT, 'CHECK constraint failed: poison'); END",
     }
-    with engine.begin() as connection:
-        connection.exec_driver_sql(rule[engine.dialect.name])
+    impose(engine, rule)
 
 
 def test_a_result_that_the_database_refuses_fails_alone(
@@ -286,8 +290,7 @@ def test_a_job_whose_failure_cannot_even_be_written_is_left_to_its_lease_alone(
         "sqlite": "CREATE TRIGGER t BEFORE UPDATE ON content_jobs WHEN NEW.job_type = 'cursed' "
         "AND NEW.status NOT IN ('queued', 'running') BEGIN SELECT RAISE(ABORT, 'cursed'); END",
     }
-    with engine.begin() as connection:
-        connection.exec_driver_sql(rule[engine.dialect.name])
+    impose(engine, rule)
     for job_type in ("note", "cursed", "note"):
         create(job_type)
     assert Runner(engine, disk, only()).run_until_idle(timeout=20) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,23 +12,12 @@ import jobkit
 from jobkit import migrations
 from jobkit.schema import require_schema
 from jobkit.tables import metadata
+from tests.support import unmigrated
 from tests.support.databases import Database
 from tests.support.seed import plant, rows_of, schema_of
-from tests.support.unmigrated import KINDS, run, unmigrated
+from tests.support.unmigrated import KINDS, run
 
-
-@pytest.fixture(params=KINDS)
-def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    database = unmigrated(request.param, tmp_path, request)
-    yield database
-    database.close()
-
-
-@pytest.fixture
-def postgresql(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
-    database = unmigrated("postgresql", tmp_path, request)
-    yield database.engine
-    database.close()
+empty, postgresql = unmigrated.empty(*KINDS), unmigrated.empty_engine("postgresql")
 
 
 # --- the check before a program starts

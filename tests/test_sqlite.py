@@ -21,17 +21,11 @@ from jobkit import ConfigurationError, JobStore, configure_sqlite
 from jobkit.ids import new_id
 from jobkit.sqlite import is_memory, is_write, writing_in_this_thread
 from jobkit.tables import metadata
+from tests.support import notes
 from tests.support.databases import Database
+from tests.support.notes import NOTES
 
-NOTES = sa.Table(
-    "host_notes", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True), sa.Column("title", sa.Text)
-)
-
-
-@pytest.fixture
-def engine(sqlite_database: Database) -> sa.Engine:
-    NOTES.create(sqlite_database.engine)
-    return sqlite_database.engine
+engine = notes.engine
 
 
 @pytest.fixture

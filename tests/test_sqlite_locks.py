@@ -21,18 +21,11 @@ from jobkit import JobStore, configure_sqlite
 from jobkit.ids import new_id
 from jobkit.sqlite import _begin_before_write, writing_in_this_thread
 from jobkit.tables import content_jobs
-from tests.support import busy
+from tests.support import busy, notes
 from tests.support.databases import Database
+from tests.support.notes import NOTES
 
-NOTES = sa.Table(
-    "host_notes", sa.MetaData(), sa.Column("id", sa.Integer, primary_key=True), sa.Column("title", sa.Text)
-)
-
-
-@pytest.fixture
-def engine(sqlite_database: Database) -> sa.Engine:
-    NOTES.create(sqlite_database.engine)
-    return sqlite_database.engine
+engine = notes.engine
 
 
 def in_transaction(connection: sa.Connection) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -19,9 +18,10 @@ from alembic.script import ScriptDirectory
 import jobkit
 from jobkit import migrations
 from jobkit.tables import content_job_events, metadata
+from tests.support import unmigrated
 from tests.support.databases import Database
 from tests.support.seed import schema_of
-from tests.support.unmigrated import KINDS, unmigrated
+from tests.support.unmigrated import KINDS
 
 # "name: type on PostgreSQL | declared on SQLite | null or not | default". The host fills what has no default.
 CONTRACT = {
@@ -108,11 +108,7 @@ INDEXES = {
 UNIQUE = {"content_job_events": ["job_id", "seq"], "asset_intents": ["provider", "object_key"]}
 
 
-@pytest.fixture(params=KINDS)
-def empty(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    database = unmigrated(request.param, tmp_path, request)
-    yield database
-    database.close()
+empty = unmigrated.empty(*KINDS)
 
 
 def described(engine: sa.Engine, table: str) -> list[str]:

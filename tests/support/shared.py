@@ -32,3 +32,15 @@ def empty(engine: sa.Engine) -> None:
     with engine.begin() as connection:
         for table in metadata.sorted_tables:
             connection.execute(table.delete())
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+def shared(request: pytest.FixtureRequest) -> Iterator[Database]:
+    with shared_database(request) as database:
+        yield database
+
+
+@pytest.fixture
+def database(shared: Database) -> Iterator[Database]:
+    yield shared
+    empty(shared.engine)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,29 @@ def unmigrated(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> Dat
     database = SqliteDatabase(tmp_path / "empty.db", migrate=False)
     enforce(database.engine)
     return database
+
+
+def empty(*kinds: str) -> Any:
+    """A fixture: an unmigrated database of each of these kinds."""
+
+    @pytest.fixture(params=kinds)
+    def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
+        with closing(unmigrated(request.param, tmp_path, request)) as database:
+            yield database
+
+    return database
+
+
+def empty_engine(*kinds: str, fill: Callable[[sa.Engine], object] = lambda _: None) -> Any:
+    """A fixture: the engine of such a database, after ``fill`` of it."""
+
+    @pytest.fixture(params=kinds)
+    def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[sa.Engine]:
+        with closing(unmigrated(request.param, tmp_path, request)) as database:
+            fill(database.engine)
+            yield database.engine
+
+    return engine
 
 
 def enforce(engine: sa.Engine) -> None:
