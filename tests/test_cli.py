@@ -78,9 +78,10 @@ def test_the_demo_makes_a_pdf_tells_each_signal_and_where_the_file_lies_and_does
     for run in (1, 2):
         ran = jobkit_command("demo", "--directory", "made here", cwd=tmp_path)
         assert ran.returncode == 0, ran.stderr
-        assert re.findall(r"content_job\.\w+", ran.stdout) == [
-            f"content_job.{s}" for s in ("queued", "running", "done")
-        ]
+        told = re.findall(r"content_job\.(\w+)", ran.stdout)
+        # How often it says how far it is depends on how long it takes.
+        assert [kind for kind in told if kind != "progress"] == ["queued", "running", "done"]
+        assert told[-1] == "done"
         found = re.search(r"^The file: (.+\.pdf)$", ran.stdout, re.MULTILINE)
         assert found is not None
         path = Path(found.group(1))
