@@ -25,9 +25,8 @@ from jobkit.bookmark import REMEMBERED_STRETCHES, Bookmark, Memory, Stretch, cur
 from jobkit.clock import pause_after
 from jobkit.link import Link, end_overdue
 from jobkit.listener import Listener
-from jobkit.outbox import event_of, may_run
+from jobkit.outbox import event_of, known, may_run
 from jobkit.pools import Periodic
-from jobkit.tables import content_job_events
 from jobkit.text import describe
 
 logger = logging.getLogger("jobkit")
@@ -350,7 +349,7 @@ class Feed:
                 complete = self._read(self._place)
                 self._owed = bool(self._replays)
             elif not self._owed:
-                complete = self._skip(hint=not self._statements.channels)
+                complete = self._skip()
         self._version = version if complete else None
         self._last_scan = began
         self._next_scan = began + self._pause(began, told) if complete else began
@@ -379,16 +378,16 @@ class Feed:
         place.advance(rows, position)
         return len(rows) < BATCH
 
-    def _skip(self, *, hint: bool) -> bool:
-        """Nobody listens, so what was committed until now is owed to no one. ``hint``: it may be jobs. False, and
-        nothing is skipped, when somebody has come meanwhile, to whom the last of it is owed.
+    def _skip(self) -> bool:
+        """Nobody listens, so what was committed until now is owed to no one. False, and nothing is skipped, when
+        somebody has come meanwhile, to whom the last of it is owed.
         """
         here = Bookmark(self._ask(self._statements.start))
         if signals.any_receivers():
             return False
         former, self._place = self._place, here
         self._keep(former.stretch())
-        if hint and self._place.cursor != former.cursor:
+        if not self._statements.channels and here.cursor != former.cursor:  # where nobody notifies: it may be jobs
             self._wanted()
         return True
 
@@ -400,10 +399,8 @@ class Feed:
     def _recall(self) -> None:
         """What this process told of this log. Another one may be at the same place: a database that was made anew."""
         told = self._memory.told(self._log)
-        c = content_job_events.c
-        query = sa.select(c.id, c.job_id).where(c.id.in_([stretch.witness[0] for stretch in told]))
-        known = {tuple(row) for row in self._ask(lambda connection: connection.execute(query).all())} if told else ()
-        self._past = tuple(stretch for stretch in told if stretch.witness in known)
+        there = self._ask(known, [stretch.witness for stretch in told]) if told else ()
+        self._past = tuple(stretch for stretch in told if stretch.witness in there)
 
     def _replay(self) -> None:
         """Deliver the next batch of a replay, up to where this feed goes on by itself."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 
 from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position
+from jobkit.tables import content_job_events
 from jobkit.types import Job, JobEvent, JobStatus
 
 
@@ -31,6 +34,13 @@ def append(connection: sa.Connection, job: Job, *, notify: bool) -> int:
 def event_of(row: EventRow, cursor: Position) -> JobEvent:
     """A row of the log as receivers get it. ``cursor`` is the position below which nothing is missing now."""
     return JobEvent(row.id, row.seq, str(cursor), row.company_id, row.type, row.job_id, row.created_at, row.payload)
+
+
+def known(connection: sa.Connection, witnesses: Sequence[tuple[int, UUID]]) -> set[tuple[int, UUID]]:
+    """Those of these events, by id and job, that the log has."""
+    c = content_job_events.c
+    found = connection.execute(sa.select(c.id, c.job_id).where(c.id.in_([event_id for event_id, _ in witnesses])))
+    return {(row.id, row.job_id) for row in found} & set(witnesses)
 
 
 def may_run(row: EventRow) -> bool:
