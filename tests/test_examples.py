@@ -137,8 +137,10 @@ def site(database: Database, tmp_path: Path) -> Iterator[Browser]:
 
 def count(engine: sa.Engine, table: sa.Table | str) -> int:
     with engine.connect() as connection:
-        source = table if isinstance(table, sa.Table) else sa.table(table)
-        found: int = connection.execute(sa.select(sa.func.count()).select_from(source)).scalar_one()
+        query = sa.select(sa.func.count()).select_from(table if isinstance(table, sa.Table) else sa.table(table))
+        if table is content_job_events:  # how often a job says how far it is depends on how long it takes
+            query = query.where(content_job_events.c.type != "content_job.progress")
+        found: int = connection.execute(query).scalar_one()
         return found
 
 

@@ -125,7 +125,7 @@ def test_a_line_that_a_kill_cut_off_was_not_heard(tmp_path: Path) -> None:
 def test_a_run_from_the_command_line_prints_its_plan_and_its_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = {"jobs": 60, "kills": 6, "zombies": 1, "stops": 1, "storage-faults": 0, "subscriber-kills": 1}
+    sizes = {"jobs": 60, "kills": 7, "zombies": 0, "stops": 1, "storage-faults": 0, "subscriber-kills": 1}
     sizes |= {"janitor-kills": 1, "creator-kills": 1, "seed": 4}
     code = main(
         [
@@ -136,7 +136,7 @@ def test_a_run_from_the_command_line_prints_its_plan_and_its_verdict(
     )
     told = capsys.readouterr().out
     assert code == 0, told
-    assert told.startswith("seed 4: 60 jobs, 6 kills")
+    assert told.startswith("seed 4: 60 jobs, 7 kills")
     assert "life 7: " in told
     assert "every promise was kept" in told
     assert '"holds": true' in (tmp_path / "verdict.json").read_text()

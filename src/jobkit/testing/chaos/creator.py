@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
@@ -26,6 +26,13 @@ from jobkit.types import Job
 
 # After so many further orders, a failed or cancelled job is retried by hand.
 LATER = 40
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """An order that was carried out, with the job that is known to be committed."""
+
+    job: Job | None
 
 
 class _RolledBack(Exception):
@@ -65,7 +72,10 @@ class _Creator:
 
     def carry_out(self, order: Order) -> None:
         """Create the job, and cancel it at once when that is ordered; retry those whose time has come."""
-        job = self._create(order)
+        while (tried := self._create(order)) is None:  # the database is away
+            if self._process.ends_within(0.1):
+                return
+        job = tried.job
         if job is not None and order.cancelled:
             self._change("cancel", job.id, order.number)
         if job is not None and order.retried:
@@ -77,7 +87,8 @@ class _Creator:
         """Retry a job if it failed or was cancelled."""
         self._change("retry", job_id, number)
 
-    def _create(self, order: Order) -> Job | None:
+    def _create(self, order: Order) -> _Tried | None:
+        """What came of it; None when the database did not let it be tried."""
         job: Job | None = None
         start = datetime.now(UTC) + timedelta(seconds=order.delay) if order.delay else None
         try:
@@ -97,13 +108,15 @@ class _Creator:
                     raise _RolledBack
         except _RolledBack:
             self._process.tell(rolled_back=order.number, job=str(job.id) if job else None)
-            return None
-        except DBAPIError:  # whether it was committed, nobody here knows
-            self._process.tell(in_doubt=order.number)
+            return _Tried(None)
+        except DBAPIError:
+            if job is None:
+                return None
+            self._process.tell(in_doubt=order.number)  # whether it was committed, nobody here knows
             self._process.ends_within(0.1)
-            return None
+            return _Tried(None)
         self._process.tell(acked=order.number, job=str(job.id))
-        return job
+        return _Tried(job)
 
     def _change(self, what: str, job_id: UUID, number: int) -> None:
         self._process.tell(asking=what, job=str(job_id))
