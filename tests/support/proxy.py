@@ -9,11 +9,11 @@ from typing import Self
 
 
 class Proxy:
-    """Listens on a port of 127.0.0.1 while the ``with`` lasts."""
+    """Listens on a port of 127.0.0.1 while the ``with`` lasts; on ``listen``, when that is given."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, *, listen: int = 0) -> None:
         self._target = host, port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", listen))
         self.port: int = self._listener.getsockname()[1]
         self._pairs: list[tuple[threading.Event, socket.socket, socket.socket]] = []
         self._lock = threading.Lock()
