@@ -85,10 +85,8 @@ def parsed(*pieces: bytes) -> list[Message]:
 class Client:
     """One request for a stream. Iterates its messages; a thread may do it, see ``follow``."""
 
-    def __init__(self, port: int, path: str, last_event_id: str | None = None, *, buffer: int | None = None) -> None:
+    def __init__(self, port: int, path: str, last_event_id: str | None = None) -> None:
         self._connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-        if buffer is not None:  # small, so that a client that does not read is soon felt by the server
-            self._connection._create_connection = _narrow(buffer)  # type: ignore[attr-defined]
         headers = {"Accept": "text/event-stream"}
         if last_event_id:
             headers["Last-Event-ID"] = last_event_id
@@ -159,17 +157,6 @@ def _ignored() -> suppress:
     return suppress(OSError, http.client.HTTPException, ValueError, AttributeError)
 
 
-def _narrow(buffer: int) -> Callable[..., socket.socket]:
-    def connect(address: tuple[str, int], timeout: float, *_: object) -> socket.socket:
-        made = socket.socket()
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
-        made.settimeout(timeout)
-        made.connect(address)
-        return made
-
-    return connect
-
-
 class Site:
     """``/{company}`` and ``/{company}/{job}`` are streams. ``options``: of the streams that are opened from now on."""
 
@@ -178,8 +165,8 @@ class Site:
         self.options: dict[str, Any] = {}
         self.opened = self.closed = 0
 
-    def get(self, *path: object, last_event_id: str | None = None, buffer: int | None = None) -> Client:
-        return Client(self.port, "/" + "/".join(map(str, path)), last_event_id, buffer=buffer)
+    def get(self, *path: object, last_event_id: str | None = None) -> Client:
+        return Client(self.port, "/" + "/".join(map(str, path)), last_event_id)
 
     def wsgi(self, environ: dict[str, Any], start_response: Callable[..., object]) -> Any:
         company, _, job = environ["PATH_INFO"].removeprefix("/").partition("/")
