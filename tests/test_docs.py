@@ -48,7 +48,7 @@ FILE = re.compile(r"# (\S+\.(?:py|ini))\n")
 LINK = re.compile(r"\[[^]]*\]\(([^)\s]+)\)")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 NEEDS = re.compile(r"<!-- needs (\w+) -->\n\Z")
-SERVERS = {r"jobkit work (?!--help)": "working for", r"flask .*\brun\b": "Running on"}
+SERVERS = {r"jobkit work (?!--help)": "working for", r"flask .*\brun\b": "Running on", r"uvicorn ": "startup complete"}
 
 
 def name(path: Path) -> str:
@@ -64,7 +64,7 @@ class Reader:
         self._evaluate = PythonEvaluator()
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
+            self.port = probe.getsockname()[1]
 
     def python(self, example: Example) -> None:
         if named := FILE.match(example.parsed):
@@ -135,7 +135,7 @@ class Reader:
 
     def _environment(self) -> dict[str, str]:
         programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        return {**os.environ, "PATH": programs, "FLASK_RUN_PORT": str(self._port), "PYTHONUNBUFFERED": "1"}
+        return {**os.environ, "PATH": programs, "FLASK_RUN_PORT": str(self.port), "PYTHONUNBUFFERED": "1"}
 
 
 def transcript(text: str) -> Iterator[tuple[str, str]]:
@@ -167,6 +167,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     monkeypatch.syspath_prepend("")  # as `python` has it: the folder one is in
     modules, receivers = set(sys.modules), [(s, set(s.receivers)) for s in signals._SIGNALS.values()]
     reader = Reader(tmp_path)
+    monkeypatch.setenv("UVICORN_PORT", str(reader.port))
     yield reader
     reader.kill()
     for signal_, before in receivers:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -485,3 +486,11 @@ def test_the_former_handler_of_a_signal_still_has_its_say(engine: sa.Engine) -> 
     finally:
         signal.signal(signal.SIGUSR1, former)
     assert heard == [signal.SIGUSR1]
+
+
+def test_signals_are_left_alone_on_a_thread_that_cannot_set_them() -> None:
+    # The lifespan of an app under Starlette's test client.
+    before = signal.getsignal(signal.SIGUSR1)
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(sse.end_on_signals, signal.SIGUSR1).result(60)
+    assert signal.getsignal(signal.SIGUSR1) is before

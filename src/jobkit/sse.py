@@ -85,8 +85,11 @@ def end_all() -> None:
 
 def end_on_signals(*numbers: signal.Signals) -> None:
     """From now on ``end_all`` comes before whatever is done at SIGINT and SIGTERM, or at those given. On the main
-    thread, when the server has set its own handlers: in the lifespan of an ASGI app, where a WSGI app is made.
+    thread, when the server has set its own handlers: in the lifespan of an ASGI app, where a WSGI app is made. On
+    another thread, such as a test client's, no handler can be set, and nothing happens.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return
     for number in numbers or (signal.SIGINT, signal.SIGTERM):
         former = signal.getsignal(number)
         if not isinstance(former, _Handler):
