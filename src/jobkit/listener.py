@@ -29,7 +29,7 @@ WARM_UP = 0.25
 # How often the connection is asked whether it still listens, in seconds.
 HEARTBEAT = 15.0
 # Own commits of so many seconds are hinted at together.
-TOGETHER = 0.01
+TOGETHER = 0.02
 # When to try again where LISTEN has no effect, in seconds.
 FUTILE = 300.0
 # How long an ended listener is waited for before its call is cut, in seconds.
