@@ -257,7 +257,8 @@ def test_companies_of_one_name_in_two_databases_are_two(sqlite_database: Databas
         next(stream)
     heard: list[list[Message]] = [[], []]
     threads = [
-        threading.Thread(target=lambda n: heard[n].extend(read(streams[n], count(2))), args=(n,)) for n in (0, 1)
+        threading.Thread(target=lambda n: heard[n].extend(read(streams[n], count(2))), args=(n,), daemon=True)
+        for n in (0, 1)
     ]
     for thread in threads:
         thread.start()
@@ -399,7 +400,11 @@ def test_what_is_committed_while_a_stream_begins_comes_once(
     monkeypatch.setattr(owner, name, interrupted)
     messages: list[Message] = []
     ends = ["done"] if which is None else ["end"]
-    reader = threading.Thread(target=lambda: messages.extend(read(stream, lambda m: types(m[-1:]) == ends)))
+
+    def read_all() -> None:
+        messages.extend(read(stream, lambda m: types(m[-1:]) == ends))
+
+    reader = threading.Thread(target=read_all, daemon=True)
     reader.start()
     assert moved.wait(60)
     move(engine, job, "done")

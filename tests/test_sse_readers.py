@@ -157,7 +157,7 @@ def test_whichever_way_a_stream_ends_it_holds_nothing(how: str, engine: sa.Engin
             stream.close()
             assert list(stream) == []
         elif how == "closed elsewhere":
-            reader = threading.Thread(target=lambda stream=stream: list(stream))
+            reader = threading.Thread(target=lambda stream=stream: list(stream), daemon=True)
             reader.start()
             until(lambda: watching._hub._watchers, "a reader", 60)
             stream.close()
@@ -259,7 +259,7 @@ def test_one_look_finds_for_every_stream_of_a_job_what_no_signal_told(
     def read(job: Job) -> None:
         told.append(parsed(*sse.stream(engine, "acme", job.id)))
 
-    readers = [threading.Thread(target=read, args=(job,)) for job in jobs * 2]
+    readers = [threading.Thread(target=read, args=(job,), daemon=True) for job in jobs * 2]
     for reader in readers:
         reader.start()
     until(lambda: sum(map(len, watching._hub._watchers.values())) == 6, "six streams", 60)
