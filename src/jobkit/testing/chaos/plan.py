@@ -129,7 +129,7 @@ def draw(seed: int, size: Size) -> Plan:
     turns = itertools.cycle(POINTS)
     points = [next(turns) if number % 3 else None for number in range(size.kills)]
     source.shuffle(points)
-    rates = (0.0, 0.0, 0.05, 0.15) if size.storage_faults else (0.0,)
+    rates = (0.0, 0.05, 0.1, 0.15) if size.storage_faults else (0.0,)
     lives = tuple(_life(number, doom, points, rates, source) for number, doom in enumerate(dooms))
     # Whatever strikes the creator may cost it the job that it is about to create.
     spare = 2 * (size.creator_kills + size.restarts + size.cuts)
