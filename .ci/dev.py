@@ -44,7 +44,7 @@ def main() -> int:
         return run(BIN / "jobkit", "demo", *arguments)
     if command == "test":
         prepare("test")
-        prepare_browser()
+        prepare_programs()
         return test(arguments)
     if command == "lock":
         prepare("test")
@@ -127,32 +127,38 @@ def install(kind: str) -> None:
     raise SystemExit(1)
 
 
-# --- a browser, for the tests that need one
+# --- programs that have no wheel
 
 APT_LIMIT = 600.0  # seconds, for about 120 MB
 APT = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=120", "-o", "Acquire::Retries=3", "-o", "Acquire::http::Timeout=60"]
 
 
-def prepare_browser() -> None:
-    """Have a Chromium, where it can be installed. Who may not install it goes without the tests that need one; where
-    the installation fails, they fail.
+def prepare_programs() -> None:
+    """Have a Chromium and a PgBouncer, where they can be installed. Who may not install them goes without the tests
+    that need them; where Chromium's installation fails, those that need it fail.
     """
     sys.path.insert(0, str(ROOT))
     from tests.support import chromium
 
-    if chromium.unwanted() or chromium.find():
+    browser = chromium.unwanted() or chromium.find()
+    missing = [*([] if browser else ["chromium"]), *([] if shutil.which("pgbouncer") else ["pgbouncer"])]
+    if not missing:
         return
     if os.name != "posix" or os.geteuid() != 0 or shutil.which("apt-get") is None:
-        say(f"{chromium.HELP} They are left out now.")
-        os.environ["JOBKIT_TEST_NO_BROWSER"] = "1"
+        say(f"{' and '.join(missing)} cannot be installed here; the tests that need them are left out")
+        if not browser:
+            say(chromium.HELP)
+            os.environ["JOBKIT_TEST_NO_BROWSER"] = "1"
         return
-    say("installing chromium with apt-get, for the tests that need a browser; once, about a minute")
-    for _ in range(2):  # another installation may be under way
-        told = apt("update") + apt("install", "-y", "--no-install-recommends", "chromium")
-        if found := chromium.find():
-            say(f"there is {found}")
-            return
-    say(f"apt-get did not install it: {told.strip()[-2000:]}\n{chromium.HELP}")
+    say(f"installing {' and '.join(missing)} with apt-get, for the tests that need them; once, about a minute")
+    told = apt("update")
+    for program in missing:
+        for _ in range(2):  # another installation may be under way
+            told += apt("install", "-y", "--no-install-recommends", program)
+            if chromium.find() if program == "chromium" else shutil.which(program):
+                break
+        else:
+            say(f"apt-get did not install {program}: {told.strip()[-2000:]}")
 
 
 def apt(*command: str) -> str:
