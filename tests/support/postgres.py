@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ HELP = (
 # As root the server runs as this user, because it refuses to run as root.
 UNPRIVILEGED = "nobody"
 START_DEADLINE = 60.0
+# No test cuts the power, and a kill loses nothing that the kernel has. What measures wants what initdb leaves.
+QUICK, DURABLE = ("fsync=off",), ()
 
 
 class Server:
@@ -62,7 +64,8 @@ class Server:
 class OwnServer(Server):
     """A server of this process, gone with its folder after ``stop``."""
 
-    def __init__(self, programs: Path) -> None:
+    def __init__(self, programs: Path, settings: Sequence[str] = QUICK) -> None:
+        self._settings = settings
         self._folder = Path(tempfile.mkdtemp(prefix="jobkit-postgres-"))
         self._process: subprocess.Popen[bytes] | None = None
         atexit.register(self.stop)
@@ -79,9 +82,8 @@ class OwnServer(Server):
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        # fsync off: no test here cuts the power, and a kill loses nothing that the kernel has.
         options = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self._folder)]
-        settings = ["-c", "fsync=off", "-c", "max_connections=200"]
+        settings = [word for setting in (*self._settings, "max_connections=200") for word in ("-c", setting)]
         with (self._folder / "log").open("ab") as log:
             command = [str(self._programs / "postgres"), "-D", str(self._data), *options, *settings]
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, **self._as)
@@ -145,14 +147,14 @@ class OwnServer(Server):
             raise RuntimeError(f"{program} failed: {run.stderr.strip()}")
 
 
-def start_server() -> Server:
+def start_server(settings: Sequence[str] = QUICK) -> Server:
     """A server of PostgreSQL 14 or newer; ``RuntimeError`` that says how to get one."""
     if url := os.environ.get("JOBKIT_TEST_POSTGRES_URL"):
         return Server(sa.make_url(url).set(drivername="postgresql+psycopg").render_as_string(hide_password=False))
     tried = []
     for programs in _found():
         try:
-            return OwnServer(programs)
+            return OwnServer(programs, settings)
         except (OSError, RuntimeError) as error:
             tried.append(f"{programs}: {error}")
     raise RuntimeError(HELP + ("; ".join(tried) or "nothing was found"))
