@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tracemalloc
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from jobkit import JobRequest, JobStore
 from jobkit import requests as requests_module
 from jobkit.tables import content_job_events, content_jobs
 from tests.support.recorder import Recorder
+from tests.support.sent import hearing
 
 COMPANY = "acme"
 AWKWARD: list[dict[str, Any]] = [
@@ -31,21 +31,6 @@ AWKWARD: list[dict[str, Any]] = [
 def stored(engine: sa.Engine) -> list[jobkit.Job]:
     with engine.connect() as connection:
         return list(reversed(JobStore(connection).list_by_company(COMPANY)))
-
-
-@contextmanager
-def statements(engine: sa.Engine) -> Iterator[list[str]]:
-    """The statements that are sent meanwhile, each by its first two words."""
-    sent: list[str] = []
-
-    def listen(connection: Any, cursor: Any, statement: str, *_: Any) -> None:
-        sent.append(" ".join(statement.split()[:2]))
-
-    sa.event.listen(engine, "before_cursor_execute", listen)
-    try:
-        yield sent
-    finally:
-        sa.event.remove(engine, "before_cursor_execute", listen)
 
 
 def counted(engine: sa.Engine) -> list[int]:
@@ -90,7 +75,8 @@ def test_a_chunk_of_some_thousands_is_one_statement_and_several_are_in_a_savepoi
 ) -> None:
     with engine.begin() as connection:
         JobStore(connection).create(COMPANY, job_type="first")  # on SQLite the first write begins the transaction
-        with statements(engine) as sent:
+        sent: list[str] = []
+        with hearing(engine, lambda _, statement, __: sent.append(" ".join(statement.split()[:2]))):
             created = JobStore(connection).create_many(COMPANY, (JobRequest("note", {"n": n}) for n in range(count)))
     # SQLite has no INSERT within a WITH: jobs and events are one statement each.
     once = ["WITH r"] if engine.dialect.name == "postgresql" else ["INSERT INTO"] * 2

@@ -23,6 +23,7 @@ from jobkit.tables import content_job_events
 from jobkit.testing import inline
 from tests.support.recorder import Recorder
 from tests.support.runners import Gate, note, only, seen, until
+from tests.support.sent import hearing
 
 Create = Callable[..., Job]
 e = content_job_events.c
@@ -386,13 +387,12 @@ def test_no_statement_of_several_jobs_locks_them_in_another_order(postgres_datab
         taken, _ = claims.claim(connection, limit=20, worker_id="w", lease=60.0, now=utcnow())
     orders: list[list[str]] = []
 
-    def listen(connection: Any, cursor: Any, statement: str, parameters: Any, *_: object) -> None:
-        if "jobs" in parameters:
-            orders.append([job["job"] for job in json.loads(parameters["jobs"])])
+    def order(_connection: Any, _statement: str, values: Any) -> None:
+        if "jobs" in values:
+            orders.append([job["job"] for job in json.loads(values["jobs"])])
 
-    sa.event.listen(engine, "before_cursor_execute", listen)
     backwards = sorted(taken, key=lambda claim: claim.job_id, reverse=True)
-    with engine.begin() as connection:
+    with hearing(engine, order), engine.begin() as connection:
         claims.renew(connection, backwards, lease=60.0)
         claims.look(connection, backwards)
         claims.advance(connection, [(claim, Report(0.5, None)) for claim in backwards], lease=60.0, now=utcnow())

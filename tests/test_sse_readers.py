@@ -27,6 +27,7 @@ from jobkit.tables import content_job_events
 from tests.support.databases import Database, PostgresDatabase
 from tests.support.postgres import OwnServer, Server
 from tests.support.runners import until
+from tests.support.sent import hearing
 from tests.support.sse import SERVERS, Client, Message, Parser, Site, parsed
 
 Create = Callable[..., Job]
@@ -228,13 +229,12 @@ def test_a_hundred_silent_streams_ask_the_database_nothing(
         while len(watching._hub._watchers) < 2 or sum(map(len, watching._hub._watchers.values())) < 100:
             await asyncio.sleep(0.005)
         await asyncio.wait_for(asyncio.gather(*readers), 60)
-        sa.event.listen(engine, "before_cursor_execute", note)
-        await asyncio.wait_for(asyncio.gather(*(comments(stream, 3) for stream in streams)), 60)
-        sa.event.remove(engine, "before_cursor_execute", note)
+        with hearing(engine, note):
+            await asyncio.wait_for(asyncio.gather(*(comments(stream, 3) for stream in streams)), 60)
         for stream in streams:
             await stream.aclose()
 
-    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+    def note(_connection: Any, statement: str, _values: Any) -> None:
         if threading.current_thread().name != "jobkit-relay":
             asked.append(statement)
 
