@@ -1,0 +1,155 @@
+"""What jobs cost a database: every statement and every commit, the same for one job and for many."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobkit import JobStore, rotation
+from jobkit import feed as feed_module
+from jobkit._dialects import statements_for
+from jobkit.bookmark import Bookmark, Memory
+from jobkit.clock import utcnow
+from jobkit.feed import Feed
+from jobkit.link import SharedLink
+from jobkit.rescue import rescue
+from tests.support.databases import Database
+from tests.support.recorder import Recorder
+from tests.support.story import Story, horizon_held, nothing, publish, render
+
+# Statements, commits: which. One statement writes what has a plus between.
+COSTS = {
+    "sqlite": {
+        "a host creates one": "2, 1: insert jobs; insert events",
+        "a host creates them": "2, 1: insert jobs; insert events",
+        "a runner finds nothing": "1, 0: read jobs",
+        "it claims them": "3, 1: read jobs; update jobs; insert events",
+        "it records their keys": "1, 1: insert intents",
+        "it ends them": "4, 1: update jobs; insert events; insert assets; delete intents",
+        "a turn of everything": (
+            "7, 1: update jobs; insert events; insert assets; delete intents; insert intents; "
+            "update jobs; insert events"
+        ),
+        "it looks after its claims": "1, 0: read jobs",
+        "it renews them": "1, 1: update jobs",
+        "it records how far they are": "2, 1: update jobs; insert events",
+        "it looks for lost workers": "1, 0: read jobs",
+        "a relay looks in silence": "1, 0: read",
+        "it scans the log": "2, 0: read; read events",
+    },
+    "postgresql": {
+        "a host creates one": "1, 1: insert jobs + insert events",
+        "a host creates them": "1, 1: insert jobs + insert events",
+        "a runner finds nothing": "1, 1: update jobs + insert events",
+        "it claims them": "1, 1: update jobs + insert events",
+        "it records their keys": "1, 1: insert intents",
+        "it ends them": "1, 1: update jobs + insert events + insert assets + delete intents",
+        "a turn of everything": (
+            "3, 1: update jobs + insert events + insert assets + delete intents; insert intents; "
+            "update jobs + insert events"
+        ),
+        "it looks after its claims": "1, 1: read jobs",
+        "it renews them": "1, 1: update jobs",
+        "it records how far they are": "1, 1: update jobs + insert events",
+        "it looks for lost workers": "1, 1: update jobs + insert events",
+        "a relay looks in silence": "1, 0: read",
+        "it scans the log": "2, 0: read; read events",
+    },
+}
+
+
+def check(story: Story) -> None:
+    expected = COSTS[story.engine.dialect.name]
+    assert story.costs == {name: expected[name] for name in story.costs}
+
+
+@pytest.fixture
+def story(database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Story]:
+    monkeypatch.setattr(rotation, "DUE_REFRESH", math.inf)  # or it would look again after half a second
+    story = Story(database, tmp_path / "assets")
+    yield story
+    story.close()
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_step_of_jobs_costs_the_same_for_one_and_for_many(story: Story, count: int) -> None:
+    with story.costs_of("a runner finds nothing"):
+        story.turn(limit=1)
+    with story.costs_of("a host creates one"), story.engine.begin() as connection:
+        JobStore(connection).create("acme", job_type="note")
+    story.turn(limit=2)
+    with story.costs_of("a host creates them"):
+        story.create(count)
+    with story.costs_of("it claims them"):
+        first = story.claim(count)
+    render(first)
+    with story.costs_of("it records their keys"):
+        story.turn(rendered=first)
+    publish(first)
+    with story.costs_of("it ends them"):
+        story.turn(ends=first)
+    check(story)
+
+
+@pytest.mark.parametrize("count", [1, 20])
+def test_a_turn_that_does_everything_is_one_commit_however_many_jobs_take_part(story: Story, count: int) -> None:
+    story.create(count)
+    ending = story.claim(count)
+    render(ending)
+    story.turn(rendered=ending)
+    publish(ending)
+    story.create(count)
+    rendered = story.claim(count)
+    render(rendered)
+    story.create(count)
+    with story.costs_of("a turn of everything"):
+        claimed = story.turn(ends=ending, rendered=rendered, limit=count + 1)
+    assert len(claimed) == count
+    check(story)
+    for attempt in rendered:
+        attempt.discard()
+
+
+@pytest.mark.parametrize("count", [1, 100])
+def test_looking_after_claims_costs_the_same_for_one_and_for_many(story: Story, count: int) -> None:
+    story.create(count)
+    attempts = story.claim(count)
+    keeper = story.keeper(attempts)
+    keeper._renew_at = math.inf
+    with story.costs_of("it looks after its claims"):
+        keeper._tick()
+    for attempt in attempts:
+        attempt.renewed = -math.inf
+    keeper._renew_at = 0.0
+    with story.costs_of("it renews them"):
+        keeper._tick()
+    assert min(attempt.renewed for attempt in attempts) > 0
+    for attempt in attempts:
+        attempt._progress(0.5, "half")
+    with story.costs_of("it records how far they are"):
+        keeper.record()
+    assert all(attempt.recorded is attempt.reported for attempt in attempts)
+    keeper.link.close()
+    check(story)
+
+
+def test_silence_costs_a_look_each(
+    story: Story, database: Database, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_module, "STALE", math.inf)
+    shared = SharedLink(story.engine, 60.0)
+    with story.costs_of("it looks for lost workers"):
+        rescue(shared, statements_for(story.engine), clock=utcnow, on_commit=nothing)
+    feed = Feed(story.engine, Memory(), "log")
+    with horizon_held(database.engine):
+        feed._place = Bookmark(feed._ask(feed._statements.start))
+        feed._scan()
+        with story.costs_of("a relay looks in silence"):
+            feed._scan()
+        with story.costs_of("it scans the log"):
+            feed._scan(forced=True)
+    feed._link.close()
+    check(story)
