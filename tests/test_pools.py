@@ -9,7 +9,9 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
+from jobkit.link import Link
 from jobkit.pools import DaemonPool
+from tests.support.databases import Database
 
 Refuse = Callable[[str, int], None]
 
@@ -69,3 +71,14 @@ def test_a_job_ends_though_no_thread_can_be_started_for_it(
     with engine.connect() as connection:
         found = [jobkit.JobStore(connection).get_by_id(job.id) for job in jobs]
     assert [job.status for job in found if job] == ["done"] * 3
+
+
+def test_a_connection_whose_pool_was_disposed_of_meanwhile_is_closed(postgres_database: Database) -> None:
+    engine = postgres_database.engine
+    link = Link(engine)
+    with link.use() as connection:
+        driver = connection.connection.driver_connection
+    engine.dispose()
+    link.close()
+    assert driver is not None
+    assert driver.closed

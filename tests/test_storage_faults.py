@@ -372,7 +372,7 @@ def test_a_file_that_the_system_refuses_to_grow_fails_its_job_alone(
 def test_a_disk_that_fails_while_a_file_is_published_leaves_what_an_intent_names(
     engine: sa.Engine, disk: AssetStore, create: Create, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    def failing(*_: Any) -> None:
+    def failing(*_: Any, **__: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     job = create()

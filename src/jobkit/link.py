@@ -25,6 +25,7 @@ class Link:
     def __init__(self, engine: sa.Engine, *, autocommit: bool = False) -> None:
         self._engine, self._autocommit = engine, autocommit
         self._connection: sa.Connection | None = None
+        self._pool = engine.pool
         self._since: float | None = None
 
     @contextmanager
@@ -44,6 +45,8 @@ class Link:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(Exception):
+                if self._engine.pool is not self._pool:  # disposed of meanwhile: it would keep the connection, open
+                    connection.invalidate()
                 connection.close()
 
     @property
@@ -73,6 +76,7 @@ class Link:
     def _opened(self) -> sa.Connection:
         if self._connection is None or self._connection.closed or self._connection.invalidated:
             self.close()
+            self._pool = self._engine.pool
             connection = self._engine.connect()
             # AUTOCOMMIT: one statement carries a whole step, and no snapshot stays open between two.
             if self._autocommit:
