@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,10 @@ def test_connections_that_fall_silent_under_load_are_cut_and_no_job_is_lost_or_d
         until(lambda: statuses(postgres_database.engine) == ["done"] * 300, timeout=60)
         until(lambda: len(recorder.types()) >= 600, timeout=60)
     assert len(recorder.types()) == len({(event.job_id, event.seq) for event in recorder.events})
-    assert sorted(recorder.types()) == sorted(["done", "running"] * 300) + ["queued"] * 0
+    # What was claimed ahead of a slot may have gone back meanwhile, and was claimed again.
+    told = Counter(recorder.types())
+    assert told.keys() <= {"queued", "running", "done"}
+    assert (told["done"], told["running"] - told["queued"]) == (300, 300)
     assert violations(postgres_database.engine, tmp_path / "assets") == []
     assert {job.id for job in jobs} == set(rendered)
     assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) < 30

@@ -30,8 +30,8 @@ STALLED = 60.0
 AHEAD = 16
 QUICK = 0.02
 # What was claimed ahead goes back into the queue once every slot has been busy with one job for so many seconds. Not
-# less than QUICK: what has just gone back would be claimed again.
-STUCK = 0.1
+# less than QUICK: what has just gone back would be claimed again. Longer than a process usually stands still.
+STUCK = 1.0
 
 
 class Pool(Protocol):
