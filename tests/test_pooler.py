@@ -52,7 +52,7 @@ def pooled(postgres_database: Database, tmp_path_factory: pytest.TempPathFactory
     config = folder / "pgbouncer.ini"
     config.write_text("\n".join(["[databases]", database, "[pgbouncer]", *lines, ""]))
     owner: dict[str, Any] = {"user": UNPRIVILEGED} if os.geteuid() == 0 else {}
-    for path in (config, folder, *folder.parents[:2]):
+    for path in (config, folder, *folder.parents[:3]):
         if owner and path.owner() == "root":
             path.chmod(path.stat().st_mode | 0o055)
     assert PROGRAM is not None

@@ -86,8 +86,7 @@ def test_the_verdict_names_what_a_planted_bug_breaks(
             overdue=8.0,
         )
         verdict = run(target, draw(seed, SIZE), folder / "run")
-        assert not verdict.holds
-        missing -= seen(verdict)
+        missing -= seen(verdict)  # none, in a run in which the bug did not matter
         if not missing:
             break
     assert missing == set()
