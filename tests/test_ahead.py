@@ -11,6 +11,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from jobkit import AssetStore, Job, JobRequest, JobStore, RenderContext, Rendered, Runner, workshop
+from jobkit.attempt import Attempt
+from jobkit.claims import Claim
+from jobkit.context import Registration
+from jobkit.ids import new_id
 from jobkit.tables import content_job_events, content_jobs
 from tests.support.invariants import violations
 from tests.support.runners import note, only, seen, statuses, until
@@ -87,11 +91,6 @@ def test_jobs_that_take_their_time_are_never_claimed_ahead(
 
 @pytest.mark.parametrize("begins_first", [True, False])
 def test_an_attempt_is_either_begun_or_withdrawn(begins_first: bool, disk: AssetStore) -> None:
-    from jobkit.attempt import Attempt
-    from jobkit.claims import Claim
-    from jobkit.context import Registration
-    from jobkit.ids import new_id
-
     claim = Claim(new_id(), "acme", "note", {}, None, 1, 1)
     never: Any = None
     attempt = Attempt(claim, Registration(note), disk, services=None, open_asset=never, start_coroutine=never)

@@ -358,8 +358,8 @@ def resyncs(engine: sa.Engine, last: str) -> bool:
 
 POINTS = {
     "before the first step": (sse._Session, "open", True),
-    "before it hears of a company": (Follower, "open", True),
-    "after it hears of a company": (Follower, "open", False),
+    "before it hears of a company": (Follower, "subscribe", True),
+    "after it hears of a company": (Follower, "subscribe", False),
     "before it reads of a company": (Follower, "_page", True),
     "after it read of a company": (Follower, "_page", False),
     "before it opens a job": (Watcher, "open", True),

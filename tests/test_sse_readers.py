@@ -280,7 +280,7 @@ def test_who_comes_and_goes_while_others_write_misses_nothing_and_keeps_each_job
 ) -> None:
     for module in (watching, following):
         monkeypatch.setattr(module, "PAGE", 7)
-        monkeypatch.setattr(module, "MOST_WAITING", 5)
+    monkeypatch.setattr(watching, "MOST_WAITING", 5)
     engine, chance = database.engine, random.Random(1)
     first = sse.stream(engine, "acme")
     parser = Parser()

@@ -7,7 +7,6 @@ which a cursor is safe; what is heard besides is known by its ``seq``, and a cur
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -17,31 +16,27 @@ from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position
 from jobkit.bookmark import Bookmark, in_order
 from jobkit.outbox import event_of
-from jobkit.relay import Relay, log_key, require_whole, running_feed
+from jobkit.relay import require_whole, running_feed
 from jobkit.text import company, describe
 from jobkit.turns import is_outage
 from jobkit.types import JobEvent
-from jobkit.watching import ENDING, MOST_WAITING, PAGE, _hub
+from jobkit.watching import PAGE, Subscriber
 
 logger = logging.getLogger("jobkit")
 
 
-class Follower:
-    """``locate``, ``open``, then ``take`` whenever ``wake`` was called, until it gives nothing; ``close`` in the end.
-
-    Used by one thread at a time. ``wake`` is called on the relay's thread, and must not block. It never waits for an
-    event.
+class Follower(Subscriber):
+    """``locate``, ``subscribe``, then ``take`` whenever ``wake`` was called, until it gives nothing; ``close`` in the
+    end. Used by one thread at a time. It never waits for an event.
     """
 
     def __init__(self, engine: sa.Engine, company_id: object, *, wake: Callable[[], object]) -> None:
-        self._relay, self._engine, self._wake = Relay(engine), engine, wake
+        super().__init__(engine, None, wake)
         self._company = company(company_id)
-        self.key = log_key(engine), self._company
+        self.key = self.log, self._company
         self._place: Bookmark
         self._safe: Position
         self._horizon: Position | None = None
-        self._lock = threading.Lock()
-        self._heard: list[JobEvent] = []
         self._missed, self._reading = True, False
 
     @property
@@ -61,25 +56,6 @@ class Follower:
             start = statements.start_after(after)
         self._place, self._safe = Bookmark(start), start.position
 
-    def open(self) -> None:
-        """Hear of the company from now on. Blocks on the database."""
-        try:
-            self._relay.start()
-            _hub.add(self)
-        except BaseException:
-            self.close()
-            raise
-
-    def hear(self, event: JobEvent) -> None:
-        """Keep an event for ``take``. From any thread."""
-        with self._lock:
-            if len(self._heard) >= MOST_WAITING:
-                self._heard.clear()
-                self._missed = True
-            if not self._missed:
-                self._heard.append(event)
-        self._wake()
-
     def take(self) -> list[JobEvent]:
         """The next events, each with a cursor from which nothing after it is missed; of a great many the first. Empty
         when there are none, or the database is away.
@@ -93,8 +69,7 @@ class Follower:
                 if not is_outage(error):
                     raise
                 logger.warning("the log could not be read, and will be again: %s", describe(error))
-                with self._lock:
-                    self._missed = True
+                self._miss()
                 return []
             if found:
                 return found
@@ -112,11 +87,6 @@ class Follower:
             if not (self._heard or self._missed or self._reading):
                 self._safe = max(self._safe, cursor)
         return self._safe != before
-
-    def close(self) -> None:
-        """Hear nothing more, and let go of the relay; may take a second while a receiver runs. Any number of times."""
-        _hub.remove(self)
-        self._relay.stop(ENDING)
 
     def _behind(self) -> bool:
         with self._lock:

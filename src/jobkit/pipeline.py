@@ -232,8 +232,8 @@ class Pipeline:
     def _free(self) -> int:
         if self._stopping:
             return 0
-        most = self._concurrency + BACKLOG + self._workshop.ahead
-        return min(self._workshop.free, most - len(self._attempts))
+        room = self._concurrency + self._workshop.ahead
+        return room - max(len(self._workshop.rendering), len(self._attempts) - BACKLOG)
 
     def _plan(self) -> Turn:
         turn = self._turn

@@ -35,6 +35,6 @@ def report(fraction: SupportsFloat, message: str | None, *, after: Report | None
     if not 0 <= number <= 1 + ROUNDING:
         raise ValueError(f"fraction must be a number from 0 to 1, not {number!r}")
     number = min(1.0, number) + 0.0  # -0.0 is 0
-    text = sanitise(message) or None if message is not None else None
+    text = sanitise(message or "") or None
     new = Report(number if after is None else max(number, after.fraction), text)
     return after if after == new else new

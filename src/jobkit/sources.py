@@ -121,7 +121,7 @@ class CompanySource:
         return _message({"reason": self._resync}, event="resync", id=cursor) if self._resync else _cursor(cursor)
 
     def open(self) -> bytes:
-        self._follower.open()
+        self._follower.subscribe()
         return b""
 
     def take(self) -> bytes:

@@ -22,6 +22,7 @@ import sqlalchemy as sa
 from jobkit import watching
 from jobkit.clock import seconds
 from jobkit.forks import forget_in_children
+from jobkit.relay import log_key
 from jobkit.sources import CompanySource, JobSource, Source
 from jobkit.text import company
 from jobkit.threads import OneAtATime, in_thread
@@ -224,6 +225,7 @@ class _Session:
         wake: Callable[[], object],
     ) -> None:
         self._source, self._engine, self._last_event_id, self._wake = source, engine, last_event_id, wake
+        self._log = log_key(engine)
         self._keep_alive, self._retry = keep_alive, retry
         self._ended = False
         self._sent = time.monotonic()
@@ -254,7 +256,7 @@ class _Session:
             return b""
         if piece := self._source.take():
             return self._noted(piece)
-        watching._hub.look(self._engine)
+        watching._hub.look(self._engine, self._log)
         if time.monotonic() >= self._sent + self._keep_alive:
             return self._noted(b":\n\n" + self._source.idle())
         return b""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -82,7 +82,48 @@ def _items(watcher: Watcher, woken: threading.Event, limit: float | None) -> Gen
                 break
 
 
-class Watcher:
+class Subscriber:
+    """Keeps what it hears from ``subscribe`` to ``close``: up to a limit, beyond which it only knows that it missed
+    something. ``key``: what it hears of, see ``Hub``. ``wake`` is called on the relay's thread, and must not block.
+    """
+
+    def __init__(self, engine: sa.Engine, key: object, wake: Callable[[], object]) -> None:
+        self._relay, self._engine, self._wake = Relay(engine), engine, wake
+        self.key, self.log = key, log_key(engine)
+        self._lock = threading.Lock()
+        self._heard: list[JobEvent] = []
+        self._missed = False
+
+    def subscribe(self) -> None:
+        """Hear from now on. Blocks on the database; what it raises leaves nothing open."""
+        try:
+            self._relay.start()
+            _hub.add(self)
+        except BaseException:
+            self.close()
+            raise
+
+    def hear(self, event: JobEvent) -> None:
+        """Keep an event for ``take``. From any thread."""
+        with self._lock:
+            if len(self._heard) >= MOST_WAITING:
+                self._heard.clear()
+                self._missed = True
+            if not self._missed:
+                self._heard.append(event)
+        self._wake()
+
+    def _miss(self) -> None:
+        with self._lock:
+            self._missed = True
+
+    def close(self) -> None:
+        """Hear nothing more, and let go of the relay; may take a second while a receiver runs. Any number of times."""
+        _hub.remove(self)
+        self._relay.stop(ENDING)
+
+
+class Watcher(Subscriber):
     """What ``watch`` is made of, for callers with a loop of their own: never waits for an event.
 
     ``open``, then ``take`` whenever ``wake`` was called and, with ``look=True``, after ``LOOK`` seconds without;
@@ -92,16 +133,12 @@ class Watcher:
     def __init__(
         self, engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, wake: Callable[[], object]
     ) -> None:
-        self._relay, self._engine, self.log = Relay(engine), engine, log_key(engine)
-        self._asked, self._company_id, self._wake = job_id, company_id, wake
+        super().__init__(engine, None, wake)
+        self._asked, self._company_id = job_id, company_id
         self.job_id: UUID
-        self.key: object = None
         #: Whether the job has ended, as far as ``open`` and ``take`` have told.
         self.over = False
         self._seq, self._cursor = 0, ""
-        self._lock = threading.Lock()
-        self._heard: list[JobEvent] = []
-        self._missed = False
 
     def read(self) -> JobState:
         """The state now. Blocks on the database; ``JobNotFound``."""
@@ -133,9 +170,8 @@ class Watcher:
         """
         state = self.read()
         if state.type not in TERMINAL or after is not None:
+            self.subscribe()
             try:
-                self._relay.start()
-                _hub.add(self)
                 state = self.read()
             except BaseException:
                 self.close()
@@ -147,21 +183,10 @@ class Watcher:
             self.close()
         return state
 
-    def hear(self, event: JobEvent) -> None:
-        """Keep an event for ``take``. From any thread."""
-        with self._lock:
-            if len(self._heard) >= MOST_WAITING:
-                self._heard.clear()
-                self._missed = True
-            if not self._missed:
-                self._heard.append(event)
-        self._wake()
-
     def miss(self, seq: int | None) -> None:
         """Told from outside that the job's last event has this ``seq``, or that there is no such job any more."""
         if seq is None or seq > self._seq:
-            with self._lock:
-                self._missed = True
+            self._miss()
             self._wake()
 
     def take(self, *, look: bool = False) -> list[JobEvent]:
@@ -180,11 +205,6 @@ class Watcher:
         if look or [event.seq for event in fresh] != list(range(self._seq + 1, self._seq + 1 + len(fresh))):
             fresh = self._from_log()
         return self._told(fresh)
-
-    def close(self) -> None:
-        """Hear nothing more, and let go of the relay; may take a second while a receiver runs. Any number of times."""
-        _hub.remove(self)
-        self._relay.stop(ENDING)
 
     def _told(self, fresh: list[JobEvent]) -> list[JobEvent]:
         for number, event in enumerate(fresh, 1):
@@ -211,25 +231,15 @@ class Watcher:
             if not is_outage(error):
                 raise
             logger.warning("the log of job %s could not be read, and will be again: %s", self.job_id, describe(error))
-            with self._lock:
-                self._missed = True
+            self._miss()
             return []
         if len(rows) == PAGE:
-            with self._lock:
-                self._missed = True
+            self._miss()
             self._wake()
         return [
             JobEvent(r.id, r.seq, self._cursor, r.company_id, r.type, self.job_id, r.created_at, r.payload)
             for r in rows
         ]
-
-
-class Listening(Protocol):
-    """Hears events on the relay's thread. ``key``: a job's id, or a log and a company, see ``Hub``."""
-
-    key: Any
-
-    def hear(self, event: JobEvent) -> None: ...
 
 
 class _Hub:
@@ -240,17 +250,17 @@ class _Hub:
     def __init__(self) -> None:
         # An RLock: an abandoned watch may be collected, and thereby closed, in the middle of any of these.
         self._lock = threading.RLock()
-        self._watchers: dict[Any, tuple[Listening, ...]] = {}
+        self._watchers: dict[Any, tuple[Subscriber, ...]] = {}
         self._looking = threading.Lock()
         self._looked: dict[str, float] = {}
 
-    def add(self, watcher: Listening) -> None:
+    def add(self, watcher: Subscriber) -> None:
         with self._lock:
             self._watchers[watcher.key] = (*self._watchers.get(watcher.key, ()), watcher)
             for signal in signals._SIGNALS.values():
                 signal.connect(self._receive)
 
-    def remove(self, watcher: Listening) -> None:
+    def remove(self, watcher: Subscriber) -> None:
         with self._lock:
             left = tuple(other for other in self._watchers.pop(watcher.key, ()) if other is not watcher)
             if left:
@@ -274,11 +284,11 @@ class _Hub:
                 except Exception:  # what its wake raises, such as that of a closed loop, is not the others' trouble
                     logger.exception("a watcher of job %s could not be woken", event.job_id)
 
-    def look(self, engine: sa.Engine) -> None:
-        """One look for all watchers of ``engine``, unless there was one ``LOOK`` seconds ago: whoever missed something
-        is woken. Blocks on the database.
+    def look(self, engine: sa.Engine, log: str) -> None:
+        """One look for all watchers of a log, by ``engine``, unless there was one ``LOOK`` seconds ago: whoever missed
+        something is woken. Blocks on the database.
         """
-        log, now = log_key(engine), time.monotonic()
+        now = time.monotonic()
         if now < self._looked.get(log, 0.0) + LOOK or not self._looking.acquire(blocking=False):
             return
         try:

@@ -104,11 +104,6 @@ class Workshop:
         self._storing.pop(attempt, None)
 
     @property
-    def free(self) -> int:
-        """How many more jobs may be claimed to be rendered here."""
-        return self._concurrency + self.ahead - len(self.rendering)
-
-    @property
     def ahead(self) -> int:
         """How many jobs may wait for a slot."""
         now = time.monotonic()

@@ -564,8 +564,8 @@ EVENTS = [
     bug(
         "a watch that misses what comes while it begins",
         "watching.py",
-        "                _hub.add(self)\n                state = self.read()\n",
-        "                _hub.add(self)\n",
+        "            self.subscribe()\n            try:\n                state = self.read()\n",
+        "            self.subscribe()\n            try:\n                pass\n",
         "test_watching.py::test_what_is_committed_while_a_watch_begins_comes_once",
         only="sqlite",
     ),

@@ -86,7 +86,7 @@ def look_for_watched(host: Host) -> None:
     _hub.add(watcher)
     try:
         _hub._looked.clear()
-        _hub.look(host.engine)
+        _hub.look(host.engine, watcher.log)
     finally:
         _hub.remove(watcher)
 
