@@ -98,6 +98,7 @@ def test_an_attempt_is_either_begun_or_withdrawn(begins_first: bool, disk: Asset
         assert attempt.begin()
         assert not attempt.withdraw()
         attempt.run()
+        assert not attempt.over()
         assert not attempt.withdraw()
         attempt.discard()
     else:
