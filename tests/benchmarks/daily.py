@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +23,11 @@ from sqlalchemy.orm import Session
 import jobkit
 from jobkit import JobRequest, JobStore, Renderers, Runner
 from tests.benchmarks.databases import database
+from tests.benchmarks.filling import queue
+from tests.benchmarks.measuring import DEADLINE, Figures, measured, tell, until
 from tests.support.postgres import DURABLE, start_server
 
 JOBS, ALONE, BULK, WAITS = 1_500, 300, 5_000, 40
-DEADLINE = 120.0
-Figures = dict[str, float]
-
-
-@contextmanager
-def measured(name: str, count: int, figures: Figures) -> Iterator[None]:
-    """Its rate a second, and the microseconds of CPU of this process, for each of ``count``."""
-    begun, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-    yield
-    ended, now = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-    figures[f"{name}, a second"] = count / (ended - begun)
-    figures[f"{name}, CPU µs"] = (now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime) / count * 1e6
-    figures[f"{name}, waits"] = (now.ru_nvcsw - used.ru_nvcsw) / count
-
-
-def until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not holds():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"not within {DEADLINE:.0f} s")
-        time.sleep(0.01)
 
 
 def creating(engine: sa.Engine, figures: Figures) -> None:
@@ -71,17 +50,13 @@ def content(engine: sa.Engine, folder: Path, figures: Figures) -> None:
         heard.set()
         return jobkit.Rendered("note.txt", "text/plain", b"x" * 1024)
 
-    def create(count: int) -> None:
-        with Session(engine) as session, session.begin():
-            JobStore(session).create_many("bench", [JobRequest("note", {"n": n}) for n in range(count)])
-
     commits = 0
 
     def count(_: Any) -> None:
         nonlocal commits
         commits += 1
 
-    create(JOBS)
+    queue(engine, JOBS)
     sa.event.listen(engine, "commit", count)
     with Runner(engine, jobkit.AssetStore(folder, engine=engine), renderers) as runner:
         with measured("content job", JOBS, figures):
@@ -91,7 +66,7 @@ def content(engine: sa.Engine, folder: Path, figures: Figures) -> None:
         for number in range(WAITS):
             time.sleep(0.05)
             heard.clear()
-            create(1)
+            queue(engine, 1)
             begun = time.perf_counter()
             heard.wait(DEADLINE)
             waits.append((time.perf_counter() - begun) * 1000)
@@ -118,8 +93,7 @@ def main() -> None:
     for name, each in rounds.items():
         print(f"\n{name}, {len(each)} rounds, {os.cpu_count()} processors")
         for figure in each[0]:
-            values = sorted(one[figure] for one in each)
-            print(f"  {figure:<42} {statistics.median(values):10.2f}   ({values[0]:.2f} to {values[-1]:.2f})")
+            tell(figure, [one[figure] for one in each])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import time
@@ -13,7 +14,8 @@ from typing import TypeVar
 import sqlalchemy as sa
 
 import jobkit
-from tests.benchmarks.large_asset import MIB, memory, reset_peak
+from tests.benchmarks.measuring import MIB, memory, parent, reset_peak
+from tests.support.postgres import Server
 
 T = TypeVar("T")
 
@@ -33,6 +35,35 @@ def database(url: str | None) -> Iterator[tuple[sa.Engine, Path]]:
         jobkit.migrations.upgrade(engine)
         yield engine, Path(folder)
         engine.dispose()
+
+
+@contextmanager
+def fresh(server: Server | None) -> Iterator[tuple[sa.Engine, Path]]:
+    """As ``database``: a new one on ``server``, which is dropped afterwards, or an SQLite file."""
+    url = None if server is None else server.create_database()
+    with database(url) as made:
+        yield made
+    if server is not None and url is not None:
+        server.drop_database(url)
+
+
+def postmaster(engine: sa.Engine) -> int | None:
+    """The first process of the PostgreSQL server of ``engine``, when it runs on this machine."""
+    if engine.dialect.name != "postgresql":
+        return None
+    with engine.connect() as connection:
+        backend: int = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
+        program = Path(f"/proc/{backend}/comm")
+        return parent(backend) if program.exists() and "postgres" in program.read_text() else None
+
+
+def settle(engine: sa.Engine) -> None:
+    """Write out and count what filling a database has left, so that it is no burden of what is measured next."""
+    steps = ("VACUUM ANALYZE", "CHECKPOINT") if engine.dialect.name == "postgresql" else ("PRAGMA wal_checkpoint",)
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        for step in steps:
+            connection.exec_driver_sql(step)
+    os.sync()
 
 
 class Neighbour:

@@ -26,20 +26,9 @@ from typing import Any
 import sqlalchemy as sa
 
 import jobkit
+from tests.benchmarks.measuring import MIB, memory, reset_peak
 
-MIB = 1 << 20
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "bench", "AWS_SECRET_ACCESS_KEY": "bench", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-def memory(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status: this benchmark needs Linux")
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
 
 
 def timed(act: Callable[[], Any]) -> tuple[float, float]:

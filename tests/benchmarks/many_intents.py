@@ -15,7 +15,7 @@ import jobkit
 from jobkit._dialects import statements_for
 from jobkit.ids import new_id
 from tests.benchmarks.databases import beside_a_neighbour, database
-from tests.benchmarks.large_asset import memory
+from tests.benchmarks.measuring import memory
 
 
 def record(engine: sa.Engine, count: int) -> None:

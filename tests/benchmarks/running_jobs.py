@@ -8,12 +8,10 @@ server is the tests' own, and its processes are read from /proc.
 
 from __future__ import annotations
 
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import sqlalchemy as sa
 
@@ -25,16 +23,11 @@ from jobkit.leases import look_every
 from jobkit.link import Link
 from jobkit.rescue import INTERVAL, rescue
 from jobkit.runner import SWEEP_INTERVAL
+from tests.benchmarks.measuring import process_cpu
 from tests.support.postgres import start_server
 
 LEASE = 60.0
 ROUNDS = 20
-
-
-def server_cpu(backend: int) -> float:
-    """CPU seconds of one server process so far."""
-    fields = Path(f"/proc/{backend}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main(count: int) -> None:
@@ -61,10 +54,10 @@ def main(count: int) -> None:
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 backend = connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one()
                 step(connection)
-                mine, theirs = time.process_time(), server_cpu(backend)
+                mine, theirs = time.process_time(), process_cpu(backend)
                 for _ in range(ROUNDS):
                     step(connection)
-                mine, theirs = time.process_time() - mine, server_cpu(backend) - theirs
+                mine, theirs = time.process_time() - mine, process_cpu(backend) - theirs
             share = (mine + theirs) / ROUNDS / interval
             total += share
             print(

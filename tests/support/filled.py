@@ -21,7 +21,7 @@ WORKER = "a worker"
 FEW, MANY = "'c' || (i % 20)", "'c' || (i % 100)"
 
 
-class _Spelling:
+class Spelling:
     """What the two databases spell in different ways: an id and a time by a number, and a recorded transaction."""
 
     def __init__(self, dialect: str) -> None:
@@ -56,36 +56,34 @@ def claims(numbers: range) -> list[Claim]:
 
 def fill(engine: sa.Engine) -> None:
     """Put jobs, events, assets and intents into an empty database."""
-    spelled = _Spelling(engine.dialect.name)
+    spelled = Spelling(engine.dialect.name)
     with engine.begin() as connection:
         _jobs(connection, spelled)
         _events(connection, spelled)
         file = {"company_id": FEW, "provider": "'local_disk'", "object_key": f"{FEW} || '/x/' || i"}
         asset = {"content_type": "'text/plain'", "byte_size": "1", "sha256": "'0'", "job_id": spelled.id("i")}
         at = dict.fromkeys(("created_at", "updated_at"), spelled.time("i - 22400"))
-        _insert(connection, "assets", ENDED, id=spelled.id("i"), **file, **asset, **at)
+        insert(connection, "assets", ENDED, id=spelled.id("i"), **file, **asset, **at)
         record = {"state": "CASE i % 3 WHEN 0 THEN 'tombstone' ELSE 'pending' END"} | file
-        _insert(
-            connection, "asset_intents", INTENTS, id=spelled.id("i"), **record, not_before=spelled.time("i - 30100")
-        )
+        insert(connection, "asset_intents", INTENTS, id=spelled.id("i"), **record, not_before=spelled.time("i - 30100"))
 
 
-def _jobs(connection: sa.Connection, spelled: _Spelling) -> None:
+def _jobs(connection: sa.Connection, spelled: Spelling) -> None:
     at = spelled.time("i - 22400")
     common = {"id": spelled.id("i"), "job_type": "'kind ' || (i % 7)", "created_at": at, "updated_at": at}
     common |= {"input": f"""'{{"text": "{"x" * 100}"}}'""", "priority": "i % 3"}
     ran = {"started_at": at, "fence": "1", "attempt": "1"}
     ended = {"status": "CASE i % 97 WHEN 0 THEN 'failed' WHEN 1 THEN 'cancelled' ELSE 'done' END", "finished_at": at}
-    _insert(connection, "content_jobs", ENDED, **common, company_id=FEW, **ran, **ended, event_seq="3")
+    insert(connection, "content_jobs", ENDED, **common, company_id=FEW, **ran, **ended, event_seq="3")
     key = "CASE i % 10 WHEN 0 THEN 'key ' || i END"
-    _insert(connection, "content_jobs", QUEUED, **common, company_id=MANY, event_seq="1", idempotency_key=key)
+    insert(connection, "content_jobs", QUEUED, **common, company_id=MANY, event_seq="1", idempotency_key=key)
     held = {"status": "'running'", "lease_until": spelled.time("i - 22010"), "worker_id": f"'{WORKER}'"}
-    _insert(connection, "content_jobs", RUNNING, **common, company_id=FEW, **ran, **held, event_seq="2")
+    insert(connection, "content_jobs", RUNNING, **common, company_id=FEW, **ran, **held, event_seq="2")
     later = spelled.time("i - 22300")
-    _insert(connection, "content_jobs", SCHEDULED, **common, company_id=MANY, event_seq="1", run_at=later)
+    insert(connection, "content_jobs", SCHEDULED, **common, company_id=MANY, event_seq="1", run_at=later)
 
 
-def _events(connection: sa.Connection, spelled: _Spelling) -> None:
+def _events(connection: sa.Connection, spelled: Spelling) -> None:
     first = 1
     for numbers, kinds in (
         (ENDED, ("queued", "running", "done")),
@@ -96,13 +94,13 @@ def _events(connection: sa.Connection, spelled: _Spelling) -> None:
         for seq, kind in enumerate(kinds, 1):
             event = f"({first} + (i - {numbers.start}) * {len(kinds)} + {seq - 1})"
             log = {"id": event, "xid": spelled.xid(event), "seq": str(seq), "type": f"'content_job.{kind}'"}
-            _insert(connection, "content_job_events", numbers, company_id=FEW, job_id=spelled.id("i"), **log)
+            insert(connection, "content_job_events", numbers, company_id=FEW, job_id=spelled.id("i"), **log)
         first += len(numbers) * len(kinds)
     if connection.dialect.name == "postgresql":
         connection.execute(sa.text(f"ALTER TABLE content_job_events ALTER id RESTART WITH {first}"))
 
 
-def _insert(connection: sa.Connection, table: str, numbers: range, **columns: str) -> None:
+def insert(connection: sa.Connection, table: str, numbers: range, **columns: str) -> None:
     """A row for each number, which the columns' expressions know as ``i``."""
     count = f"SELECT {numbers.start} UNION ALL SELECT i + 1 FROM n WHERE i < {numbers.stop - 1}"
     names, values = ", ".join(columns), ", ".join(columns.values())
