@@ -7,9 +7,10 @@ import logging
 import sys
 import threading
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
 import pytest
@@ -131,6 +132,26 @@ def test_an_ended_subscription_lets_go_of_its_listener_and_leaves_nothing() -> N
     assert [ref() for ref in left if ref() is not None] == []
     signal = signals.content_job_done
     assert (len(signal._by_sender), len(signal._by_receiver), len(signal.receivers)) == (0, 0, 0)
+
+
+def test_whoever_goes_looks_at_no_sender_but_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unlisted(defaultdict[str, set[int]]):
+        def __iter__(self) -> NoReturn:
+            raise AssertionError("with thousands of companies this takes long, and every delivery waits for it")
+
+        keys = values = items = __iter__  # type: ignore[assignment]
+
+    signal, heard = signals.content_job_done, [Heard() for _ in range(3)]
+    monkeypatch.setattr(signal, "_by_sender", Unlisted(set))
+    for company, receiver in zip(("acme", "acme", "other"), heard, strict=True):
+        signal.connect(receiver, sender=company)
+    signal.connect(heard[0], sender="third")
+    signal.disconnect(heard[0])
+    signal.disconnect(heard[2], sender="other")
+    signal.disconnect(heard[2], sender="nobody's")
+    signals.deliver(event(company_id=company) for company in ("acme", "other", "third"))
+    signal.disconnect(heard[1])
+    assert [len(events) for events in heard] == [0, 1, 0]
 
 
 async def coroutine(*_: Any, **__: Any) -> None: ...

@@ -47,13 +47,18 @@ class JobSignal(NamedSignal):
         super().disconnect(receiver, sender if sender is ANY else str(sender))
 
     def _disconnect(self, receiver_id: Hashable, sender_id: Hashable) -> None:
-        # blinker keeps hold of a receiver that is disconnected from its last sender, and of that sender.
+        # blinker looks at every sender that anyone is connected to, which takes long when there are thousands. And it
+        # keeps hold of a receiver that is disconnected from its last sender, and of that sender.
         with _bookkeeping:
-            super()._disconnect(receiver_id, sender_id)
-            if not self._by_receiver.get(receiver_id):
-                super()._disconnect(receiver_id, ANY_ID)
-            for emptied in [sender for sender, receivers in self._by_sender.items() if not receivers]:
-                del self._by_sender[emptied]
+            senders = self._by_receiver.get(receiver_id, set())
+            for left in list(senders) if sender_id == ANY_ID else [sender_id]:
+                senders.discard(left)
+                self._by_sender[left].discard(receiver_id)
+                if not self._by_sender[left]:
+                    del self._by_sender[left]
+            if not senders:
+                self._by_receiver.pop(receiver_id, None)
+                self.receivers.pop(receiver_id, None)
 
 
 def _refuse_coroutine(receiver: object) -> None:
