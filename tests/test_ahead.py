@@ -95,15 +95,15 @@ def test_an_attempt_is_either_begun_or_withdrawn(begins_first: bool, disk: Asset
     never: Any = None
     attempt = Attempt(claim, Registration(note), disk, services=None, open_asset=never, start_coroutine=never)
     if begins_first:
-        assert attempt.begin()
-        assert not attempt.withdraw()
+        assert attempt.handover.begin()
+        assert not attempt.handover.withdraw()
         attempt.run()
-        assert not attempt.over()
-        assert not attempt.withdraw()
+        assert not attempt.handover.over()
+        assert not attempt.handover.withdraw()
         attempt.discard()
     else:
-        assert attempt.withdraw()
-        assert not attempt.begin()
+        assert attempt.handover.withdraw()
+        assert not attempt.handover.begin()
 
 
 def test_some_jobs_are_claimed_ahead(engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,9 +161,9 @@ def test_the_key_is_recorded_in_a_commit_of_its_own_before_the_object_exists(
     seen: list[Any] = []
     publish = assets._storage.publish
 
-    def watched(source: Path, key: str, content_type: str) -> None:
+    def watched(uploads: Any) -> Any:
         seen.append((intents(engine), dict(objects(storage_url))))
-        publish(source, key, content_type)
+        return publish(uploads)
 
     monkeypatch.setattr(assets._storage, "publish", watched)
     stored = put(assets)

@@ -338,10 +338,10 @@ def test_a_log_handler_that_raises_does_not_keep_a_failure_from_being_recorded(
     renderers.register("unstored")(lambda ctx: jobkit.Rendered("unstored", "text/plain", b"x"))
     publish = disk._storage.publish
 
-    def refuses(path: Path, key: str, content_type: str) -> None:
-        if key.endswith("unstored"):
-            raise OSError("no room")
-        publish(path, key, content_type)
+    def refuses(uploads: Any) -> Any:
+        unstored = [upload for upload in uploads if upload.key.endswith("unstored")]
+        failures = {upload.key: OSError("no room") for upload in unstored}
+        return failures | publish([upload for upload in uploads if upload not in unstored])
 
     handler = Raising(error)
     logging.getLogger("jobkit").addHandler(handler)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobkit.drafts import Draft, Limit
-from jobkit.storage import LocalStorage
+from jobkit.local_storage import LocalStorage
 
 LIMIT = Limit(100, "a test")
 

@@ -56,6 +56,7 @@ LEFT = {
     "in_render": {"status": "running", "attempt": 1, "events": 2, "intents": 0, "objects": 0},
     "after_intents": {"status": "running", "attempt": 1, "events": 2, "intents": 2, "objects": 0},
     "after_object": {"status": "running", "attempt": 1, "events": 2, "intents": 2, "objects": 1},
+    "after_objects": {"status": "running", "attempt": 1, "events": 2, "intents": 2, "objects": 2},
     "in_finish": {"status": "running", "attempt": 1, "events": 2, "intents": 2, "objects": 2},
     "after_commit": {"status": "done", "attempt": 1, "events": 3, "intents": 0, "objects": 2},
 }

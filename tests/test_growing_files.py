@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 import jobkit
 from jobkit import AssetStore
 from jobkit.storage import FsspecStorage, open_storage
+from jobkit.uploads import Upload
 from tests.support.files import keep
 
 REGISTRY = importlib.import_module("fsspec.registry")  # fsspec.registry is the mapping in it
@@ -31,7 +32,8 @@ def put(storage: Any, content: bytes, key: str = KEY) -> None:
     source = storage.spool_folder() / f"{uuid.uuid4()}.part"
     source.write_bytes(content)
     try:
-        storage.publish(source, key, "text/plain")
+        for failure in storage.publish([Upload(source, key, "text/plain")]).values():
+            raise failure
     finally:
         source.unlink(missing_ok=True)
 

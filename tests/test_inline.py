@@ -23,7 +23,7 @@ from jobkit import (
     metadata,
     signals,
 )
-from jobkit.storage import LocalStorage
+from jobkit.local_storage import LocalStorage
 from jobkit.tables import content_job_events
 from jobkit.testing import inline
 from tests.support import inlining

@@ -77,10 +77,10 @@ def test_jobs_in_flight_survive_an_outage(
     storing = threading.Semaphore(0)
     original = disk._storage.publish
 
-    def publish(*args: Any) -> None:
-        storing.release()
+    def publish(uploads: Any) -> Any:
+        storing.release(len(uploads))
         assert stored.wait(30)
-        original(*args)
+        return original(uploads)
 
     monkeypatch.setattr(disk._storage, "publish", publish)
     runner = Runner(impatient(database), disk, only(gate), concurrency=3, poll_interval=0.02)

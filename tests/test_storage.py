@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import io
 import os
@@ -19,7 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.errors import AssetError, AssetKeyRefused, ConfigurationError
-from jobkit.storage import FsspecStorage, LocalStorage, Storage, limited, open_storage
+from jobkit.local_storage import LocalStorage
+from jobkit.storage import FsspecStorage, Storage, limited, open_storage
+from jobkit.uploads import Upload
 
 REGISTRY = importlib.import_module("fsspec.registry")  # fsspec.registry is the mapping in it
 KEY = "acme/generated/2026/03/01/0198c0de-report.txt"
@@ -38,8 +41,9 @@ def storage(storage_url: str) -> Storage:
 def put(storage: Storage, content: bytes, key: str = KEY) -> None:
     source = storage.spool_folder() / f"{uuid.uuid4()}.part"
     source.write_bytes(content)
-    storage.publish(source, key, "text/plain")
-    source.unlink(missing_ok=True)
+    for failure in storage.publish([Upload(source, key, "text/plain")]).values():
+        raise failure
+    assert not source.exists()
 
 
 def read(storage: Storage, key: str = KEY) -> bytes:
@@ -203,7 +207,7 @@ def test_bytes_and_names_are_on_the_disk_before_a_local_object_is_visible_and_wh
 
     monkeypatch.setattr(os, "fsync", spy_sync)
     monkeypatch.setattr(os, "replace", spy_replace)
-    local.publish(source, KEY, "text/plain")
+    assert local.publish([Upload(source, KEY, "text/plain")]) == {}
     made = [str(folder) for folder in list(target.parents)[: len(KEY.split("/"))][::-1]]
     assert steps == [
         *[("sync", folder) for folder in made[:-1]],
@@ -212,6 +216,111 @@ def test_bytes_and_names_are_on_the_disk_before_a_local_object_is_visible_and_wh
         ("sync", made[-1]),
     ]
     assert not source.exists()
+
+
+def uploads(storage: LocalStorage, *keys: str) -> list[Upload]:
+    made = []
+    for key in keys:
+        path = storage.spool_folder() / f"{uuid.uuid4()}.part"
+        path.write_bytes(key.encode())
+        made.append(Upload(path, key, "text/plain"))
+    return made
+
+
+def test_files_that_are_published_together_are_on_the_disk_before_their_names_and_share_the_folders_flush(
+    local: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (local.root / "acme").mkdir(parents=True, mode=0o700)
+    made = uploads(local, *(f"acme/{number}" for number in range(40)))
+    flushed: list[str] = []
+    named: list[str] = []
+    most = 0
+    sync, replace = os.fsync, os.replace
+
+    def spy_sync(descriptor: int) -> None:
+        nonlocal most
+        most = max(most, len(os.listdir("/proc/self/fd")))
+        flushed.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        sync(descriptor)
+
+    def spy_replace(old: Any, new: str, *, dst_dir_fd: int) -> None:
+        assert str(old) in flushed
+        named.append(new)
+        replace(old, new, dst_dir_fd=dst_dir_fd)
+
+    monkeypatch.setattr(os, "fsync", spy_sync)
+    monkeypatch.setattr(os, "replace", spy_replace)
+    before = len(os.listdir("/proc/self/fd"))
+    assert local.publish(made) == {}
+    assert named == [str(number) for number in range(40)]
+    assert flushed == [*(str(upload.path) for upload in made), str(local.root / "acme")]
+    assert most - before <= 35  # however many there are, not all are open at once
+    assert [read(local, upload.key) for upload in made] == [upload.key.encode() for upload in made]
+
+
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
+def test_a_file_that_cannot_be_published_fails_alone(
+    call: str, local: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = uploads(local, "acme/a", "acme/b", "other/c")
+    original, bad = getattr(os, call), made[1].path
+
+    def failing(what: Any, *others: Any, **options: Any) -> Any:
+        if str(bad) == (os.path.realpath(f"/proc/self/fd/{what}") if isinstance(what, int) else str(what)):
+            raise OSError("no room")
+        return original(what, *others, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        failures = local.publish(made)
+    assert [(key, str(error)) for key, error in failures.items()] == [("acme/b", "no room")]
+    assert [path.is_file() for path, _, _ in made] == [False, True, False]
+    assert (read(local, "acme/a"), read(local, "other/c")) == (b"acme/a", b"other/c")
+    assert local.size("acme/b") == 0
+
+
+def test_where_a_folder_cannot_be_flushed_all_that_went_there_has_failed(
+    local: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = uploads(local, "acme/a", "other/b", "acme/c")
+    (local.root / "acme").mkdir(parents=True)
+    sync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        if os.path.realpath(f"/proc/self/fd/{descriptor}") == str(local.root / "acme"):
+            raise OSError("the disk is gone")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    failures = local.publish(made)
+    assert {key: str(error) for key, error in failures.items()} == dict.fromkeys(
+        ["acme/a", "acme/c"], "the disk is gone"
+    )
+    assert read(local, "other/b") == b"other/b"
+
+
+def test_after_a_file_that_a_remote_storage_does_not_take_none_is_tried(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    class Full(MemoryFileSystem):
+        protocol = "full"
+
+        def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
+            calls.append(rpath.rpartition("/")[2])
+            if rpath.endswith("b"):
+                raise asyncio.CancelledError
+            super().put_file(lpath, rpath, **options)
+
+    REGISTRY.register_implementation("full", Full, clobber=True)
+    storage = FsspecStorage("full://somewhere", {})
+    made = []
+    for name in "abc":
+        (tmp_path / name).write_bytes(name.encode())
+        made.append(Upload(tmp_path / name, f"acme/{name}", "text/plain"))
+    failures = storage.publish(made)
+    assert list(failures) == ["acme/b", "acme/c"]
+    assert len(calls) == 2
+    assert [upload.path.is_file() for upload in made] == [False, True, True]
 
 
 def test_a_local_object_and_its_folders_are_private(local: LocalStorage) -> None:
@@ -242,7 +351,7 @@ class Recording(MemoryFileSystem):
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if callable(found) and not name.startswith("__") and caller == "jobkit.storage":
+        if callable(found) and not name.startswith("__") and caller in ("jobkit.storage", "jobkit.local_storage"):
             Recording.calls.append(name)
         return found
 

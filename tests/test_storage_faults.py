@@ -377,7 +377,7 @@ def test_a_disk_that_fails_while_a_file_is_published_leaves_what_an_intent_names
 
     job = create()
     with monkeypatch.context() as patch:
-        patch.setattr(jobkit.storage.os, call, failing)
+        patch.setattr(os, call, failing)
         Runner(engine, disk, only(lambda ctx: note())).run_until_idle(timeout=30)
     assert "Input/output error" in seen(engine, job).error_message
     assert_named(engine, (tmp_path / "assets").as_uri())

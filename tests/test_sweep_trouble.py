@@ -18,7 +18,7 @@ from jobkit import AssetNotFound, AssetStore, ConfigurationError, GarbageReport,
 from jobkit._dialects import statements_for
 from jobkit.clock import utcnow
 from jobkit.ids import new_id
-from jobkit.storage import LocalStorage
+from jobkit.local_storage import LocalStorage
 from jobkit.sweep import Sweep
 from jobkit.tables import asset_intents, assets
 from tests.support.databases import Database

@@ -87,6 +87,11 @@ class AssetStore:
         """A private local folder for files that are being made. For runners."""
         return self._storage.spool_folder()
 
+    @property
+    def together(self) -> int:
+        """Up to how many bytes of files one thread stores together in less time than several. For runners."""
+        return self._storage.together
+
     def put_file(
         self,
         company_id: object,

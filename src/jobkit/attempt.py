@@ -6,7 +6,6 @@ import inspect
 import logging
 import math
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterable, Callable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
@@ -28,6 +27,7 @@ from jobkit.errors import (
     Snooze,
     UnknownJobType,
 )
+from jobkit.handover import Handover
 from jobkit.ids import new_id
 from jobkit.payload import canonical
 from jobkit.progress import Report, report
@@ -71,8 +71,8 @@ class Attempt:
         self.started: float | None = None
         #: How many seconds it took, once it has ended.
         self.took: float | None = None
-        self._handover = threading.Lock()
-        self._at_work = self._left = False
+        #: Between the thread that renders and the one that may give the attempt up.
+        self.handover = Handover()
         self._interruption: RenderInterrupted | None = None
         self._awaited: Future[Any] | None = None
         self._registration = registration
@@ -140,30 +140,6 @@ class Attempt:
         if (awaited := self._awaited) is not None:
             awaited.cancel()
 
-    def begin(self) -> bool:
-        """The thread is about to render; False when the attempt was withdrawn."""
-        with self._handover:
-            self._at_work = not self._left
-            return self._at_work
-
-    def withdraw(self) -> bool:
-        """Let it never begin; False when it has."""
-        with self._handover:
-            self._left = self._left or not (self._at_work or self.started is not None)
-            return self._left
-
-    def leave(self) -> bool:
-        """Let another thread take the place of the one that is at work here; False when that is through already."""
-        with self._handover:
-            self._left = self._left or self._at_work
-            return self._at_work
-
-    def over(self) -> bool:
-        """The thread is through; whether another has taken its place. Called once after ``run`` and ``publish``."""
-        with self._handover:
-            self._at_work = False
-            return self._left
-
     def give_up(self) -> JobTimeout:
         """Stop a renderer that has taken too long, as far as it lets itself be stopped; the reason."""
         reason = self._overdue()
@@ -197,15 +173,6 @@ class Attempt:
         )
 
     # --- afterwards
-
-    def publish(self) -> None:
-        """Store every file under its key; the spool files are gone afterwards, whatever happened."""
-        self._at_work = True
-        try:
-            for draft in self.drafts:
-                draft.publish()
-        finally:
-            self.discard()
 
     def discard(self) -> None:
         """Remove the spool files."""

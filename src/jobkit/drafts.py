@@ -12,8 +12,11 @@ from jobkit.keys import object_key
 from jobkit.spool import Spool
 from jobkit.text import storable
 from jobkit.types import StoredObject
+from jobkit.uploads import Upload
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from jobkit.storage import Storage
 
 # RFC 9110 section 8.3.1: type "/" subtype, then parameters, which are only kept free of control characters.
@@ -71,14 +74,29 @@ class Draft:
 
     def publish(self) -> None:
         """Store the sealed file under its key, durably; the spool file is gone afterwards, whatever happened."""
-        try:
-            self._storage.publish(self.spool.path, self.key, self.content_type)
-        finally:
-            self.spool.discard()
+        for failure in publish([self]).values():
+            raise failure
 
     def discard(self) -> None:
         """Remove the spool file. Nothing was published, or it stays to the sweep."""
         self.spool.discard()
+
+
+def publish(drafts: Sequence[Draft]) -> dict[str, BaseException]:
+    """Store sealed files of one storage, each durably under its key; those that were not, by their keys, with the
+    reason. The spool files are gone afterwards, whatever happened.
+    """
+    stored = False
+    try:
+        uploads = [Upload(draft.spool.path, draft.key, draft.content_type) for draft in drafts]
+        failures = drafts[0]._storage.publish(uploads)
+        stored = True
+    finally:
+        for draft in drafts:
+            if stored and draft.key not in failures:
+                draft.spool.release()
+            draft.discard()
+    return failures
 
 
 def _checked_type(content_type: str) -> str:

@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from queue import Empty, SimpleQueue
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -24,12 +23,14 @@ from jobkit.claims import RELEASED, Claim, Completion
 from jobkit.clock import Clock, pause_after
 from jobkit.committer import Committed, Committer
 from jobkit.errors import LeaseLost
+from jobkit.inbox import NEVER, Inbox
 from jobkit.link import SharedLink
 from jobkit.renderers import Renderers
+from jobkit.slots import Pool
 from jobkit.text import describe
 from jobkit.turns import Turn, failed, is_outage
 from jobkit.types import JobStatus, RunnerMetrics
-from jobkit.workshop import Pool, Workshop
+from jobkit.workshop import Workshop
 
 logger = logging.getLogger("jobkit")
 
@@ -43,9 +44,9 @@ FULL_PAUSE = 5.0
 # can be shared without their spool files filling the disk.
 BACKLOG = 16
 TAKEN = "job %s was taken from this runner; its result is dropped"
-# How long a turn waits for the other jobs in flight to join it, in seconds. A commit costs more than that, and jobs of
-# a millisecond otherwise arrive two at a time.
-GATHER = 0.002
+# A turn waits for the jobs that are likely to join it for as long as the last one took, within these bounds in seconds:
+# what comes later would wait for that long. Jobs of a millisecond otherwise arrive two at a time.
+GATHER, GATHER_MOST = 0.002, 0.02
 # Events of jobs that will run again.
 BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
 
@@ -75,7 +76,7 @@ class Pipeline:
         self._concurrency, self._poll_interval = concurrency, poll_interval
         self._clock, self._on_commit = clock, on_commit
         self._committer = Committer(engine, worker_id=worker_id, lease=lease, clock=clock, holds=self._holds)
-        self._inbox: SimpleQueue[Attempt | Completion | None] = SimpleQueue()
+        self._inbox: Inbox[Attempt | Completion | None] = Inbox()
         self._workshop = Workshop(
             assets,
             renderers,
@@ -95,6 +96,7 @@ class Pipeline:
         self._hungry, self._next_poll, self._active_until = True, 0.0, 0.0
         self._stopping = self._abandoned = False
         self._failures = 0
+        self._gather = GATHER
         self._asking = threading.Condition()
         self._asked = self._answered = 0
         self._over = False
@@ -143,7 +145,7 @@ class Pipeline:
         nothing.
         """
         self._stopping = self._abandoned = True
-        self._inbox.put(None)
+        self._inbox.ring()
 
     def desert(self) -> None:
         """Count as over although ``run`` goes on: a call to the database never answers. Its jobs are left to their
@@ -161,6 +163,7 @@ class Pipeline:
                 self._collect(min(self._patience(), self._workshop.patience))
                 for attempt, reason in self._workshop.overdue():
                     self._turn.ends.append(self._failed(attempt, reason))
+                self._workshop.engage()
                 for attempt in self._workshop.stuck():
                     self._turn.ends.append(Completion(attempt.claim, verdict=RELEASED))
                 turn, self._turn = self._plan(), Turn()
@@ -195,22 +198,17 @@ class Pipeline:
         return 0 if self._hungry else max(0.0, self._next_poll - time.monotonic())
 
     def _collect(self, timeout: float) -> None:
-        """Sort what the other threads sent; wait up to ``timeout`` for the first of it."""
-        deadline, gathered = time.monotonic() + timeout, time.monotonic() + timeout + GATHER
-        while True:
-            remaining = deadline - time.monotonic()
-            try:
-                message = self._inbox.get(timeout=remaining) if remaining > 0 else self._inbox.get_nowait()
-            except Empty:
-                break
-            self._sort(message)
-            if self._abandoned:
-                break
-            if not self._failures:  # while the database fails, messages gather and the pause lasts
-                gathered = min(gathered, time.monotonic() + GATHER)
-                deadline = gathered if self._turn.size < len(self._attempts) else 0.0
+        """Sort what the other threads sent; wait up to ``timeout`` for the first of it, and a little for the rest."""
+        # While the database fails, the pause lasts whatever comes.
+        self._sort_all(self._inbox.take(timeout, NEVER if self._failures else 1))
+        if self._turn.size and not self._failures and (others := self._workshop.soon):
+            self._sort_all(self._inbox.take(self._gather, others))
         if time.monotonic() >= self._next_poll:
             self._hungry = True
+
+    def _sort_all(self, messages: list[Attempt | Completion | None]) -> None:
+        for message in messages:
+            self._sort(message)
 
     def _sort(self, message: Attempt | Completion | None) -> None:
         if message is None:
@@ -255,6 +253,7 @@ class Pipeline:
     # --- one transaction
 
     def _take(self, turn: Turn) -> None:
+        began = time.monotonic()
         try:
             committed = self._committer.commit(turn)
         except Exception as error:
@@ -266,6 +265,7 @@ class Pipeline:
         if self._failures:
             logger.warning("the database answers again")
         self._failures = 0
+        self._gather = min(max(GATHER, time.monotonic() - began), GATHER_MOST)
         self._after(turn, committed)
 
     def _after(self, turn: Turn, committed: Committed) -> None:
@@ -284,10 +284,8 @@ class Pipeline:
             else:
                 self._rejected += 1
                 logger.warning(TAKEN, job_id)
-        for attempt in turn.rendered:
-            self._workshop.store(attempt)
-        for claim in taken:
-            self._begin(claim)
+        self._workshop.store(turn.rendered)
+        self._workshop.render([self._begin(claim) for claim in taken])
         if turn.limit:
             self._polled(turn, found=len(taken))
 
@@ -339,13 +337,13 @@ class Pipeline:
 
     # --- other threads
 
-    def _begin(self, claim: Claim) -> None:
+    def _begin(self, claim: Claim) -> Attempt:
         attempt = self._workshop.attempt(claim)
         if (former := self._attempts.get(claim.job_id)) is not None:
             logger.warning(TAKEN, claim.job_id)
             former.interrupt(LeaseLost(f"job {claim.job_id} was taken from this runner, and claimed again"))
         self._attempts[claim.job_id] = attempt
-        self._workshop.render(attempt)
+        return attempt
 
     def _stored(self, attempt: Attempt, failure: BaseException | None) -> None:
         if failure is None:

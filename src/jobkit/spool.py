@@ -130,6 +130,10 @@ class Spool(io.RawIOBase):
             self._file.close()
         super().close()
 
+    def release(self) -> None:
+        """Leave the file to whoever has moved it away."""
+        self._gone = True
+
     def discard(self) -> None:
         """Close, and remove the file if it is still there."""
         self.close()

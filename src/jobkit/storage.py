@@ -16,13 +16,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
-from jobkit.errors import AssetError, AssetKeyRefused, AssetUrlUnavailable, ConfigurationError
+from jobkit.errors import AssetError, AssetUrlUnavailable, ConfigurationError
+from jobkit.local_storage import LocalStorage
 from jobkit.scratch import Scratch
+from jobkit.uploads import Upload
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping, Sequence
 
-LOCAL = "local_disk"
 # 8 MiB parts, four at a time: the default of s3fs (ten of 50 MiB) takes a gigabyte of memory for a file of 500 MiB.
 _PART = 8 << 20
 _PARTS_AT_ONCE = 4
@@ -38,7 +39,6 @@ _UNFINISHED = ".part"
 # How long an upload may take: so many seconds, and one more for each so many bytes.
 PATIENCE = 600.0
 SLOWEST = 64 << 10
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # AWS refuses a signature of version 4 that is valid for longer.
 _LONGEST_URL = 7 * 24 * 3600
 
@@ -50,11 +50,16 @@ class Storage(Protocol):
 
     scratch: Scratch
 
+    #: Up to how many bytes of files one thread stores together in less time than several, each by itself.
+    together: int
+
     def spool_folder(self) -> Path:
         """A private local folder to make files in, from which ``publish`` is cheapest."""
 
-    def publish(self, source: Path, key: str, content_type: str) -> None:
-        """Store the file ``source`` durably under ``key``. ``source`` may be moved."""
+    def publish(self, uploads: Sequence[Upload]) -> dict[str, BaseException]:
+        """Store each file durably under its key; what was stored is no longer at its path. Each that was not, by its
+        key, with the reason.
+        """
 
     def open(self, key: str) -> BinaryIO:
         """The object as a seekable binary file; ``FileNotFoundError``."""
@@ -69,90 +74,12 @@ class Storage(Protocol):
         """Where anyone can get the object for ``expires_in`` seconds, with these headers; ``AssetUrlUnavailable``."""
 
 
-class LocalStorage:
-    """A folder of this machine: files are flushed to disk, then renamed to their key."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self._real_root = "\0"  # what no path begins with
-        self.provider = LOCAL
-        self.scratch = Scratch(lambda: root / ".spool")
-
-    def __repr__(self) -> str:
-        return f"{self.root.as_uri()}"
-
-    def spool_folder(self) -> Path:
-        return self.scratch.folder()
-
-    def publish(self, source: Path, key: str, content_type: str) -> None:
-        target = self._path(key)
-        with _opened(source, os.O_RDONLY) as file, self._folder(target.parent) as folder:
-            os.fsync(file)
-            os.replace(source, target.name, dst_dir_fd=folder)
-            os.fsync(folder)
-
-    def open(self, key: str) -> BinaryIO:
-        path = self._path(key)
-        self._inside(path.parent)
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        except OSError as error:
-            if path.is_symlink():
-                raise AssetKeyRefused(f"object {key!r} is a symbolic link") from error
-            raise
-        try:
-            return os.fdopen(descriptor, "rb")
-        except OSError:  # a folder: Python has not taken the descriptor over
-            os.close(descriptor)
-            raise
-
-    def size(self, key: str) -> int | None:
-        try:
-            return os.lstat(self._path(key)).st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return 0
-
-    def remove(self, key: str) -> None:
-        path = self._path(key)
-        self._inside(path.parent)
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            path.unlink()
-
-    def url(self, key: str, *, expires_in: int, content_type: str, disposition: str) -> str:
-        raise AssetUrlUnavailable(self.provider)
-
-    def _path(self, key: str) -> Path:
-        return self.root.joinpath(*key.split("/"))
-
-    @contextlib.contextmanager
-    def _folder(self, path: Path) -> Iterator[int]:
-        """The folder ``path`` open, made when it is missing, and within the root whatever happens to its name."""
-        try:
-            descriptor = os.open(path, _FOLDER)
-        except FileNotFoundError:
-            self._inside(path)
-            _make_folders(self.root, path)
-            descriptor = os.open(path, _FOLDER)
-        try:
-            self._inside(path, descriptor)
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    def _inside(self, folder: Path, descriptor: int | None = None) -> None:
-        # A symbolic link planted within the root must not lead out of it.
-        real = _real(folder, descriptor)
-        if not real.startswith(self._real_root):  # the root itself may be a link, and lead elsewhere than before
-            self._real_root = os.path.realpath(self.root).rstrip(os.sep) + os.sep
-            if not real.startswith(self._real_root):
-                raise AssetKeyRefused(f"the folder {folder.name!r} of an object leaves the storage root")
-
-
 class FsspecStorage:
     """Any other fsspec filesystem, made on first use in each process, never with a cache of listings."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.protocol = self.provider = url.partition("://")[0].lower()
+        self.together = 0
         self._url, self._options = url, dict(options)
         self._of_process, self._of_thread = SimpleNamespace(), threading.local()
         self.scratch = Scratch(lambda: Path(tempfile.gettempdir()) / f"jobkit-spool-{os.getuid()}")
@@ -164,7 +91,17 @@ class FsspecStorage:
     def spool_folder(self) -> Path:
         return self.scratch.folder()
 
-    def publish(self, source: Path, key: str, content_type: str) -> None:
+    def publish(self, uploads: Sequence[Upload]) -> dict[str, BaseException]:
+        for place, upload in enumerate(uploads):
+            try:
+                self._publish(*upload)
+                upload.path.unlink(missing_ok=True)
+            except BaseException as error:  # storages run event loops, whose CancelledError is no Exception
+                # One that does not answer would be waited for as often as there are files.
+                return {missed.key: error for missed in uploads[place:]}
+        return {}
+
+    def _publish(self, source: Path, key: str, content_type: str) -> None:
         filesystem, root = self._filesystem()
         path, size = f"{root}/{key}", source.stat().st_size
         if self.protocol == "memory":
@@ -384,38 +321,3 @@ def _require_driver(protocol: str) -> None:
         raise ConfigurationError(f"storage {protocol}:// needs another package: {error}") from error
     except ValueError:
         raise ConfigurationError(f"storage {protocol}:// is not known to fsspec") from None
-
-
-def _make_folders(root: Path, folder: Path) -> None:
-    """Make what is missing between ``root`` and ``folder``, each flushed into its parent so that it survives power
-    loss.
-    """
-    missing = []
-    while not folder.is_dir() and folder != root.parent:
-        missing.append(folder)
-        folder = folder.parent
-    for path in reversed(missing):
-        path.mkdir(mode=0o700, exist_ok=True)
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    with _opened(folder, _FOLDER) as descriptor:
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _real(folder: Path, descriptor: int | None) -> str:
-    """Where a folder really is. Of an open one Linux says it at once; else each part of the path is looked at."""
-    if descriptor is not None:
-        with contextlib.suppress(OSError):
-            return os.readlink(f"/proc/self/fd/{descriptor}")
-    return os.path.realpath(folder)

@@ -6,19 +6,22 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import BinaryIO, Protocol
+from functools import partial
+from typing import BinaryIO
 from uuid import UUID
 
 from jobkit.assets import AssetStore
 from jobkit.attempt import Attempt
+from jobkit.batches import Batch, batches
 from jobkit.claims import Claim
 from jobkit.context import Registration, RenderContext, Renderer
 from jobkit.errors import AssetNotFound, JobTimeout, UnknownJobType
 from jobkit.link import SharedLink
-from jobkit.pools import LoopThread, Task
+from jobkit.pools import LoopThread
 from jobkit.renderers import Renderers
+from jobkit.slots import Pool, Slots
 
 logger = logging.getLogger("jobkit")
 
@@ -32,15 +35,9 @@ QUICK = 0.02
 # What was claimed ahead goes back into the queue once every slot has been busy with one job for so many seconds. Not
 # less than QUICK: what has just gone back would be claimed again. Longer than a process usually stands still.
 STUCK = 1.0
-
-
-class Pool(Protocol):
-    #: Whether what is submitted may wait for a thread.
-    waits: bool
-
-    def submit(self, task: Task) -> None: ...
-    def replace(self) -> None: ...
-    def close(self) -> None: ...
+# A slot is put to work for each so many seconds of work that are to be expected of what waits: threads that take turns
+# at work of a millisecond cost more than the work. What has taken longer than that by now puts all of them to work.
+WORTH = 0.005
 
 
 class Workshop:
@@ -62,13 +59,16 @@ class Workshop:
         stored: Callable[[Attempt, BaseException | None], None],
     ) -> None:
         self._assets, self._renderers, self._lease = assets, renderers, lease
-        self._concurrency, self._slots, self._publishers = concurrency, slots, publishers
+        self._concurrency, self._publishers = concurrency, publishers
+        self._slots, self._may_wait = Slots(slots, concurrency, self._render), slots.waits
         self._shared, self._progressed = shared, progressed
         self._wanted, self._rendered, self._stored = wanted, rendered, stored
         self._loop = LoopThread()
         #: The attempts whose renderers run, in the order in which they began.
         self.rendering: dict[Attempt, None] = {}
-        self._storing: dict[Attempt, float] = {}
+        # The attempts whose files are being stored, with their batches, and when each of those is late.
+        self._storing: dict[Attempt, Batch] = {}
+        self._late: dict[Batch, float] = {}
         # How long the last renderers took.
         self._paces: deque[float] = deque(maxlen=AHEAD)
         #: How many threads were replaced because what they called went on for too long.
@@ -87,35 +87,48 @@ class Workshop:
             lease=self._lease,
         )
 
-    def render(self, attempt: Attempt) -> None:
-        """Begin; ``rendered`` gets it when its renderer has ended."""
-        self.rendering[attempt] = None
-        self._slots.submit(lambda: self._render(attempt))
+    def render(self, attempts: Sequence[Attempt]) -> None:
+        """Begin, in this order; ``rendered`` gets each when its renderer has ended."""
+        self.rendering.update(dict.fromkeys(attempts))
+        self._slots.add(attempts)
+        self.engage()
 
-    def store(self, attempt: Attempt) -> None:
-        """Store the files of a rendered job, whose keys are recorded; ``stored`` gets what came of it."""
-        self._storing[attempt] = time.monotonic() + STALLED
-        self._publishers.submit(lambda: self._store(attempt))
+    def store(self, attempts: Sequence[Attempt]) -> None:
+        """Store the files of rendered jobs, whose keys are recorded; ``stored`` gets what came of each."""
+        for batch in batches(attempts, self._assets.together):
+            self._storing.update(dict.fromkeys(batch.attempts, batch))
+            self._late[batch] = time.monotonic() + STALLED
+            self._publishers.submit(partial(self._store, batch))
+
+    def engage(self) -> None:
+        """Put as many slots to work as what waits is worth. To be called again when ``patience`` is over."""
+        known = len(self._paces) == AHEAD and self._longest < WORTH
+        self._slots.engage(len(self._slots) * sum(self._paces) / AHEAD / WORTH if known else math.inf)
 
     def ended(self, attempt: Attempt) -> None:
         """Its renderer, or storing its files, is over: what ``rendered`` and ``stored`` tell comes back here."""
         if self.rendering.pop(attempt, 0) is None:
             self._paces.append(attempt.took or 0.0)
-        self._storing.pop(attempt, None)
+        # A batch is over as a whole.
+        if (batch := self._storing.pop(attempt, None)) is not None:
+            self._late.pop(batch, None)
 
     @property
     def ahead(self) -> int:
         """How many jobs may wait for a slot."""
-        now = time.monotonic()
-        at_work = (now - began for began in self._began())
-        quick = self._slots.waits and len(self._paces) == AHEAD and max(*self._paces, *at_work) < QUICK
+        quick = self._may_wait and len(self._paces) == AHEAD and max(*self._paces, self._longest) < QUICK
         return AHEAD if quick else 0
+
+    @property
+    def soon(self) -> int:
+        """How many jobs are likely to have been rendered or stored in a moment."""
+        return len(self._storing) + (len(self.rendering) if self.ahead else 0)
 
     def stuck(self) -> list[Attempt]:
         """Withdraw the attempts that wait for slots that are all taken by slower ones."""
         if self._stuck_in() > 0:
             return []
-        withdrawn = [attempt for attempt in self.rendering if attempt.withdraw()]
+        withdrawn = [attempt for attempt in self.rendering if attempt.handover.withdraw()]
         for attempt in withdrawn:
             del self.rendering[attempt]
         return withdrawn
@@ -127,6 +140,11 @@ class Workshop:
             return math.inf
         return max(began) + STUCK - time.monotonic()
 
+    @property
+    def _longest(self) -> float:
+        """How long the renderer that has been at work for longest has taken so far."""
+        return time.monotonic() - min(self._began(), default=math.inf)
+
     def _began(self) -> list[float]:
         """When each of the renderers that are at work now began."""
         return [attempt.started for attempt in self.rendering if attempt.started is not None and attempt.took is None]
@@ -136,56 +154,57 @@ class Workshop:
         """For how many seconds nothing can be overdue."""
         now = time.monotonic()
         renderers = [attempt.remaining for attempt in self.rendering]
-        storing = (late - now for late in self._storing.values())
-        return max(0.0, min(3600.0, self._stuck_in(), *renderers, *storing))
+        storing = (late - now for late in self._late.values())
+        engaging = WORTH - max(0.0, self._longest) if self._slots.idle else math.inf
+        return max(0.0, min(3600.0, engaging, self._stuck_in(), *renderers, *storing))
 
     def overdue(self) -> list[tuple[Attempt, JobTimeout]]:
         """Give up the attempts whose renderers took too long, and replace the threads that wait for the storage."""
         given_up = []
         for attempt in [attempt for attempt in self.rendering if attempt.remaining <= 0]:
-            if attempt.leave():
+            if attempt.handover.leave():
                 del self.rendering[attempt]
                 given_up.append((attempt, attempt.give_up()))
                 self._replace(self._slots)
         now = time.monotonic()
-        for attempt in [attempt for attempt, late in self._storing.items() if late <= now]:
-            self._storing[attempt] = now + STALLED
-            if attempt.leave():
-                self._storing[attempt] = math.inf
+        for batch in [batch for batch, late in self._late.items() if late <= now]:
+            self._late[batch] = now + STALLED
+            if batch.handover.leave():
+                self._late[batch] = math.inf
                 self._replace(self._publishers)
-                logger.warning("job %s: its files take long to be stored", attempt.claim.job_id)
+                first, *others = batch.attempts
+                whose = f"{first.claim.job_id} and {len(others)} more" if others else str(first.claim.job_id)
+                logger.warning("job %s: the files take long to be stored", whose)
         return given_up
 
     def close(self) -> None:
-        """Let the threads end when they are through. Waits for none."""
+        """Let the threads end when they are through with what they have begun. Waits for none."""
         self._slots.close()
         self._publishers.close()
         self._loop.close()
 
-    def _replace(self, pool: Pool) -> None:
+    def _replace(self, pool: Pool | Slots) -> None:
         pool.replace()
         self.replaced += 1
 
     def _render(self, attempt: Attempt) -> bool:
-        if not attempt.begin():
+        if not attempt.handover.begin():
             return False
         attempt.run()
-        late = attempt.over()
+        late = attempt.handover.over()
         if late or not self._wanted(attempt):
             attempt.discard()
         if not late:
             self._rendered(attempt)
         return late
 
-    def _store(self, attempt: Attempt) -> bool:
-        failure: BaseException | None = None
-        try:
-            attempt.publish()
-        except BaseException as error:  # storages run event loops, whose CancelledError is no Exception
-            failure = error
-        late = attempt.over()
-        self._stored(attempt, failure)
-        if failure is not None:
+    def _store(self, batch: Batch) -> bool:
+        batch.handover.begin()
+        failures = batch.publish()
+        late = batch.handover.over()
+        for attempt in batch.attempts:
+            self._stored(attempt, failures.get(attempt))
+        for attempt, failure in failures.items():
             with suppress(Exception):  # a host's log handler may raise
                 logger.warning("job %s: its files could not be stored", attempt.claim.job_id, exc_info=failure)
         return late

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -22,8 +21,9 @@ from jobkit.columns import now as database_now
 from jobkit.committer import Committer
 from jobkit.drafts import Draft
 from jobkit.jobs import JobStore, connection_of
+from jobkit.local_storage import LocalStorage
 from jobkit.pipeline import Pipeline
-from jobkit.storage import FsspecStorage, LocalStorage
+from jobkit.storage import FsspecStorage
 from jobkit.sweep import Sweep
 from jobkit.tables import content_job_events, content_jobs
 
@@ -160,10 +160,11 @@ def spoiled() -> None:
     for storage in (LocalStorage, FsspecStorage):
         publish = storage.publish
 
-        def spoil(self: Any, source: Path, key: str, content_type: str, publish: Any = publish) -> None:
-            if UUID(key.rpartition("/")[2][:36]).int % 10 == 0:
-                source.write_bytes(source.read_bytes()[:-1] + b"?")
-            publish(self, source, key, content_type)
+        def spoil(self: Any, uploads: Any, publish: Any = publish) -> Any:
+            for path, key, _ in uploads:
+                if UUID(key.rpartition("/")[2][:36]).int % 10 == 0:
+                    path.write_bytes(path.read_bytes()[:-1] + b"?")
+            return publish(self, uploads)
 
         storage.publish = spoil  # type: ignore[method-assign]
 

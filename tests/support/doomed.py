@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -17,8 +16,8 @@ import sqlalchemy as sa
 import jobkit
 from jobkit import claims
 from jobkit.feed import Feed
+from jobkit.local_storage import LocalStorage
 from jobkit.pipeline import Pipeline
-from jobkit.storage import LocalStorage
 from jobkit.tables import assets, content_job_events, content_jobs
 
 FIRST, SECOND = b"first " * 1000, b"second " * 1000
@@ -55,7 +54,8 @@ STEPS: dict[str, Callable[[], None]] = {
     "after_claim": lambda: setattr(Pipeline, "_begin", die),
     "in_render": lambda: None,
     "after_intents": lambda: setattr(LocalStorage, "publish", die),
-    "after_object": lambda: then_die(LocalStorage, "publish"),
+    "after_object": lambda: then_die(os, "replace"),
+    "after_objects": lambda: then_die(LocalStorage, "publish"),
     "in_finish": lambda: then_die(claims, "finish"),
     "after_commit": die_when_told_done,
 }
@@ -104,11 +104,11 @@ def fence_not_raised() -> None:
 
 
 def written_in_place() -> None:
-    def publish(storage: LocalStorage, source: Path, key: str, content_type: str) -> None:
-        target = storage.root / key
+    def publish(storage: LocalStorage, uploads: Any) -> None:
+        target = storage.root / uploads[0].key
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("wb") as file:
-            file.write(source.read_bytes()[:100])
+            file.write(uploads[0].path.read_bytes()[:100])
             file.flush()
             die()
 

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit._dialects import statements_for
-from jobkit.storage import LocalStorage
+from jobkit.local_storage import LocalStorage
 from jobkit.sweep import Sweep
 from tests.support.doomed import die, then_die
 

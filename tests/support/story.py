@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from jobkit import AssetStore, JobRequest, JobStore
 from jobkit.attempt import Attempt
+from jobkit.batches import Batch
 from jobkit.claims import Claim, Completion
 from jobkit.clock import utcnow
 from jobkit.committer import Committer
@@ -81,8 +82,7 @@ def render(attempts: list[Attempt]) -> None:
 
 
 def publish(attempts: list[Attempt]) -> None:
-    for attempt in attempts:
-        attempt.publish()
+    assert Batch(attempts).publish() == {}
 
 
 @contextmanager

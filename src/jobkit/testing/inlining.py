@@ -21,6 +21,7 @@ from jobkit import claims, signals
 from jobkit._dialects.base import EventRow, Position
 from jobkit.assets import AssetStore
 from jobkit.attempt import Attempt
+from jobkit.batches import Batch
 from jobkit.claims import Claim, Completion
 from jobkit.clock import Clock, utcnow
 from jobkit.errors import AssetNotFound, RenderInterrupted
@@ -148,10 +149,7 @@ class _Inline:
         if attempt.failure is None:
             with self._connection.begin_nested():
                 claims.record_intents(self._connection, intents(attempt))
-            try:
-                attempt.publish()
-            except BaseException as error:
-                attempt.failure = error
+            attempt.failure = Batch([attempt]).publish().get(attempt)
         _raise_what_is_the_tests(attempt.failure)
         failure, now = attempt.failure, self._clock()
         end = Completion(attempt.claim, files=attempt.stored) if failure is None else failed(attempt, failure, now=now)

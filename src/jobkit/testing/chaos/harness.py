@@ -206,15 +206,22 @@ class _Harness:
         with self._engine.connect() as connection:
             events = set(connection.execute(sa.select(content_job_events.c.id)).scalars())
         for name in SUBSCRIBERS:
-            self._wait(
-                lambda name=name: events <= {line["id"] for line in read_log(log_of(self._folder, name))},  # type: ignore[misc]
-                self._target.deadline,
-                f"{name} did not hear every event",
-                often=0.5,
-            )
+            self._catch_up(name, events)
         for name in list(self._helpers):
             self._processes.signal(name, signal.SIGTERM)
         self._wait(lambda: not self._helpers, self._target.deadline, "subscribers and janitor did not stop")
+
+    def _catch_up(self, name: str, events: set[int]) -> None:
+        """Wait until a subscriber has heard all of these, however long it takes, as long as it hears more of them."""
+        missing = len(events)
+
+        def fewer() -> bool:
+            nonlocal missing
+            before, missing = missing, len(events - {line["id"] for line in read_log(log_of(self._folder, name))})
+            return missing < before
+
+        while missing:
+            self._wait(fewer, self._target.deadline, f"{name} heard none of the last {missing:,} events", often=2.0)
 
     def _unfinished(self) -> int:
         unfinished = sa.select(sa.func.count()).where(content_jobs.c.status.not_in(TERMINAL))

@@ -1,0 +1,47 @@
+"""Batches: rendered jobs whose files one thread stores."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from jobkit.attempt import Attempt
+from jobkit.drafts import publish
+from jobkit.handover import Handover
+
+# How many small jobs are stored together: as many as are usually claimed at once.
+MOST = 32
+
+
+class Batch:
+    """Attempts whose keys are recorded. Their files are stored one after the other, flushed together."""
+
+    def __init__(self, attempts: Sequence[Attempt]) -> None:
+        self.attempts = tuple(attempts)
+        #: Between the thread that stores and the one that may not want to wait for it.
+        self.handover = Handover()
+
+    def publish(self) -> dict[Attempt, BaseException]:
+        """Store every file under its key; the attempts of which one was not stored, and why. The spool files are gone
+        afterwards, whatever happened.
+        """
+        try:
+            failures = publish([draft for attempt in self.attempts for draft in attempt.drafts])
+        except BaseException as error:  # of no single file: what a storage raises shall not end the thread
+            return dict.fromkeys(self.attempts, error)
+        return {
+            attempt: failures[draft.key]
+            for attempt in self.attempts
+            for draft in attempt.drafts
+            if draft.key in failures
+        }
+
+
+def batches(attempts: Iterable[Attempt], together: int) -> list[Batch]:
+    """Jobs of up to ``together`` bytes by ``MOST``, each of the others alone."""
+    small, found = [], []
+    for attempt in attempts:
+        if sum(file.byte_size for file in attempt.stored) <= together:
+            small.append(attempt)
+        else:
+            found.append(Batch([attempt]))
+    return [*(Batch(small[start : start + MOST]) for start in range(0, len(small), MOST)), *found]

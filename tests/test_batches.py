@@ -1,0 +1,96 @@
+"""Which jobs' files one thread stores together, and what becomes of each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+import jobkit
+from jobkit import AssetStore, Rendered, Runner
+from jobkit.attempt import Attempt
+from jobkit.batches import MOST, Batch, batches
+from jobkit.claims import Claim
+from jobkit.context import Registration
+from jobkit.ids import new_id
+from tests.support.invariants import violations
+from tests.support.runners import only, seen, statuses
+
+Create = Callable[..., jobkit.Job]
+
+
+def attempt(store: AssetStore, *sizes: int) -> Attempt:
+    """One whose renderer gave files of these sizes."""
+    never: Any = None
+    made = Attempt(
+        Claim(new_id(), "acme", "note", {}, None, 1, 1),
+        Registration(lambda ctx: [Rendered("a.txt", "text/plain", b"x" * size) for size in sizes]),
+        store,
+        services=None,
+        open_asset=never,
+        start_coroutine=never,
+    )
+    made.run()
+    return made
+
+
+def test_small_jobs_share_a_batch_and_each_large_one_has_its_own(disk: AssetStore) -> None:
+    small, pair, large = attempt(disk, 10), attempt(disk, 5, 5), attempt(disk, 6, 5)
+    try:
+        assert [batch.attempts for batch in batches([small, large, pair], 10)] == [(small, pair), (large,)]
+        assert [batch.attempts for batch in batches([small, pair], 0)] == [(small,), (pair,)]
+        assert [len(batch.attempts) for batch in batches([small] * (2 * MOST + 1), 10)] == [MOST, MOST, 1]
+        assert batches([], 10) == []
+    finally:
+        for made in (small, pair, large):
+            made.discard()
+
+
+def test_a_job_fails_with_any_of_its_files_and_the_spool_is_empty(
+    disk: AssetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = attempt(disk, 1, 2), attempt(disk, 3)
+    error, publish = OSError("no room"), disk._storage.publish
+
+    def failing(uploads: Any) -> Any:
+        return publish([uploads[0], uploads[2]]) | {uploads[1].key: error}
+
+    monkeypatch.setattr(disk._storage, "publish", failing)
+    assert Batch([first, second]).publish() == {first: error}
+    assert list(disk.spool_folder().iterdir()) == []
+
+
+def test_what_a_storage_raises_fails_every_job_of_the_batch(disk: AssetStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, error = attempt(disk, 1), attempt(disk, 3), SystemExit("gone")
+
+    def raises(uploads: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(disk._storage, "publish", raises)
+    assert Batch([first, second]).publish() == {first: error, second: error}
+    assert list(disk.spool_folder().iterdir()) == []
+
+
+def test_of_jobs_that_are_stored_together_one_fails_alone(
+    engine: sa.Engine, disk: AssetStore, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = [create(input={"n": number}) for number in range(12)]
+    publish, sizes = disk._storage.publish, []
+
+    def failing(uploads: Any) -> Any:
+        sizes.append(len(uploads))
+        bad = [upload for upload in uploads if "7" in upload.key.rpartition("-")[2]]
+        return publish([upload for upload in uploads if upload not in bad]) | {
+            upload.key: OSError("no room") for upload in bad
+        }
+
+    monkeypatch.setattr(disk._storage, "publish", failing)
+    renderers = only(lambda ctx: Rendered(f"{ctx.input['n']}.txt", "text/plain", b"x"))
+    assert Runner(engine, disk, renderers, concurrency=12).run_until_idle(timeout=30) == 12
+    assert sum(sizes) == 12
+    assert max(sizes) > 1
+    assert statuses(engine).count("done") == 11
+    assert seen(engine, jobs[7]).error_message == "no room"
+    assert violations(engine, disk.spool_folder().parents[1]) == []

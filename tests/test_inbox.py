@@ -1,0 +1,98 @@
+"""What many threads send to one arrives whole and in order, and wakes it no more often than it asked."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import pytest
+
+from jobkit.inbox import NEVER, Inbox
+from tests.support.runners import until
+
+
+@pytest.fixture
+def reader() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+def asleep(inbox: Inbox[int], taking: Future[list[int]], least: int) -> None:
+    until(lambda: inbox._least == least)
+    assert not taking.done()
+
+
+def test_it_is_taken_whole_and_in_order_without_waiting_when_there_is_enough() -> None:
+    inbox: Inbox[int] = Inbox()
+    for number in range(3):
+        inbox.put(number)
+    assert len(inbox) == 3
+    assert inbox.take(60.0, 3) == [0, 1, 2]
+    assert inbox.take(0.0) == []
+
+
+def test_the_reader_is_woken_by_the_message_that_makes_it_enough(reader: ThreadPoolExecutor) -> None:
+    inbox: Inbox[int] = Inbox()
+    taking = reader.submit(inbox.take, 60.0, 2)
+    asleep(inbox, taking, 2)
+    inbox.put(1)
+    assert inbox._bell.empty()  # one of two wakes nobody
+    inbox.put(2)
+    assert taking.result(20) == [1, 2]
+
+
+def test_too_few_are_taken_when_the_time_is_over() -> None:
+    inbox: Inbox[int] = Inbox()
+    inbox.put(1)
+    assert inbox.take(0.01, 2) == [1]
+
+
+def test_a_ring_wakes_the_reader_whatever_it_waits_for(reader: ThreadPoolExecutor) -> None:
+    inbox: Inbox[int] = Inbox()
+    taking = reader.submit(inbox.take, 60.0, NEVER)
+    asleep(inbox, taking, NEVER)
+    inbox.put(1)
+    inbox.ring()
+    assert taking.result(20) == [1]
+
+
+def test_a_ring_before_the_reader_sleeps_is_not_lost() -> None:
+    inbox: Inbox[int] = Inbox()
+    inbox.ring()
+    assert inbox.take(60.0, NEVER) == []
+    inbox.put(1)
+    assert inbox.take(60.0) == [1]  # and keeps it awake once
+
+
+def test_rings_that_are_left_over_do_not_count_as_messages() -> None:
+    inbox: Inbox[int] = Inbox()
+    for _ in range(3):
+        inbox._bell.put(None)
+    inbox.put(1)
+    assert inbox.take(0.01, 2) == [1]
+
+
+def test_nothing_is_lost_and_nobody_sleeps_for_ever_among_many_threads() -> None:
+    inbox: Inbox[tuple[int, int]] = Inbox()
+    senders, each, found = 4, 2_000, []
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [
+            threading.Thread(target=lambda n=n: [inbox.put((n, i)) for i in range(each)])  # type: ignore[misc]
+            for n in range(senders)
+        ]
+        for thread in threads:
+            thread.start()
+        while len(found) < senders * each:
+            some = inbox.take(30.0, 1 + len(found) % 3)
+            assert some, "the reader was not woken"
+            found += some
+    finally:
+        sys.setswitchinterval(interval)
+        for thread in threads:
+            thread.join()
+    for n in range(senders):
+        assert [i for sender, i in found if sender == n] == list(range(each))
