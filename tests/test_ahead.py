@@ -89,6 +89,21 @@ def test_jobs_that_take_their_time_are_never_claimed_ahead(
     assert released() == 0
 
 
+def test_jobs_behind_a_long_one_are_taken_by_other_threads(
+    engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workshop, "QUICK", 60.0)
+    monkeypatch.setattr(workshop, "STUCK", 3600.0)
+    monkeypatch.setattr(workshop, "WORTH", 1.0)  # so one thread is enough for all, while none takes a second
+    many(engine, 80)
+    halting = Halting(engine, halt_at=40)
+    with Runner(engine, disk, only(halting), concurrency=4):
+        assert halting.entered.wait(60)
+        until(lambda: statuses(engine).count("done") == 79, "the other three slots do what waited behind it")
+        halting.open.set()
+        until(lambda: statuses(engine).count("done") == 80)
+
+
 @pytest.mark.parametrize("begins_first", [True, False])
 def test_an_attempt_is_either_begun_or_withdrawn(begins_first: bool, disk: AssetStore) -> None:
     claim = Claim(new_id(), "acme", "note", {}, None, 1, 1)
