@@ -231,7 +231,8 @@ class Pipeline:
         if self._stopping:
             return 0
         room = self._concurrency + self._workshop.ahead
-        return room - max(len(self._workshop.rendering), len(self._attempts) - BACKLOG)
+        # What ends with the same turn makes room for what it claims.
+        return room - max(len(self._workshop.rendering), len(self._attempts) - len(self._turn.ends) - BACKLOG)
 
     def _plan(self) -> Turn:
         turn = self._turn

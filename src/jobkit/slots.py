@@ -34,6 +34,8 @@ class Slots:
         self._waiting: deque[Attempt] = deque()
         # How many threads take what waits, and how many of them are rendering.
         self._engaged = self._rendering = 0
+        #: How many threads took what waited since they were last engaged.
+        self.crew = 1
 
     @property
     def idle(self) -> bool:
@@ -53,6 +55,7 @@ class Slots:
         """Let up to ``most`` threads, and at least one, take what waits."""
         while self._one_more(most):
             self._pool.submit(self._serve)
+        self.crew = max(1, self._engaged)
 
     def replace(self) -> None:
         """Let another thread take the place of one that goes on rendering."""

@@ -103,7 +103,9 @@ class Workshop:
     def engage(self) -> None:
         """Put as many slots to work as what waits is worth. To be called again when ``patience`` is over."""
         known = len(self._paces) == AHEAD and self._longest < WORTH
-        self._slots.engage(len(self._slots) * sum(self._paces) / AHEAD / WORTH if known else math.inf)
+        # At work as short as this most of the time is spent waiting for the other threads.
+        work = len(self._slots) * sum(self._paces) / AHEAD / self._slots.crew
+        self._slots.engage(work / WORTH if known else math.inf)
 
     def ended(self, attempt: Attempt) -> None:
         """Its renderer, or storing its files, is over: what ``rendered`` and ``stored`` tell comes back here."""
