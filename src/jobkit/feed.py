@@ -34,7 +34,7 @@ logger = logging.getLogger("jobkit")
 # How often others' commits are looked for, in seconds: for a while after an event, and else. The latter is seldom where
 # notifications come sooner anyway, and often where there are none; a look at an SQLite file costs next to nothing.
 ACTIVE_POLL, IDLE_POLL, UNTOLD_POLL = 0.025, 0.5, 0.07
-ACTIVE_LOOK, IDLE_LOOK = 0.01, 0.04
+ACTIVE_LOOK, IDLE_LOOK = 0.006, 0.04
 ACTIVE_FOR = 2.0
 # The least time between two scans that hints ask for, in seconds.
 AFTER_SCAN = 0.01
