@@ -304,7 +304,7 @@ def test_ten_thousand_events_that_nobody_hears_leave_nothing(by_hand: Feed) -> N
     by_hand.offer([row(number) for number in range(1, 10_001)])
     assert by_hand.flush(20)
     by_hand.close(20)
-    left = (by_hand._place.ahead, by_hand._place._last, by_hand._offered, by_hand._memory._seen)
+    left = (by_hand._place.ahead, by_hand._place._last, by_hand._offers._waiting, by_hand._memory._seen)
     assert [len(each) for each in left] == [0, 0, 0, 0]
 
 

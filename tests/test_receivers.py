@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetStore, JobEvent, JobStore, Relay, Runner, feed, relay, signals
+from jobkit import AssetStore, JobEvent, JobStore, Relay, Runner, feed, offers, relay, signals
 from jobkit._dialects.base import EventRow
 from jobkit.clock import utcnow
 from jobkit.feed import Feed
@@ -110,7 +110,7 @@ def test_a_slow_receiver_holds_no_slot_no_lease_and_no_more_connections(
 def test_of_a_burst_that_a_slow_receiver_keeps_waiting_little_is_held_and_all_is_told(
     engine: sa.Engine, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed, "MOST_OFFERED", 500)
+    monkeypatch.setattr(offers, "MOST", 500)
     with Relay(engine):
         append(engine, 1, range(1, 2))
         assert slow.entered.wait(60)
@@ -118,7 +118,7 @@ def test_of_a_burst_that_a_slow_receiver_keeps_waiting_little_is_held_and_all_is
         rows = append(engine, 800, range(1, 6))
         for start in range(0, len(rows), 100):
             assert own.offer(rows[start : start + 100])
-            assert len(own._offered) <= 500
+            assert len(own._offers._waiting) <= 500
         assert len(rows) == 4_000
         assert not own.flush(0)
         slow.let_go.set()
@@ -131,7 +131,7 @@ def test_of_a_burst_that_a_slow_receiver_keeps_waiting_little_is_held_and_all_is
 def test_what_waits_when_the_feed_ends_is_told_before_it_does(
     engine: sa.Engine, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feed, "MOST_OFFERED", 100)
+    monkeypatch.setattr(offers, "MOST", 100)
     one = Relay(engine).start()
     append(engine, 1, range(1, 2))
     assert slow.entered.wait(60)

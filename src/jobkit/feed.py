@@ -25,6 +25,7 @@ from jobkit.bookmark import REMEMBERED_STRETCHES, Bookmark, Memory, Stretch, cur
 from jobkit.clock import pause_after
 from jobkit.link import Link, end_overdue
 from jobkit.listener import Listener
+from jobkit.offers import Offers
 from jobkit.outbox import event_of, known, may_run
 from jobkit.pools import Periodic
 from jobkit.text import describe
@@ -44,9 +45,7 @@ STALE = 60.0
 # twice that, another thread takes the place of the one that waits.
 DB_TIMEOUT = 30.0
 BATCH = 500
-# Events of this process that wait for slow receivers, and those told while the cursor has to wait, are held up to these
-# numbers. The scan comes upon the others.
-MOST_OFFERED = 10_000
+# So many events of this process are told while the cursor has to wait. The scan comes upon the others.
 MOST_AHEAD = 100_000
 
 T = TypeVar("T")
@@ -78,11 +77,8 @@ class Feed:
         self._owed = False
         self._replays: deque[Bookmark] = deque()
         self._version: int | None = None
-        self._offered: list[EventRow] = []
-        self._in_hand: list[EventRow] = []
-        self._held_back = self._hinted = self._closing = False
-        # Events that were offered, those of them that are left to the scan, and those that are through.
-        self._accepted = self._left = self._delivered = 0
+        self._offers = Offers()
+        self._hinted = self._closing = False
         self._told = self._catching_up = 0
         self._thread: threading.Thread | None = None
         self._next_scan = self._last_scan = self._active_until = 0.0
@@ -145,12 +141,9 @@ class Feed:
         with self._wake:
             if self._closing:
                 return False
-            if len(self._offered) + len(rows) > MOST_OFFERED or len(self._place.ahead) > MOST_AHEAD:
-                self._left += len(rows)
-            else:
-                self._offered += rows
-            self._accepted += len(rows)
-            self._wake.notify_all()
+            room = len(self._place.ahead) <= MOST_AHEAD
+            if self._offers.add(rows, wanted=signals.any_receivers(), room=room):
+                self._wake.notify_all()
         # JobStore notifies of new jobs itself.
         if self._listener is not None and (later := [row for row in rows if row.seq > 1]):
             self._listener.tell(jobs=any(map(may_run, later)))
@@ -174,8 +167,8 @@ class Feed:
         if threading.current_thread() is self._thread:
             return False
         with self._wake:
-            accepted = self._accepted
-            return self._wake.wait_for(lambda: self._delivered >= accepted or not self._alive(), timeout)
+            accepted = self._offers.accepted
+            return self._wake.wait_for(lambda: self._offers.delivered(accepted) or not self._alive(), timeout)
 
     @property
     def told(self) -> int:
@@ -203,8 +196,7 @@ class Feed:
             logger.error("the database does not answer the relay's thread; another takes its place")
             with self._wake:
                 self._link = Link(self._engine, autocommit=True)
-                self._offered[:0] = self._in_hand
-                self._in_hand = []
+                self._offers.put_back()
                 self._version = None
             self._spawn()
 
@@ -247,25 +239,23 @@ class Feed:
                     break
             finally:
                 with self._wake:
-                    self._delivered += delivered
+                    self._offers.through(delivered)
                     self._wake.notify_all()
 
     def _wait(self) -> tuple[list[EventRow], int, bool]:
         with self._wake:
-            while not ((self._offered and not self._held_back) or self._closing):
+            while not (self._offers.ready or self._closing):
                 if self._hinted and not self._failures:
                     self._next_scan = min(self._next_scan, self._last_scan + AFTER_SCAN)
                 pause = self._next_scan - time.monotonic()
                 if pause <= 0 or (self._replays and not self._failures and signals.any_receivers()):
                     break
                 self._wake.wait(pause)
-            self._in_hand, self._offered = self._offered, []
-            return self._in_hand, self._left, self._closing
+            return self._offers.take(), self._offers.left, self._closing
 
     def _settle(self, left: int) -> int:
         with self._wake:
-            self._left -= left
-        return left
+            return self._offers.settle(left)
 
     def _hint(self, jobs: bool) -> None:
         """Others have committed. On any thread."""
@@ -295,7 +285,6 @@ class Feed:
 
     def _deliver_offered(self, offered: list[EventRow]) -> int:
         """Deliver them with what is due before them; how many of them need no more care."""
-        self._held_back = False
         if not offered or not signals.any_receivers():
             return len(offered)
         self._active_until = time.monotonic() + ACTIVE_FOR
@@ -305,19 +294,18 @@ class Feed:
             earlier = self._earlier(self._place, fresh)
         except Exception as error:
             self._trouble(error)
-            if self._hold_back(offered):
+            if self._hold_back():
                 return 0
             earlier = []
         self._deliver(self._place, [*earlier, *fresh])
         self._place.ahead.update(row.id for row in [*earlier, *fresh])
         return len(offered)
 
-    def _hold_back(self, offered: list[EventRow]) -> bool:
+    def _hold_back(self) -> bool:
         """Keep events until the log can be read; False when the feed ends: better a gap in order than silence."""
         with self._wake:
             if not self._closing:
-                self._held_back = True
-                self._offered[:0] = offered
+                self._offers.hold_back()
             return not self._closing
 
     def _earlier(self, place: Bookmark, rows: Sequence[EventRow]) -> list[EventRow]:
