@@ -6,10 +6,11 @@ import faulthandler
 import json
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -33,8 +34,10 @@ class Process:
         self.name, self.settings = name, settings
         self.folder = Path(settings["folder"])
         self._parent = os.getppid()
-        self._ending = threading.Event()
-        signal.signal(signal.SIGTERM, lambda *_: self._ending.set())
+        self._ending = False
+        # An Event takes a lock that the thread which the signal interrupts may hold just then.
+        self._bell: SimpleQueue[None] = SimpleQueue()
+        signal.signal(signal.SIGTERM, lambda *_: self._end())
         # What every thread is at goes to the log when the harness asks for it, because something is stuck.
         faulthandler.register(signal.SIGUSR1)
 
@@ -46,7 +49,14 @@ class Process:
         """Wait so long; whether this process is to end. Ends it at once when nobody is left to say so."""
         if os.getppid() != self._parent:
             os._exit(1)
-        return self._ending.wait(seconds)
+        if not self._ending:
+            with suppress(Empty):
+                self._bell.get(timeout=seconds)
+        return self._ending
+
+    def _end(self) -> None:
+        self._ending = True
+        self._bell.put(None)
 
     def engine(self, **options: Any) -> sa.Engine:
         """A new engine, as a host makes it."""
