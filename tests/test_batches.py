@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +36,18 @@ def attempt(store: AssetStore, *sizes: int) -> Attempt:
     )
     made.run()
     return made
+
+
+def test_an_attempt_that_is_over_is_gone_without_the_garbage_collector(disk: AssetStore) -> None:
+    gc.disable()
+    try:
+        made = attempt(disk, 10)
+        assert Batch([made]).publish() == {}
+        gone = weakref.ref(made)
+        del made
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_small_jobs_share_a_batch_and_each_large_one_has_its_own(disk: AssetStore) -> None:

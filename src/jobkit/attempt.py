@@ -79,7 +79,9 @@ class Attempt:
         self._assets = assets
         self._start_coroutine = start_coroutine
         self._lease = lease
-        self._context = RenderContext(
+        # Given up once it was rendered: the context knows the attempt as well, and two objects that know each other
+        # stay until the garbage collector comes, which has to look at all others to find them.
+        self._context: RenderContext | None = RenderContext(
             job_id=claim.job_id,
             company_id=claim.company_id,
             job_type=claim.job_type,
@@ -92,10 +94,7 @@ class Attempt:
             check=self.check,
             progress=self._progress,
         )
-
-    @property
-    def drafts(self) -> list[Draft]:
-        return self._context.drafts
+        self.drafts: list[Draft] = self._context.drafts
 
     def run(self) -> None:
         """Render in this thread. Raises nothing: whatever the renderer raises, ``SystemExit`` too, is this attempt's
@@ -110,10 +109,12 @@ class Attempt:
 
     def render(self) -> None:
         """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk."""
+        context, self._context = self._context, None
+        assert context is not None, "an attempt is rendered once"
         self.started = time.monotonic()
         try:
-            self._context.input = self._registration.parse(self.claim.input)
-            self._read(self._registration.renderer(self._context))
+            context.input = self._registration.parse(self.claim.input)
+            self._read(self._registration.renderer(context), context)
             if not self.drafts:
                 raise ValueError(f"the renderer for {self.claim.job_type!r} gave no file")
             self.stored = tuple(draft.seal(recorded=True) for draft in self.drafts)
@@ -121,7 +122,7 @@ class Attempt:
             self.discard()
             raise
         finally:
-            self._context.clean()
+            context.clean()
             self.took = time.monotonic() - self.started
 
     # --- asked to stop: from other threads
@@ -192,13 +193,13 @@ class Attempt:
             self.claim.company_id, namespace="generated", filename=filename, content_type=content_type
         )
 
-    def _read(self, result: Any) -> None:
+    def _read(self, result: Any, context: RenderContext) -> None:
         if inspect.isawaitable(result):
             result = self._wait(result)
         if result is None:
             return
         if isinstance(result, Rendered):
-            self._spool(result)
+            _spool(result, context)
             return
         outputs = self._iterate(result)
         with closing(outputs):
@@ -207,7 +208,7 @@ class Attempt:
                     raise TypeError(
                         f"the renderer for {self.claim.job_type!r} yielded {type(rendered).__name__}, not Rendered"
                     )
-                self._spool(rendered)
+                _spool(rendered, context)
 
     def _iterate(self, result: Any) -> Generator[Any]:
         if isinstance(result, AsyncIterable):
@@ -251,10 +252,11 @@ class Attempt:
         finally:
             self._awaited = None
 
-    def _spool(self, rendered: Rendered) -> None:
-        # Closed at once: a job of many files would run out of descriptors.
-        with closing(self._context.add(rendered.filename, rendered.content_type).spool) as spool:
-            spool.fill(rendered.body)
+
+def _spool(rendered: Rendered, context: RenderContext) -> None:
+    # Closed at once: a job of many files would run out of descriptors.
+    with closing(context.add(rendered.filename, rendered.content_type).spool) as spool:
+        spool.fill(rendered.body)
 
 
 def render_alone(

@@ -9,7 +9,7 @@ from jobkit.drafts import publish
 from jobkit.handover import Handover
 
 # How many small jobs are stored together: as many as are usually claimed at once.
-MOST = 32
+MOST = 64
 
 
 class Batch:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from datetime import UTC, datetime
+from functools import lru_cache
 from posixpath import basename, splitext
 from uuid import UUID
 
@@ -67,11 +68,13 @@ def _sanitise(text: str) -> str:
     return cleaned[:120].strip("_.") or "file"
 
 
+@lru_cache(maxsize=128)
 def _namespace(namespace: str) -> str:
     parts = [_sanitise(part) for part in namespace.split("/") if part.strip()]
     return "/".join(part if not _DEVICES.fullmatch(part) else f"_{part}" for part in parts[:8]) or "misc"
 
 
+@lru_cache(maxsize=128)
 def _split(filename: str | None) -> tuple[str, str]:
     name = basename((filename or "").replace("\\", "/").rstrip("/")).strip()
     stem, extension = splitext(name)

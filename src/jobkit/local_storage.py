@@ -125,26 +125,23 @@ def _move(uploads: Sequence[Upload], folder: int) -> dict[str, BaseException]:
 
 def _move_some(uploads: Sequence[Upload], folder: int, opened: contextlib.ExitStack) -> dict[str, BaseException]:
     failures: dict[str, BaseException] = {}
-    files: dict[Upload, int] = {}
+    files: list[tuple[Upload, int]] = []
     for upload in uploads:
-        with _told(upload, failures):
-            files[upload] = opened.enter_context(_opened(upload.path, os.O_RDONLY))
+        try:
+            files.append((upload, os.open(upload.path, os.O_RDONLY | os.O_CLOEXEC)))
+            opened.callback(os.close, files[-1][1])
+        except Exception as error:
+            failures[upload.key] = error
     if len(files) > 1:
-        for file in files.values():
+        for _, file in files:
             _begin_to_flush(file)
-    for upload, file in files.items():
-        with _told(upload, failures):
+    for upload, file in files:
+        try:
             os.fsync(file)
             os.replace(upload.path, upload.key.rpartition("/")[2], dst_dir_fd=folder)
+        except Exception as error:
+            failures[upload.key] = error
     return failures
-
-
-@contextlib.contextmanager
-def _told(upload: Upload, failures: dict[str, BaseException]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        failures[upload.key] = error
 
 
 def _begin_to_flush(file: int) -> None:

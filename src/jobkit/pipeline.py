@@ -42,7 +42,7 @@ ACTIVE_FOR = 2.0
 FULL_PAUSE = 5.0
 # Jobs that were rendered and wait for storage or commit may number this many more than the slots, so that their commits
 # can be shared without their spool files filling the disk.
-BACKLOG = 16
+BACKLOG = 32
 TAKEN = "job %s was taken from this runner; its result is dropped"
 # A turn waits for the jobs that are likely to join it for as long as the last one took, within these bounds in seconds:
 # what comes later would wait for that long. Jobs of a millisecond otherwise arrive two at a time.

@@ -29,9 +29,10 @@ logger = logging.getLogger("jobkit")
 # the storage. Nothing is given up: the files may still arrive.
 STALLED = 60.0
 # While a transaction commits, a slot could render several jobs that take next to no time. So many are claimed ahead of
-# the slots as long as each of the last ones took less than so many seconds, and none at work has taken longer.
-AHEAD = 16
+# the slots as long as each of the last ``PACES`` took less than so many seconds, and none at work has taken longer.
+AHEAD = 32
 QUICK = 0.02
+PACES = 16
 # What was claimed ahead goes back into the queue once every slot has been busy with one job for so many seconds. Not
 # less than QUICK: what has just gone back would be claimed again. Longer than a process usually stands still.
 STUCK = 1.0
@@ -70,7 +71,7 @@ class Workshop:
         self._storing: dict[Attempt, Batch] = {}
         self._late: dict[Batch, float] = {}
         # How long the last renderers took.
-        self._paces: deque[float] = deque(maxlen=AHEAD)
+        self._paces: deque[float] = deque(maxlen=PACES)
         #: How many threads were replaced because what they called went on for too long.
         self.replaced = 0
 
@@ -102,9 +103,9 @@ class Workshop:
 
     def engage(self) -> None:
         """Put as many slots to work as what waits is worth. To be called again when ``patience`` is over."""
-        known = len(self._paces) == AHEAD and self._longest < WORTH
+        known = len(self._paces) == PACES and self._longest < WORTH
         # At work as short as this most of the time is spent waiting for the other threads.
-        work = len(self._slots) * sum(self._paces) / AHEAD / self._slots.crew
+        work = len(self._slots) * sum(self._paces) / PACES / self._slots.crew
         self._slots.engage(work / WORTH if known else math.inf)
 
     def ended(self, attempt: Attempt) -> None:
@@ -118,7 +119,7 @@ class Workshop:
     @property
     def ahead(self) -> int:
         """How many jobs may wait for a slot."""
-        quick = self._may_wait and len(self._paces) == AHEAD and max(*self._paces, self._longest) < QUICK
+        quick = self._may_wait and len(self._paces) == PACES and max(*self._paces, self._longest) < QUICK
         return AHEAD if quick else 0
 
     @property
