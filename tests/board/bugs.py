@@ -371,8 +371,8 @@ ATTEMPTS = [
     bug(
         "jobs that wait behind a long one for ever",
         "workshop.py",
-        "        known = len(self._paces) == AHEAD and self._longest < WORTH\n",
-        "        known = len(self._paces) == AHEAD\n",
+        "        known = len(self._paces) == PACES and self._longest < WORTH\n",
+        "        known = len(self._paces) == PACES\n",
         "test_ahead.py::test_jobs_behind_a_long_one_are_taken_by_other_threads",
         only="sqlite",
     ),
