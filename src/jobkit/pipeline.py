@@ -50,6 +50,8 @@ GATHER, GATHER_MOST = 0.002, 0.02
 # Events of jobs that will run again.
 BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
 
+Message = Attempt | tuple[Attempt, Completion] | None
+
 
 class Pipeline:
     """Claims, renders, stores and finishes jobs until it is told to stop. ``run`` belongs to one thread; the rest to
@@ -76,7 +78,8 @@ class Pipeline:
         self._concurrency, self._poll_interval = concurrency, poll_interval
         self._clock, self._on_commit = clock, on_commit
         self._committer = Committer(engine, worker_id=worker_id, lease=lease, clock=clock, holds=self._holds)
-        self._inbox: Inbox[Attempt | Completion | None] = Inbox()
+        # What was rendered, what was stored and how its attempt ends, and that there may be jobs.
+        self._inbox: Inbox[Message] = Inbox()
         self._workshop = Workshop(
             assets,
             renderers,
@@ -206,17 +209,17 @@ class Pipeline:
         if time.monotonic() >= self._next_poll:
             self._hungry = True
 
-    def _sort_all(self, messages: list[Attempt | Completion | None]) -> None:
+    def _sort_all(self, messages: list[Message]) -> None:
         for message in messages:
             self._sort(message)
 
-    def _sort(self, message: Attempt | Completion | None) -> None:
+    def _sort(self, message: Message) -> None:
         if message is None:
             self._hungry = True
-        elif isinstance(message, Completion):
-            self._turn.ends.append(message)
-            if (attempt := self._attempts.get(message.claim.job_id)) is not None:
-                self._workshop.ended(attempt)
+        elif isinstance(message, tuple):
+            attempt, completion = message
+            self._turn.ends.append(completion)
+            self._workshop.ended(attempt)
         else:
             self._workshop.ended(message)
             if message.failure is None:
@@ -348,9 +351,10 @@ class Pipeline:
 
     def _stored(self, attempt: Attempt, failure: BaseException | None) -> None:
         if failure is None:
-            self._inbox.put(Completion(attempt.claim, files=attempt.stored))
+            completion = Completion(attempt.claim, files=attempt.stored)
         else:
-            self._inbox.put(self._failed(attempt, failure))
+            completion = self._failed(attempt, failure)
+        self._inbox.put((attempt, completion))
 
     def _release_all(self) -> None:
         """Give back what is still in flight, as far as the database lets us."""

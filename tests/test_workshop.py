@@ -1,0 +1,57 @@
+"""What is rendered and stored here is counted until it is through, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+import jobkit
+from jobkit import AssetStore, Rendered, Runner
+from tests.support.invariants import violations
+from tests.support.runners import note, only, seen, until
+
+Create = Callable[..., jobkit.Job]
+
+
+def test_a_job_claimed_again_while_its_first_files_are_stored_is_at_work_until_it_has_ended(
+    engine: sa.Engine, disk: AssetStore, create: Create, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    storing, stored, publish = threading.Event(), threading.Event(), disk._storage.publish
+    second, door, attempts = threading.Event(), threading.Event(), []
+
+    def slow(uploads: Any) -> Any:
+        if not storing.is_set():
+            storing.set()
+            assert stored.wait(30)
+        return publish(uploads)
+
+    def render(ctx: jobkit.RenderContext) -> Rendered:
+        attempts.append(ctx)
+        if len(attempts) > 1:
+            second.set()
+            assert door.wait(30)
+        return note(ctx)
+
+    monkeypatch.setattr(disk._storage, "publish", slow)
+    with Runner(engine, disk, only(render), concurrency=1, poll_interval=0.05) as runner:
+        job = create()
+        assert storing.wait(20)
+        with engine.begin() as connection:
+            jobkit.JobStore(connection).transition(job.id, expect="running", status="queued")
+        assert second.wait(20)
+        assert runner._running is not None
+        workshop = runner._running.pipeline._workshop
+        stored.set()
+        try:
+            until(lambda: not workshop._storing and not workshop._late, "what was stored is forgotten")
+            assert len(workshop.rendering) == 1
+        finally:
+            door.set()
+        runner.run_until_idle(timeout=20)
+    assert (seen(engine, job).status, seen(engine, job).fence) == ("done", 2)
+    assert violations(engine, tmp_path / "assets") == []
