@@ -12,6 +12,8 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, Rendered, Runner
+from jobkit.committer import Committed, Committer
+from jobkit.turns import Turn
 from tests.support.invariants import violations
 from tests.support.runners import note, only, seen, until
 
@@ -55,3 +57,23 @@ def test_a_job_claimed_again_while_its_first_files_are_stored_is_at_work_until_i
         runner.run_until_idle(timeout=20)
     assert (seen(engine, job).status, seen(engine, job).fence) == ("done", 2)
     assert violations(engine, tmp_path / "assets") == []
+
+
+def test_what_was_rendered_and_not_stored_when_a_runner_stops_leaves_no_file(
+    engine: sa.Engine, disk: AssetStore, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, commit = threading.Event(), Committer.commit
+
+    def away(self: Committer, turn: Turn) -> Committed:
+        if turn.rendered:
+            failed.set()
+            raise sa.exc.OperationalError("COMMIT", {}, OSError("no route to host"))
+        return commit(self, turn)
+
+    monkeypatch.setattr(Committer, "commit", away)
+    job = create()
+    with Runner(engine, disk, only(note)) as runner:
+        assert failed.wait(20)
+        runner.stop(timeout=0)
+    assert seen(engine, job).status == "queued"
+    assert list(disk.spool_folder().iterdir()) == []

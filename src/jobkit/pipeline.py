@@ -177,12 +177,19 @@ class Pipeline:
         finally:
             self.link.close()
             self._close()
+            self._drop()
 
     def _close(self) -> None:
         self._workshop.close()
         with self._asking:
             self._over = True
             self._asking.notify_all()
+
+    def _drop(self) -> None:
+        """Remove the spool files of what was rendered and will not be stored."""
+        self._sort_all(self._inbox.take(0))
+        for attempt in self._turn.rendered:
+            attempt.discard()
 
     def _finished(self, until_idle: bool) -> bool:
         if self._abandoned:
