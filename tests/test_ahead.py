@@ -15,9 +15,10 @@ from jobkit.attempt import Attempt
 from jobkit.claims import Claim
 from jobkit.context import Registration
 from jobkit.ids import new_id
+from jobkit.pipeline import Pipeline
 from jobkit.tables import content_job_events, content_jobs
 from tests.support.invariants import violations
-from tests.support.runners import note, only, seen, statuses, until
+from tests.support.runners import Gate, note, only, seen, statuses, until
 
 Create = Callable[..., Job]
 c, e = content_jobs.c, content_job_events.c
@@ -132,3 +133,33 @@ def test_some_jobs_are_claimed_ahead(engine: sa.Engine, disk: AssetStore, monkey
         halting.open.set()
         until(lambda: statuses(engine).count("done") == 60)
     assert len(halting.begun) == 60
+
+
+def test_a_runner_that_gets_no_more_threads_waits_for_those_it_has(
+    engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, collect, looks = threading.Thread.start, Pipeline._collect, []
+
+    def refuse(self: threading.Thread) -> None:
+        if self.name.startswith("jobkit-render") and not self.name.endswith("-0"):
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    def counting(self: Pipeline, timeout: float) -> None:
+        looks.append(timeout)
+        collect(self, timeout)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    many(engine, 2)
+    gate = Gate()
+    with Runner(engine, disk, only(gate), concurrency=3) as runner:
+        gate.entered()
+        until(lambda: statuses(engine).count("running") == 2)
+        threading.Event().wait(0.2)
+        monkeypatch.setattr(Pipeline, "_collect", counting)
+        threading.Event().wait(0.5)
+        meanwhile = len(looks)
+        gate.open()
+        runner.run_until_idle(timeout=20)
+    assert statuses(engine) == ["done", "done"]
+    assert meanwhile < 40

@@ -117,3 +117,19 @@ def test_all_is_done_at_once_where_there_are_no_threads(render: Renderer) -> Non
     slots.engage(math.inf)
     assert render.begun == [0, 1, 2]
     assert slots._engaged == 0
+
+
+def test_no_more_can_be_engaged_than_what_waits_can_use(
+    slots: Slots, render: Renderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    add(slots, 1)
+    slots.engage(math.inf)
+    until(lambda: render.begun == [0])
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    add(slots, 1)
+    slots.engage(math.inf)
+    assert len(slots) == 1
+    assert not slots.idle  # who waits for the thread that was engaged would else look again without a pause

@@ -40,7 +40,8 @@ class Slots:
     @property
     def idle(self) -> bool:
         """Whether something waits that a thread could be engaged for."""
-        return bool(self._waiting) and self._engaged < self._size
+        # Those that are engaged and have not begun yet will take what waits.
+        return bool(self._waiting) and self._engaged < min(self._size, self._rendering + len(self._waiting))
 
     def __len__(self) -> int:
         """How many wait."""
