@@ -133,3 +133,15 @@ def test_no_more_can_be_engaged_than_what_waits_can_use(
     slots.engage(math.inf)
     assert len(slots) == 1
     assert not slots.idle  # who waits for the thread that was engaged would else look again without a pause
+
+
+def test_a_thread_whose_rendering_raises_leaves_its_place_to_others(slots: Slots, render: Renderer) -> None:
+    def fail(attempt: Any) -> bool:
+        raise SystemExit(attempt)
+
+    slots._render = fail
+    add(slots, 5)
+    for _ in range(5):
+        slots.engage(math.inf)
+        until(lambda: slots._engaged == 0)
+    assert (len(slots), slots._rendering) == (0, 0)

@@ -61,9 +61,7 @@ class Slots:
     def replace(self) -> None:
         """Let another thread take the place of one that goes on rendering."""
         self._pool.replace()
-        with self._lock:
-            self._engaged -= 1
-            self._rendering -= 1
+        self._less()
 
     def close(self) -> None:
         """Drop what waits, and let every thread end when it is through with what it renders. Waits for none."""
@@ -79,9 +77,19 @@ class Slots:
             self._engaged += more
             return more
 
+    def _less(self) -> None:
+        with self._lock:
+            self._engaged -= 1
+            self._rendering -= 1
+
     def _serve(self) -> bool:
         while (attempt := self._take()) is not None:
-            if self._render(attempt):
+            try:
+                late = self._render(attempt)
+            except BaseException:
+                self._less()
+                raise
+            if late:
                 return True
             with self._lock:
                 self._rendering -= 1
