@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -163,3 +164,36 @@ def test_a_runner_that_gets_no_more_threads_waits_for_those_it_has(
         runner.run_until_idle(timeout=20)
     assert statuses(engine) == ["done", "done"]
     assert meanwhile < 40
+
+
+def test_jobs_behind_one_whose_failure_takes_long_to_log_are_taken_by_other_threads(
+    engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workshop, "QUICK", 60.0)
+    monkeypatch.setattr(workshop, "STUCK", 3600.0)
+    monkeypatch.setattr(workshop, "WORTH", 1.0)
+    many(engine, 80)
+    logging_, sent = threading.Event(), threading.Event()
+
+    def failing(ctx: RenderContext) -> Rendered:
+        if ctx.input["n"] == 40:
+            raise ValueError("no such font")
+        return note(ctx)
+
+    class Mail(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            logging_.set()
+            assert sent.wait(60)
+
+    mail = Mail(logging.WARNING)
+    logging.getLogger("jobkit").addHandler(mail)
+    try:
+        with Runner(engine, disk, only(failing), concurrency=4):
+            assert logging_.wait(60)
+            try:
+                until(lambda: statuses(engine).count("done") == 79, "the other three slots do what waited behind it")
+            finally:
+                sent.set()
+            until(lambda: statuses(engine).count("failed") == 1)
+    finally:
+        logging.getLogger("jobkit").removeHandler(mail)

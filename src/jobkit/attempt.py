@@ -69,7 +69,7 @@ class Attempt:
         self._progressed = progressed
         #: When its renderer began, on this machine's monotonic clock.
         self.started: float | None = None
-        #: How many seconds it took, once it has ended.
+        #: How many seconds its thread was busy with it, once that has ended.
         self.took: float | None = None
         #: Between the thread that renders and the one that may give the attempt up.
         self.handover = Handover()
@@ -100,12 +100,15 @@ class Attempt:
         """Render in this thread. Raises nothing: whatever the renderer raises, ``SystemExit`` too, is this attempt's
         ``failure``.
         """
+        began = time.monotonic()
         try:
             self.render()
         except BaseException as error:  # the thread belongs to the runner: not even SystemExit may end it
             self.failure = error
             with suppress(Exception):  # a host's log handler that raises must not keep the failure from being recorded
                 self._log(error)
+        finally:  # with what a log handler takes, which may send mail: the thread is not free before
+            self.took = time.monotonic() - began
 
     def render(self) -> None:
         """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk."""
@@ -123,7 +126,6 @@ class Attempt:
             raise
         finally:
             context.clean()
-            self.took = time.monotonic() - self.started
 
     # --- asked to stop: from other threads
 
