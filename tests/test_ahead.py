@@ -197,3 +197,29 @@ def test_jobs_behind_one_whose_failure_takes_long_to_log_are_taken_by_other_thre
             until(lambda: statuses(engine).count("failed") == 1)
     finally:
         logging.getLogger("jobkit").removeHandler(mail)
+
+
+def test_a_job_taken_while_it_waited_for_a_slot_is_rendered_for_its_second_claim_only(
+    engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workshop, "QUICK", 60.0)
+    monkeypatch.setattr(workshop, "STUCK", 3600.0)
+    jobs = many(engine, 45)
+    halting, rendered = Halting(engine, halt_at=40), []
+
+    def render(ctx: RenderContext) -> Rendered:
+        rendered.append(ctx.input["n"])
+        return halting(ctx)
+
+    with Runner(engine, disk, only(render), concurrency=1, poll_interval=0.05):
+        assert halting.entered.wait(60)
+        try:
+            until(lambda: statuses(engine).count("running") == 5, "four are claimed ahead")
+            with Session(engine) as session, session.begin():
+                for job in jobs[41:]:
+                    JobStore(session).transition(job.id, expect="running", status="queued")
+            until(lambda: [seen(engine, job).fence for job in jobs[41:]] == [2] * 4, "they are claimed again")
+        finally:
+            halting.open.set()
+        until(lambda: statuses(engine).count("done") == 45)
+    assert sorted(rendered) == list(range(45))

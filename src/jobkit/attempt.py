@@ -116,6 +116,7 @@ class Attempt:
         assert context is not None, "an attempt is rendered once"
         self.started = time.monotonic()
         try:
+            self.check()  # it may have waited for its thread
             context.input = self._registration.parse(self.claim.input)
             self._read(self._registration.renderer(context), context)
             if not self.drafts:
