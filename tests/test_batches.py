@@ -87,6 +87,20 @@ def test_what_a_storage_raises_fails_every_job_of_the_batch(disk: AssetStore, mo
     assert list(disk.spool_folder().iterdir()) == []
 
 
+def test_a_spool_file_that_cannot_be_removed_harms_no_job_of_the_batch(
+    disk: AssetStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = attempt(disk, 1), attempt(disk, 3)
+    error, publish, path = OSError("no room"), disk._storage.publish, first.drafts[0].spool.path
+    path.unlink()
+    path.mkdir()  # which unlink refuses
+    monkeypatch.setattr(disk._storage, "publish", lambda uploads: publish(uploads[1:]) | {uploads[0].key: error})
+    assert Batch([first, second]).publish() == {first: error}
+    assert list(disk.spool_folder().iterdir()) == [path]
+    assert path.name in caplog.text
+    path.rmdir()
+
+
 def test_of_jobs_that_are_stored_together_one_fails_alone(
     engine: sa.Engine, disk: AssetStore, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import logging
 import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
@@ -12,6 +13,8 @@ from typing import Any, cast
 
 from jobkit.errors import AssetEmpty, AssetError, AssetTooLarge
 from jobkit.types import Body, StoredObject
+
+logger = logging.getLogger("jobkit")
 
 CHUNK = 1 << 20
 # A large write is hashed and written in pieces that the processor's cache holds: once through memory, not twice.
@@ -135,11 +138,14 @@ class Spool(io.RawIOBase):
         self._gone = True
 
     def discard(self) -> None:
-        """Close, and remove the file if it is still there."""
+        """Close, and remove the file if it is still there. Should it refuse to go, it goes with the folder."""
         self.close()
         if not self._gone:
-            self.path.unlink(missing_ok=True)
             self._gone = True
+            try:
+                self.path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s could not be removed, and stays as long as this process: %s", self.path, error)
 
     def _check(self, size: int) -> None:
         if self._refusal is None and size > self._limit:
