@@ -26,8 +26,10 @@ class Offers:
         """Take these; whether the feed has something to do now. ``wanted``: whether anybody listens; ``room``: whether
         the feed can tell more ahead of its scan.
         """
+        all_through = self._through == self._accepted
         self._accepted += len(rows)
-        if not wanted and not self._waiting:
+        # While others are on their way these follow them: what is through is only counted.
+        if not wanted and all_through:
             self._through += len(rows)
             return False
         if room and len(self._waiting) + len(rows) <= MOST:
