@@ -182,3 +182,21 @@ def test_uploads_that_never_answer_do_not_hold_up_the_others(
             answers.set()
             until(lambda: runner.metrics().ended == 16)
         until(lambda: not threads("jobkit-store"))
+
+
+def test_no_turn_waits_for_an_upload_that_takes_long(
+    engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workshop, "STALLED", 0.2)
+    answers = threading.Event()
+    with faulty_filesystem(FaultPlan(Fault("put_file", "wait", until=answers.wait, times=1))):
+        store = AssetStore(f"faulty://{uuid.uuid4()}")
+        with Runner(engine, store, only(note)) as runner:
+            job = create()
+            assert runner._running is not None
+            pipeline = runner._running.pipeline
+            until(lambda: pipeline.metrics().replaced == 1)
+            soon = pipeline._workshop.soon
+            answers.set()
+            until(lambda: seen(engine, job).status == "done")
+    assert soon == 0

@@ -67,7 +67,8 @@ class Workshop:
         self._loop = LoopThread()
         #: The attempts whose renderers run, in the order in which they began.
         self.rendering: dict[Attempt, None] = {}
-        # The attempts whose files are being stored, with their batches, and when each of those is late.
+        # The attempts whose files are being stored, but for those that take long, with their batches, and when each of
+        # those is late.
         self._storing: dict[Attempt, Batch] = {}
         self._late: dict[Batch, float] = {}
         # How long the last renderers took.
@@ -173,7 +174,7 @@ class Workshop:
         for batch in [batch for batch, late in self._late.items() if late <= now]:
             self._late[batch] = now + STALLED
             if batch.handover.leave():
-                self._late[batch] = math.inf
+                self._expect_no_more(batch)
                 self._replace(self._publishers)
                 first, *others = batch.attempts
                 whose = f"{first.claim.job_id} and {len(others)} more" if others else str(first.claim.job_id)
@@ -185,6 +186,12 @@ class Workshop:
         self._slots.close()
         self._publishers.close()
         self._loop.close()
+
+    def _expect_no_more(self, batch: Batch) -> None:
+        """No turn waits for it, and it is never late again."""
+        del self._late[batch]
+        for attempt in batch.attempts:
+            self._storing.pop(attempt, None)
 
     def _replace(self, pool: Pool | Slots) -> None:
         pool.replace()
