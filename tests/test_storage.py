@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib
 import io
 import os
@@ -225,6 +226,18 @@ def uploads(storage: LocalStorage, *keys: str) -> list[Upload]:
         path.write_bytes(key.encode())
         made.append(Upload(path, key, "text/plain"))
     return made
+
+
+def test_a_system_that_takes_no_hints_stores_files_all_the_same(
+    local: LocalStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, start: int, length: int, advice: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse)
+    made = uploads(local, "acme/1", "acme/2")
+    assert local.publish(made) == {}
+    assert [read(local, upload.key) for upload in made] == [b"acme/1", b"acme/2"]
 
 
 def test_files_that_are_published_together_are_on_the_disk_before_their_names_and_share_the_folders_flush(

@@ -149,7 +149,8 @@ def _begin_to_flush(file: int) -> None:
     the first waits for all of them.
     """
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # only a hint
+            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _make_folders(root: Path, folder: Path) -> None:
