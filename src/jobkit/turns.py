@@ -35,7 +35,8 @@ class Turn:
 
     def parts(self) -> list[Turn]:
         """Each thing by itself, so that what the database refuses fails alone."""
-        found = [Turn(ends=[end]) for end in self.ends] + [Turn(rendered=[attempt]) for attempt in self.rendered]
+        found = [Turn(ends=[end], again=self.again) for end in self.ends]
+        found += [Turn(rendered=[attempt]) for attempt in self.rendered]
         return [*found, Turn(limit=self.limit, asked=self.asked, thorough=self.thorough)] if self.limit else found
 
 
