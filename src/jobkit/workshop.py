@@ -126,7 +126,9 @@ class Workshop:
     @property
     def soon(self) -> int:
         """How many jobs are likely to have been rendered or stored in a moment."""
-        return len(self._storing) + (len(self.rendering) if self.ahead else 0)
+        # One upload to a storage far away says nothing about the next.
+        storing = len(self._storing) if self._assets.together else 0
+        return storing + (len(self.rendering) if self.ahead else 0)
 
     def stuck(self) -> list[Attempt]:
         """Withdraw the attempts that wait for slots that are all taken by slower ones."""
