@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from jobkit import AssetStore, Job, JobRequest, JobStore, RenderContext, Rendered, Runner, workshop
+from jobkit import AssetStore, Job, JobRequest, JobStore, RenderContext, Rendered, Runner, pace, workshop
 from jobkit.attempt import Attempt
 from jobkit.claims import Claim
 from jobkit.context import Registration
@@ -49,7 +49,7 @@ class Halting:
 def test_what_waits_behind_a_long_job_goes_back_to_the_queue_and_others_can_take_it(
     engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "QUICK", 1.0)  # whatever this machine is busy with
+    monkeypatch.setattr(pace, "QUICK", 1.0)  # whatever this machine is busy with
     monkeypatch.setattr(workshop, "STUCK", 1.0)
     jobs = many(engine, 60)
     # The one that halts is claimed once enough have shown that they take no time.
@@ -73,7 +73,7 @@ def test_what_waits_behind_a_long_job_goes_back_to_the_queue_and_others_can_take
 def test_jobs_that_take_their_time_are_never_claimed_ahead(
     engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "QUICK", 0.0)
+    monkeypatch.setattr(pace, "QUICK", 0.0)
     many(engine, 50)
     most: list[int] = []
 
@@ -94,9 +94,9 @@ def test_jobs_that_take_their_time_are_never_claimed_ahead(
 def test_jobs_behind_a_long_one_are_taken_by_other_threads(
     engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "QUICK", 60.0)
+    monkeypatch.setattr(pace, "QUICK", 60.0)
     monkeypatch.setattr(workshop, "STUCK", 3600.0)
-    monkeypatch.setattr(workshop, "WORTH", 1.0)  # so one thread is enough for all, while none takes a second
+    monkeypatch.setattr(pace, "WORTH", 1.0)  # so one thread is enough for all, while none takes a second
     many(engine, 80)
     halting = Halting(engine, halt_at=40)
     with Runner(engine, disk, only(halting), concurrency=4):
@@ -124,7 +124,7 @@ def test_an_attempt_is_either_begun_or_withdrawn(begins_first: bool, disk: Asset
 
 
 def test_some_jobs_are_claimed_ahead(engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workshop, "QUICK", 60.0)
+    monkeypatch.setattr(pace, "QUICK", 60.0)
     many(engine, 60)
     halting = Halting(engine, halt_at=40)
     monkeypatch.setattr(workshop, "STUCK", 3600.0)
@@ -169,9 +169,9 @@ def test_a_runner_that_gets_no_more_threads_waits_for_those_it_has(
 def test_jobs_behind_one_whose_failure_takes_long_to_log_are_taken_by_other_threads(
     engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "QUICK", 60.0)
+    monkeypatch.setattr(pace, "QUICK", 60.0)
     monkeypatch.setattr(workshop, "STUCK", 3600.0)
-    monkeypatch.setattr(workshop, "WORTH", 1.0)
+    monkeypatch.setattr(pace, "WORTH", 1.0)
     many(engine, 80)
     logging_, sent = threading.Event(), threading.Event()
 
@@ -202,7 +202,7 @@ def test_jobs_behind_one_whose_failure_takes_long_to_log_are_taken_by_other_thre
 def test_a_job_taken_while_it_waited_for_a_slot_is_rendered_for_its_second_claim_only(
     engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "QUICK", 60.0)
+    monkeypatch.setattr(pace, "QUICK", 60.0)
     monkeypatch.setattr(workshop, "STUCK", 3600.0)
     jobs = many(engine, 45)
     halting, rendered = Halting(engine, halt_at=40), []

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -19,6 +18,7 @@ from jobkit.claims import Claim
 from jobkit.context import Registration, RenderContext, Renderer
 from jobkit.errors import AssetNotFound, JobTimeout, UnknownJobType
 from jobkit.link import SharedLink
+from jobkit.pace import Pace
 from jobkit.pools import LoopThread
 from jobkit.renderers import Renderers
 from jobkit.slots import Pool, Slots
@@ -28,17 +28,12 @@ logger = logging.getLogger("jobkit")
 # How long storing one job's files may take, in seconds, before another thread takes the place of the one that waits for
 # the storage. Nothing is given up: the files may still arrive.
 STALLED = 60.0
-# While a transaction commits, a slot could render several jobs that take next to no time. So many are claimed ahead of
-# the slots as long as each of the last ``PACES`` took less than so many seconds, and none at work has taken longer.
+# While a transaction commits, a slot could render several jobs that take next to no time: so many are claimed ahead of
+# the slots as long as renderers are quick.
 AHEAD = 32
-QUICK = 0.02
-PACES = 16
 # What was claimed ahead goes back into the queue once every slot has been busy with one job for so many seconds. Not
-# less than QUICK: what has just gone back would be claimed again. Longer than a process usually stands still.
+# less than what is quick: what has just gone back would be claimed again. Longer than a process usually stands still.
 STUCK = 1.0
-# A slot is put to work for each so many seconds of work that are to be expected of what waits: threads that take turns
-# at work of a millisecond cost more than the work. What has taken longer than that by now puts all of them to work.
-WORTH = 0.005
 
 
 class Workshop:
@@ -71,8 +66,7 @@ class Workshop:
         # those is late.
         self._storing: dict[Attempt, Batch] = {}
         self._late: dict[Batch, float] = {}
-        # How long the last renderers took.
-        self._paces: deque[float] = deque(maxlen=PACES)
+        self._pace = Pace(self.rendering)
         #: How many threads were replaced because what they called went on for too long.
         self.replaced = 0
 
@@ -104,15 +98,12 @@ class Workshop:
 
     def engage(self) -> None:
         """Put as many slots to work as what waits is worth. To be called again when ``patience`` is over."""
-        known = len(self._paces) == PACES and self._longest < WORTH
-        # At work as short as this most of the time is spent waiting for the other threads.
-        work = len(self._slots) * sum(self._paces) / PACES / self._slots.crew
-        self._slots.engage(work / WORTH if known else math.inf)
+        self._slots.engage(self._pace.threads(len(self._slots), self._slots.crew))
 
     def ended(self, attempt: Attempt) -> None:
         """Its renderer, or storing its files, is over: what ``rendered`` and ``stored`` tell comes back here."""
         if self.rendering.pop(attempt, 0) is None:
-            self._paces.append(attempt.took or 0.0)
+            self._pace.add(attempt.took or 0.0)
         # A batch is over as a whole.
         if (batch := self._storing.pop(attempt, None)) is not None:
             self._late.pop(batch, None)
@@ -120,8 +111,7 @@ class Workshop:
     @property
     def ahead(self) -> int:
         """How many jobs may wait for a slot."""
-        quick = self._may_wait and len(self._paces) == PACES and max(*self._paces, self._longest) < QUICK
-        return AHEAD if quick else 0
+        return AHEAD if self._may_wait and self._pace.quick else 0
 
     @property
     def soon(self) -> int:
@@ -141,19 +131,10 @@ class Workshop:
 
     def _stuck_in(self) -> float:
         """For how many seconds nothing can be stuck."""
-        began = self._began()
+        began = self._pace.began
         if len(began) < self._concurrency or len(self.rendering) == len(began):
             return math.inf
         return max(began) + STUCK - time.monotonic()
-
-    @property
-    def _longest(self) -> float:
-        """How long the renderer that has been at work for longest has taken so far."""
-        return time.monotonic() - min(self._began(), default=math.inf)
-
-    def _began(self) -> list[float]:
-        """When each of the renderers that are at work now began."""
-        return [attempt.started for attempt in self.rendering if attempt.started is not None and attempt.took is None]
 
     @property
     def patience(self) -> float:
@@ -161,7 +142,7 @@ class Workshop:
         now = time.monotonic()
         renderers = [attempt.remaining for attempt in self.rendering]
         storing = (late - now for late in self._late.values())
-        engaging = WORTH - max(0.0, self._longest) if self._slots.idle else math.inf
+        engaging = self._pace.steady if self._slots.idle else math.inf
         return max(0.0, min(3600.0, engaging, self._stuck_in(), *renderers, *storing))
 
     def overdue(self) -> list[tuple[Attempt, JobTimeout]]:

@@ -370,9 +370,9 @@ ATTEMPTS = [
     ),
     bug(
         "jobs that wait behind a long one for ever",
-        "workshop.py",
-        "        known = len(self._paces) == PACES and self._longest < WORTH\n",
-        "        known = len(self._paces) == PACES\n",
+        "pace.py",
+        "        if len(self._took) < LAST or self.longest >= WORTH:\n",
+        "        if len(self._took) < LAST:\n",
         "test_ahead.py::test_jobs_behind_a_long_one_are_taken_by_other_threads",
         only="sqlite",
     ),
