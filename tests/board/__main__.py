@@ -66,6 +66,9 @@ def _sound(copies: list[Copy], bugs: list[Bug]) -> bool:
         f"without a bug: {len(results)} tests in {time.monotonic() - began:.0f} s" + (f", red: {red}" if red else ""),
         flush=True,
     )
+    for result in results:
+        if said := result.failed or result.broken:
+            print(said, flush=True)
     return not red
 
 
