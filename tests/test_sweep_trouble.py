@@ -56,9 +56,9 @@ def test_a_job_whose_file_is_swept_fails_with_that_message_and_what_it_stores_la
 ) -> None:
     publish = LocalStorage.publish
 
-    def swept_first(storage: LocalStorage, *args: Any) -> None:
+    def swept_first(storage: LocalStorage, *args: Any) -> Any:
         collect(disk)
-        publish(storage, *args)
+        return publish(storage, *args)
 
     monkeypatch.setattr(LocalStorage, "publish", swept_first)
     job = create("note")
