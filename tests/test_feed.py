@@ -263,6 +263,20 @@ def test_an_event_that_the_scan_told_before_it_was_offered_comes_once(
     assert [recorder.types(job.id) for job in jobs] == [["queued", "running", "done"]] * 3
 
 
+def test_where_nobody_notifies_jobs_of_others_are_looked_for_often_after_one_though_nobody_listens(
+    sqlite_database: Database,
+) -> None:
+    alone = Feed(sqlite_database.engine, Memory(), "log")
+    alone._place = Bookmark(alone._ask(alone._statements.start))
+    alone._scan()
+    assert alone._next_scan - alone._last_scan == pytest.approx(feed.IDLE_LOOK)
+    with sqlite_database.connect().begin() as connection:
+        JobStore(connection).create("acme", job_type="note")
+    alone._scan()
+    assert alone._next_scan - alone._last_scan == pytest.approx(feed.ACTIVE_LOOK)
+    alone._link.close()
+
+
 def test_an_event_that_was_offered_is_skipped_by_the_scan(by_hand: Feed, create: Create, recorder: Recorder) -> None:
     jobs = [create() for _ in range(3)]
     rows, _ = by_hand._ask(by_hand._statements.scan, by_hand.cursor, by_hand._place.start, 500)

@@ -376,6 +376,7 @@ class Feed:
         former, self._place = self._place, here
         self._keep(former.stretch())
         if not self._statements.channels and here.cursor != former.cursor:  # where nobody notifies: it may be jobs
+            self._active_until = time.monotonic() + ACTIVE_FOR
             self._wanted()
         return True
 
