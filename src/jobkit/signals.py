@@ -26,7 +26,7 @@ Listener = Callable[[JobEvent], object]
 logger = logging.getLogger("jobkit")
 # After so many receivers in a row, threads that wait for the interpreter get it at once. They would wait for five
 # milliseconds each time otherwise: as long as a hundred small jobs take.
-AT_ONCE = 50
+AT_ONCE = 500
 _delivering = threading.local()
 # Connecting, disconnecting and choosing receivers, one at a time: blinker's bookkeeping is not made for threads. An
 # RLock, because a weak receiver may be collected, and thereby disconnected, in the middle of any of them.
