@@ -8,7 +8,7 @@ from jobkit.attempt import Attempt
 from jobkit.drafts import publish
 from jobkit.handover import Handover
 
-# How many small jobs are stored together: as many as are usually claimed at once.
+# How many small jobs are stored together at most: more than are claimed at once.
 MOST = 64
 
 

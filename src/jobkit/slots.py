@@ -34,7 +34,7 @@ class Slots:
         self._waiting: deque[Attempt] = deque()
         # How many threads take what waits, and how many of them are rendering.
         self._engaged = self._rendering = 0
-        #: How many threads took what waited since they were last engaged.
+        #: How many threads took what waited when they were last engaged.
         self.crew = 1
 
     @property

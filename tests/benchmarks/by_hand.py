@@ -13,15 +13,14 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import partial
 
-from tests.benchmarks.databases import fresh, settle
+from tests.benchmarks.databases import DATABASES, add_databases, fresh, server_for, settle
 from tests.benchmarks.filling import queue
 from tests.benchmarks.measuring import Figures, alternate, compare
 from tests.benchmarks.workers import process, verdict
 from tests.benchmarks.workers.creating import WARM
-from tests.support.postgres import DURABLE, Server, start_server
+from tests.support.postgres import DURABLE, Server
 
 DRAIN = {
     "sqlite": {"jobkit": "library:work", "by hand": "sqlite:work"},
@@ -68,20 +67,14 @@ def compete(title: str, kinds: dict[str, str], rounds: int, act: Callable[[str],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("databases", nargs="*", metavar="sqlite|postgresql", help="default: both")
+    add_databases(parser)
     parser.add_argument("--jobs", type=int, default=3_000)
     parser.add_argument("--many", type=int, default=10_000, help="how many jobs create_many creates")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("drain", "create"))
     options = parser.parse_args()
-    if unknown := set(options.databases) - DRAIN.keys():
-        parser.error(f"no database of this benchmark: {', '.join(unknown)}")
-    with ExitStack() as stack:
-        for name in options.databases or DRAIN:
-            server = None
-            if name == "postgresql":
-                server = start_server(settings=DURABLE)
-                stack.callback(server.stop)
+    for name in options.databases or DATABASES:
+        with server_for(name, DURABLE) as server:
             if options.only != "create":
                 title = f"{name}: {options.jobs} jobs with a file of 1 KiB"
                 compete(title, DRAIN[name], options.rounds, partial(drain, server, jobs=options.jobs))

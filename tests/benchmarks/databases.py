@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -15,9 +16,32 @@ import sqlalchemy as sa
 
 import jobkit
 from tests.benchmarks.measuring import MIB, memory, parent, reset_peak
-from tests.support.postgres import Server
+from tests.support.postgres import QUICK, Server, start_server
 
 T = TypeVar("T")
+DATABASES = ("sqlite", "postgresql")
+
+
+def add_databases(parser: argparse.ArgumentParser) -> None:
+    """Let a command take the names of databases."""
+    parser.add_argument("databases", nargs="*", metavar="sqlite|postgresql", type=_known, help="default: both")
+
+
+def _known(name: str) -> str:
+    if name not in DATABASES:
+        raise argparse.ArgumentTypeError(f"no database of this benchmark: {name}")
+    return name
+
+
+@contextmanager
+def server_for(name: str, settings: Sequence[str] = QUICK) -> Iterator[Server | None]:
+    """A server of one's own for ``postgresql``; SQLite needs none."""
+    server = start_server(settings=settings) if name == "postgresql" else None
+    try:
+        yield server
+    finally:
+        if server is not None:
+            server.stop()
 
 
 def connect(url: str) -> sa.Engine:

@@ -12,13 +12,12 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
 
-from tests.benchmarks.databases import fresh
+from tests.benchmarks.databases import DATABASES, add_databases, fresh, server_for
 from tests.benchmarks.filling import queue
 from tests.benchmarks.measuring import Figures, tell
 from tests.benchmarks.workers import process, verdict
-from tests.support.postgres import Server, start_server
+from tests.support.postgres import Server
 
 BY_HAND = {"sqlite": "core_sqlite:work", "postgresql": "core:work"}
 MOST, MOST_OVER = 75, 8
@@ -78,18 +77,12 @@ def list_modules(base: Sequence[str], ours: Sequence[str], rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("databases", nargs="*", metavar="sqlite|postgresql", help="default: both")
+    add_databases(parser)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--modules", action="store_true")
     options = parser.parse_args()
-    if unknown := set(options.databases) - BY_HAND.keys():
-        parser.error(f"no database of this benchmark: {', '.join(unknown)}")
-    with ExitStack() as stack:
-        for name in options.databases or BY_HAND:
-            server = None
-            if name == "postgresql":
-                server = start_server()
-                stack.callback(server.stop)
+    for name in options.databases or DATABASES:
+        with server_for(name) as server:
             ours, theirs = [], []
             for _ in range(options.rounds):
                 ours.append(first_job(server, "library:work"))
