@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
 import pytest
+from blinker.base import ANY_ID
 
 from jobkit import CONTENT_JOB_EVENTS, JobEvent, signals
 from jobkit.clock import utcnow
@@ -211,6 +212,39 @@ def test_events_delivered_within_a_receiver_come_after_the_current_ones_and_neve
     signals.content_job_done.disconnect(again)
     signals.content_job_done.disconnect(second)
     assert [number for number, _ in order] == [number for number in range(1, 5_001) for _ in range(2)]
+
+
+def test_other_threads_get_their_turn_within_many_receivers_and_within_many_events(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(signals, "AT_ONCE", 10)
+    monkeypatch.setattr(signals.time, "sleep", lambda seconds: calls.append(("gave way", seconds)))
+    receivers = [lambda *_, event, number=number: calls.append(number) for number in range(4)]
+    for receiver in receivers:
+        signals.content_job_done.connect(receiver)
+    signals.deliver(event() for _ in range(8))
+    assert [place for place, call in enumerate(calls) if call == ("gave way", 0)] == [9, 20, 31]
+    assert len(calls) == 3 + 8 * 4
+    signals.deliver([event()])
+    for receiver in receivers:
+        signals.content_job_done.disconnect(receiver)
+
+
+def test_a_receiver_that_was_collected_is_not_called_though_nobody_has_noticed_yet(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    heard = Heard()
+    signals.content_job_done.connect(heard)
+    audience = list(signals.content_job_done.audience("acme"))
+    gone = weakref.ref(heard)
+    del heard
+    assert gone() is None
+    assert [held() for _, held in audience] == [None]
+    signals.content_job_done._chosen[ANY_ID] = audience
+    signals.deliver([event()])
+    assert caplog.records == []
+    signals.content_job_done._chosen.clear()
 
 
 def _rest(event: JobEvent) -> tuple[Any, ...]:

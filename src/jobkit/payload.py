@@ -12,6 +12,9 @@ MAX_INPUT_BYTES = 1 << 20
 # Numbers that jsonb would change: it reads 1e+23 as an integer, which is another number, and has no negative zero. The
 # first branch steps over strings.
 _NUMBERS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|-?[0-9.]+e\+[0-9]+|-0\.0(?![0-9])')
+# As json.dumps and json.loads, which would make an encoder for each call.
+_encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
+_decode = json.JSONDecoder().decode
 _TOO_DEEP = f"input is nested deeper than {MAX_DEPTH} levels"
 
 
@@ -26,13 +29,13 @@ def canonical(value: object, *, max_bytes: int = MAX_INPUT_BYTES) -> tuple[str, 
     if not isinstance(value, dict):
         raise ValueError(f"input must be a JSON object (a dict), not {type(value).__name__}")
     try:
-        text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+        text = _encode(value)
         if "e+" in text or "-0.0" in text:
             text = _NUMBERS.sub(_written_out, text)
         size = len(text.encode())
         if size > max_bytes:
             raise ValueError(f"it is {size} bytes of JSON, the limit is {max_bytes}")
-        copy: dict[str, Any] = json.loads(text)
+        copy: dict[str, Any] = _decode(text)
         changed = copy != value
     except RecursionError:
         raise ValueError(f"{_TOO_DEEP}, or contains itself") from None

@@ -50,38 +50,45 @@ class Draft(NamedTuple):
 
     def document(self) -> str:
         """The job as ``Statements.insert_jobs`` reads it; its input is JSON text already."""
-        run_at = self.run_at and self.run_at.astimezone(UTC).isoformat(" ", "microseconds")
-        rest = {"id": str(self.job_id), "type": self.job_type, "task": self.source_task_id}
-        return f'{json.dumps({**rest, "run_at": run_at, "priority": self.priority})[:-1]},"input":{self.text}}}'
+        rest = ""
+        if self.source_task_id is not None:
+            rest = f',"task":{json.dumps(self.source_task_id)}'
+        if self.run_at is not None:
+            rest += f',"run_at":"{self.run_at.astimezone(UTC).isoformat(" ", "microseconds")}"'
+        return (
+            f'{{"id":"{self.job_id}","type":{json.dumps(self.job_type)},"priority":{self.priority}'
+            f',"input":{self.text}{rest}}}'
+        )
 
     def job(self, company_id: str, now: datetime) -> Job:
         """The job as it was inserted."""
+        # By position: create_many makes thousands, and 25 names would cost half as much again.
         return Job(
-            id=self.job_id,
-            company_id=company_id,
-            job_type=self.job_type,
-            status=JobStatus.QUEUED,
-            input=self.input,
-            result_asset_id=None,
-            error_message=None,
-            source_task_id=self.source_task_id,
-            started_at=None,
-            finished_at=None,
-            created_at=now,
-            updated_at=now,
-            fence=0,
-            attempt=0,
-            rescues=0,
-            lease_until=None,
-            worker_id=None,
-            run_at=self.run_at,
-            priority=self.priority,
-            idempotency_key=self.key,
-            cancel_requested_at=None,
-            progress=None,
-            progress_message=None,
-            event_seq=1,
-            trace=None,
+            self.job_id,
+            company_id,
+            self.job_type,
+            JobStatus.QUEUED,
+            self.input,
+            None,  # result_asset_id
+            None,  # error_message
+            self.source_task_id,
+            None,  # started_at
+            None,  # finished_at
+            now,
+            now,
+            0,  # fence
+            0,  # attempt
+            0,  # rescues
+            None,  # lease_until
+            None,  # worker_id
+            self.run_at,
+            self.priority,
+            self.key,
+            None,  # cancel_requested_at
+            None,  # progress
+            None,  # progress_message
+            1,  # event_seq
+            None,  # trace
         )
 
 

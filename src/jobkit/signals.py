@@ -12,7 +12,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from inspect import iscoroutinefunction
+from itertools import chain
 from typing import Any, TypeVar
+from weakref import ref
 
 from blinker import ANY, NamedSignal
 from blinker.base import ANY_ID
@@ -22,11 +24,13 @@ from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
 
 Receiver = TypeVar("Receiver", bound=Callable[..., Any])
 Listener = Callable[[JobEvent], object]
+# Receivers, and whether they are held weakly: what calling one then gives is the receiver, or None.
+Audience = list[tuple[bool, Callable[..., Any]]]
 
 logger = logging.getLogger("jobkit")
 # After so many receivers in a row, threads that wait for the interpreter get it at once. They would wait for five
-# milliseconds each time otherwise: as long as a hundred small jobs take.
-AT_ONCE = 500
+# milliseconds each time otherwise: as long as tens of small jobs take.
+AT_ONCE = 1_000
 _delivering = threading.local()
 # Connecting, disconnecting and choosing receivers, one at a time: blinker's bookkeeping is not made for threads. An
 # RLock, because a weak receiver may be collected, and thereby disconnected, in the middle of any of them.
@@ -37,6 +41,30 @@ hold_across(_bookkeeping)
 class JobSignal(NamedSignal):
     """A signal whose senders are company ids, as text."""
 
+    def __init__(self, name: str, doc: str | None = None) -> None:
+        super().__init__(name, doc)
+        self._chosen: dict[Hashable, Audience] = {}
+
+    def audience(self, company_id: str) -> Iterable[tuple[bool, Callable[..., Any]]]:
+        """Who hears of this company's events: those that hear of all, and its own."""
+        everyone = self._choose(ANY_ID)
+        return chain(everyone, self._choose(company_id)) if company_id in self._by_sender else everyone
+
+    def _choose(self, sender_id: Hashable) -> Audience:
+        """Who is connected to this sender, and not to all. Kept until a receiver comes or goes: with thousands of
+        receivers, choosing them takes longer than calling them.
+        """
+        found = self._chosen.get(sender_id)
+        if found is None:
+            with _bookkeeping:
+                chosen = self._chosen  # another one from now on, should a receiver be collected while this is made
+                ids = self._by_sender.get(sender_id, set())
+                if sender_id != ANY_ID:
+                    ids = ids - self._by_sender.get(ANY_ID, set())
+                held = [self.receivers.get(receiver_id) for receiver_id in list(ids)]
+                found = chosen[sender_id] = [(isinstance(one, ref), one) for one in held if one is not None]
+        return found
+
     def connect(self, receiver: Receiver, sender: Any = ANY, weak: bool = True) -> Receiver:
         """As blinker's; the sender's ``str()`` counts, because equal UUIDs are different senders to blinker.
 
@@ -44,6 +72,7 @@ class JobSignal(NamedSignal):
         """
         _refuse_coroutine(receiver)
         with _bookkeeping:
+            self._chosen = {}
             return super().connect(receiver, sender if sender is ANY else str(sender), weak)
 
     def disconnect(self, receiver: Callable[..., Any], sender: Any = ANY) -> None:
@@ -54,6 +83,7 @@ class JobSignal(NamedSignal):
         # blinker looks at every sender that anyone is connected to, which takes long when there are thousands. And it
         # keeps hold of a receiver that is disconnected from its last sender, and of that sender.
         with _bookkeeping:
+            self._chosen = {}
             senders = self._by_receiver.get(receiver_id, set())
             for left in list(senders) if sender_id == ANY_ID else [sender_id]:
                 senders.discard(left)
@@ -131,10 +161,11 @@ def deliver(events: Iterable[JobEvent], origin: str = "") -> None:
         queue.extend((event, origin) for event in events)
         return
     _delivering.queue = queue = deque((event, origin) for event in events)
+    called = 0
     try:
         while queue:
             event, _delivering.origin = queue.popleft()
-            _send(event)
+            called = _send(event, called)
     finally:
         _delivering.queue = None
 
@@ -147,17 +178,17 @@ def origin() -> str:
     return found
 
 
-def _send(event: JobEvent) -> None:
-    signal = _SIGNALS.get(event.type)
-    for number, receiver in enumerate(_receivers(signal, event.company_id) if signal else (), 1):
-        if not number % AT_ONCE:
+def _send(event: JobEvent, before: int) -> int:
+    """Call the receivers; return how many were called in a row, with those ``before`` this event."""
+    signal, company_id, called = _SIGNALS.get(event.type), event.company_id, before
+    for called, (weak, held) in enumerate(signal.audience(company_id) if signal else (), before + 1):
+        if not called % AT_ONCE:
             time.sleep(0)
+        receiver = held() if weak else held
+        if receiver is None:  # collected since
+            continue
         try:
-            receiver(event.company_id, event=event)
+            receiver(company_id, event=event)
         except BaseException:  # SystemExit too: one receiver must not end the thread that serves all
             logger.exception("receiver %r failed on %s of job %s", receiver, event.type, event.job_id)
-
-
-def _receivers(signal: JobSignal, company_id: str) -> list[Callable[..., Any]]:
-    with _bookkeeping:
-        return list(signal.receivers_for(company_id))
+    return called
