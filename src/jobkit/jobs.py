@@ -19,7 +19,7 @@ from jobkit.clock import Clock, aware, utcnow
 from jobkit.errors import ConfigurationError, IdempotencyConflict, InvalidTransition, JobNotFound
 from jobkit.ids import parse_id
 from jobkit.payload import MAX_INPUT_BYTES
-from jobkit.requests import Draft, checked, checked_many, chunks
+from jobkit.requests import Draft, Terms, checked, checked_many, chunks
 from jobkit.sqlite import require_configured
 from jobkit.tables import content_jobs
 from jobkit.text import asked_company, company, sanitise, storable
@@ -78,8 +78,8 @@ class JobStore:
     def insert(self, company_id: object, request: JobRequest) -> tuple[Job, int | None]:
         """``create``, with the id of the event it appended: None when the job was there already."""
         owner = company(company_id)
-        draft = checked(request, self._max_input_bytes)
-        return self._insert(self._writable(), owner, draft, self._clock())
+        draft = checked(request, Terms(owner, self._clock(), self._max_input_bytes))
+        return self._insert(self._writable(), draft)
 
     def create_many(self, company_id: object, requests: Iterable[JobRequest]) -> list[Job]:
         """Insert many queued jobs of one company, each with its event; return them in the order of ``requests``.
@@ -88,33 +88,33 @@ class JobStore:
         and which field. One statement for some thousands of jobs: far faster than ``create`` in a loop. Requests with
         an ``idempotency_key`` are inserted one by one.
         """
-        owner = company(company_id)
-        drafts = checked_many(requests, self._max_input_bytes)
+        owner, wanted = company(company_id), list(requests)  # drawing them may take its time, or create others
+        terms = Terms(owner, self._clock(), self._max_input_bytes)
+        drafts = checked_many(wanted, terms)
         connection = self._writable()
-        keyed = [draft for draft in drafts if draft.key is not None]
-        together = chunks(draft for draft in drafts if draft.key is None)
+        keyed = [draft for draft in drafts if draft.job.idempotency_key is not None]
+        together = chunks(draft for draft in drafts if draft.job.idempotency_key is None)
         first = list(islice(together, 2))
-        now = self._clock()
         # A host may catch the error of a later statement and commit; the savepoint takes the earlier ones back.
         with connection.begin_nested() if len(first) + len(keyed) > 1 else nullcontext():
             for chunk in chain(first, together):
-                statements_for(connection).insert_jobs(connection, owner, chunk, now=now, notify=self._notify)
-            known = {draft.job_id: self._insert(connection, owner, draft, now)[0] for draft in keyed}
-        return [known.get(draft.job_id) or draft.job(owner, now) for draft in drafts]
+                statements_for(connection).insert_jobs(connection, owner, chunk, now=terms.now, notify=self._notify)
+            known = {draft.job.id: self._insert(connection, draft)[0] for draft in keyed}
+        made = [draft.job for draft in drafts]
+        return [known.get(job.id, job) for job in made] if known else made
 
-    def _insert(self, connection: sa.Connection, owner: str, draft: Draft, now: datetime) -> tuple[Job, int | None]:
+    def _insert(self, connection: sa.Connection, draft: Draft) -> tuple[Job, int | None]:
         while True:
-            event_id = statements_for(connection).insert_job(connection, draft.values(owner, now), notify=self._notify)
+            event_id = statements_for(connection).insert_job(connection, draft.values(), notify=self._notify)
             if event_id is not None:
-                return draft.job(owner, now), event_id
-            same_key = (_c.company_id == owner, _c.job_type == draft.job_type, _c.idempotency_key == draft.key)
-            row = connection.execute(sa.select(content_jobs).where(*same_key)).one_or_none()
+                return draft.job, event_id
+            row = connection.execute(_same_key(draft.job)).one_or_none()
             if row is None:  # it was deleted just now
                 continue
             job = job_of(row)
             # As text, because Python takes 1, 1.0 and True for equal. PostgreSQL does not keep the order of keys.
-            if json.dumps(job.input, sort_keys=True) != json.dumps(draft.input, sort_keys=True):
-                raise IdempotencyConflict(job.id, draft.key or "")
+            if json.dumps(job.input, sort_keys=True) != json.dumps(draft.job.input, sort_keys=True):
+                raise IdempotencyConflict(job.id, draft.job.idempotency_key or "")
             return job, None
 
     def get_by_id(self, job_id: UUID | str, *, company_id: object = None) -> Job | None:
@@ -302,6 +302,12 @@ def of_company(column: sa.Column[str], company_id: object) -> sa.ColumnElement[b
     """The rows of this company; none for what cannot be a company."""
     owner = asked_company(company_id)
     return sa.false() if owner is None else column == owner
+
+
+def _same_key(job: Job) -> sa.Select[Any]:
+    """The row that ``job`` cannot be inserted beside."""
+    same = (_c.company_id, job.company_id), (_c.job_type, job.job_type), (_c.idempotency_key, job.idempotency_key)
+    return sa.select(content_jobs).where(*(column == value for column, value in same))
 
 
 def _position(job: Job) -> list[Any]:

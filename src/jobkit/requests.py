@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
-from uuid import UUID
 
 from jobkit.clock import aware
 from jobkit.ids import new_id
@@ -22,77 +21,48 @@ MAX_PRIORITY = (1 << 31) - 1
 
 
 class Draft(NamedTuple):
-    """A checked request, with the id the job gets; ``text`` is its input as JSON."""
+    """A checked request as the job it becomes; ``text`` is its input as JSON."""
 
-    job_id: UUID
-    job_type: str
-    input: dict[str, Any]
+    job: Job
     text: str
-    source_task_id: str | None
-    run_at: datetime | None
-    priority: int
-    key: str | None
 
-    def values(self, company_id: str, now: datetime) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         """The parameters of ``Statements.insert_job``."""
+        job = self.job
         return {
-            "id": self.job_id,
-            "company_id": company_id,
-            "job_type": self.job_type,
+            "id": job.id,
+            "company_id": job.company_id,
+            "job_type": job.job_type,
             "input": self.text,
-            "source_task_id": self.source_task_id,
-            "run_at": self.run_at,
-            "priority": self.priority,
-            "key": self.key,
-            "payload": json.dumps({"jobId": str(self.job_id)}),
-            "now": now,
+            "source_task_id": job.source_task_id,
+            "run_at": job.run_at,
+            "priority": job.priority,
+            "key": job.idempotency_key,
+            "payload": json.dumps({"jobId": str(job.id)}),
+            "now": job.created_at,
         }
 
     def document(self) -> str:
         """The job as ``Statements.insert_jobs`` reads it; its input is JSON text already."""
-        rest = ""
-        if self.source_task_id is not None:
-            rest = f',"task":{json.dumps(self.source_task_id)}'
-        if self.run_at is not None:
-            rest += f',"run_at":"{self.run_at.astimezone(UTC).isoformat(" ", "microseconds")}"'
+        job, rest = self.job, ""
+        if job.source_task_id is not None:
+            rest = f',"task":{json.dumps(job.source_task_id)}'
+        if job.run_at is not None:
+            rest += f',"run_at":"{job.run_at.astimezone(UTC).isoformat(" ", "microseconds")}"'
         return (
-            f'{{"id":"{self.job_id}","type":{json.dumps(self.job_type)},"priority":{self.priority}'
-            f',"input":{self.text}{rest}}}'
-        )
-
-    def job(self, company_id: str, now: datetime) -> Job:
-        """The job as it was inserted."""
-        # By position: create_many makes thousands, and 25 names would cost half as much again.
-        return Job(
-            self.job_id,
-            company_id,
-            self.job_type,
-            JobStatus.QUEUED,
-            self.input,
-            None,  # result_asset_id
-            None,  # error_message
-            self.source_task_id,
-            None,  # started_at
-            None,  # finished_at
-            now,
-            now,
-            0,  # fence
-            0,  # attempt
-            0,  # rescues
-            None,  # lease_until
-            None,  # worker_id
-            self.run_at,
-            self.priority,
-            self.key,
-            None,  # cancel_requested_at
-            None,  # progress
-            None,  # progress_message
-            1,  # event_seq
-            None,  # trace
+            f'{{"id":"{job.id}","type":{json.dumps(job.job_type)},"priority":{job.priority},"input":{self.text}{rest}}}'
         )
 
 
-def checked(request: JobRequest, max_input_bytes: int) -> Draft:
+class Terms(NamedTuple):
+    """What the jobs of one call have in common."""
+
+    company_id: str
+    now: datetime
+    max_input_bytes: int
+
+
+def checked(request: JobRequest, terms: Terms) -> Draft:
     """The request as a draft; ``ValueError`` or ``TypeError`` naming the field that cannot be stored."""
     storable(request.job_type, "job_type", limit=255)
     if request.source_task_id is not None:
@@ -105,20 +75,46 @@ def checked(request: JobRequest, max_input_bytes: int) -> Draft:
     if abs(priority) > MAX_PRIORITY:
         raise ValueError(f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, not {priority}")
     run_at = None if request.run_at is None else aware(request.run_at, "run_at")
-    text, copy = canonical({} if request.input is None else request.input, max_bytes=max_input_bytes)
-    return Draft(
-        new_id(), request.job_type, copy, text, request.source_task_id, run_at, priority, request.idempotency_key
+    text, copy = canonical({} if request.input is None else request.input, max_bytes=terms.max_input_bytes)
+    # By position: create_many makes thousands, and 25 names would cost half as much again.
+    job = Job(
+        new_id(),
+        terms.company_id,
+        request.job_type,
+        JobStatus.QUEUED,
+        copy,
+        None,  # result_asset_id
+        None,  # error_message
+        request.source_task_id,
+        None,  # started_at
+        None,  # finished_at
+        terms.now,  # created_at
+        terms.now,  # updated_at
+        0,  # fence
+        0,  # attempt
+        0,  # rescues
+        None,  # lease_until
+        None,  # worker_id
+        run_at,
+        priority,
+        request.idempotency_key,
+        None,  # cancel_requested_at
+        None,  # progress
+        None,  # progress_message
+        1,  # event_seq
+        None,  # trace
     )
+    return Draft(job, text)
 
 
-def checked_many(requests: Iterable[JobRequest], max_input_bytes: int) -> list[Draft]:
+def checked_many(requests: Iterable[JobRequest], terms: Terms) -> list[Draft]:
     """Every request as a draft; the error says which one and which field."""
     drafts = []
     for position, request in enumerate(requests):
         if not isinstance(request, JobRequest):
             raise TypeError(f"requests[{position}] must be a JobRequest, not {type(request).__name__}")
         try:
-            drafts.append(checked(request, max_input_bytes))
+            drafts.append(checked(request, terms))
         except (TypeError, ValueError) as error:
             raise type(error)(f"requests[{position}]: {error}") from None
     return drafts
