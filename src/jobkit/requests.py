@@ -13,9 +13,10 @@ from jobkit.payload import canonical
 from jobkit.text import storable
 from jobkit.types import Job, JobRequest, JobStatus
 
-# How much one statement of ``create_many`` carries: enough that round trips do not count, little enough for memory.
-MAX_CHUNK_JOBS = 5_000
-MAX_CHUNK_CHARACTERS = 8 << 20
+# How much one statement of ``create_many`` carries: enough that round trips do not count; little enough for memory, and
+# for the next one to be ready when the database is through with it.
+MAX_CHUNK_JOBS = 1_000
+MAX_CHUNK_CHARACTERS = 4 << 20
 
 MAX_PRIORITY = (1 << 31) - 1
 
@@ -107,29 +108,46 @@ def checked(request: JobRequest, terms: Terms) -> Draft:
     return Draft(job, text)
 
 
-def checked_many(requests: Iterable[JobRequest], terms: Terms) -> list[Draft]:
-    """Every request as a draft; the error says which one and which field."""
-    drafts = []
-    for position, request in enumerate(requests):
-        if not isinstance(request, JobRequest):
-            raise TypeError(f"requests[{position}] must be a JobRequest, not {type(request).__name__}")
-        try:
-            drafts.append(checked(request, terms))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"requests[{position}]: {error}") from None
-    return drafts
+class Chunk(NamedTuple):
+    """Some of the jobs of a call, in its order: the ``keyed`` ones to be inserted one by one, the others together, as
+    the JSON array that ``Statements.insert_jobs`` reads.
+    """
+
+    jobs: list[Job]
+    keyed: list[Draft]
+    array: str
+
+    @property
+    def statements(self) -> int:
+        """How many statements insert it."""
+        return len(self.keyed) + (len(self.jobs) > len(self.keyed))
 
 
-def chunks(drafts: Iterable[Draft]) -> Iterator[str]:
-    """The drafts as JSON arrays, in pieces that a statement can carry."""
-    chunk: list[str] = []
+def chunks(requests: Iterable[JobRequest], terms: Terms) -> Iterator[Chunk]:
+    """The jobs of all requests, in pieces that a statement can carry. An error says which request, and which field."""
+    jobs: list[Job] = []
+    keyed: list[Draft] = []
+    documents: list[str] = []
     size = 0
-    for draft in drafts:
-        document = draft.document()
-        if chunk and (len(chunk) == MAX_CHUNK_JOBS or size + len(document) > MAX_CHUNK_CHARACTERS):
-            yield f"[{','.join(chunk)}]"
-            chunk, size = [], 0
-        chunk.append(document)
-        size += len(document)
-    if chunk:
-        yield f"[{','.join(chunk)}]"
+    for position, request in enumerate(requests):
+        draft = _checked_at(position, request, terms)
+        if jobs and (len(jobs) == MAX_CHUNK_JOBS or size + len(draft.text) > MAX_CHUNK_CHARACTERS):
+            yield Chunk(jobs, keyed, f"[{','.join(documents)}]")
+            jobs, keyed, documents, size = [], [], [], 0
+        jobs.append(draft.job)
+        size += len(draft.text)
+        if draft.job.idempotency_key is None:
+            documents.append(draft.document())
+        else:
+            keyed.append(draft)
+    if jobs:
+        yield Chunk(jobs, keyed, f"[{','.join(documents)}]")
+
+
+def _checked_at(position: int, request: JobRequest, terms: Terms) -> Draft:
+    if not isinstance(request, JobRequest):
+        raise TypeError(f"requests[{position}] must be a JobRequest, not {type(request).__name__}")
+    try:
+        return checked(request, terms)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"requests[{position}]: {error}") from None

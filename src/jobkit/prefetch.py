@@ -1,0 +1,50 @@
+"""Prefetch: what an iterator gives next is made on a thread while the caller waits for something else."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+@contextmanager
+def prefetched(items: Iterator[T]) -> Iterator[Iterator[T]]:
+    """Within it, the same items: a thread draws the first at once, and each of the others while the one before is in
+    use. It has ended, or ends with what it draws just then, when this is left.
+
+    What ``items`` raises is raised where the item would come. Where no thread can be started, items are drawn when they
+    are asked for.
+    """
+    wanted: SimpleQueue[bool] = SimpleQueue()
+    drawn: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
+
+    def draw() -> None:
+        while wanted.get():
+            try:
+                drawn.put((next(items),))
+            except StopIteration:
+                drawn.put(None)
+            except BaseException as error:  # SystemExit too: whoever waits for the item shall hear of it
+                drawn.put(error)
+
+    def taken() -> Iterator[T]:
+        while (found := drawn.get()) is not None:
+            if isinstance(found, BaseException):
+                raise found
+            wanted.put(True)
+            yield found[0]
+
+    wanted.put(True)
+    try:
+        threading.Thread(target=draw, name="jobkit-prefetch", daemon=True).start()
+    except RuntimeError:  # the interpreter is ending, or the system has no more threads
+        yield items
+        return
+    try:
+        yield taken()
+    finally:
+        wanted.put(False)

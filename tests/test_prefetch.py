@@ -1,0 +1,81 @@
+"""Prefetched: the same items, each made while the one before is in use."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
+
+import pytest
+
+from jobkit.prefetch import prefetched
+from tests.support.runners import until
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "jobkit-prefetch"]
+
+
+class Counted:
+    """Numbers up to ``last``, counted when they are drawn; then ``error``, if there is one."""
+
+    def __init__(self, last: int, error: BaseException | None = None) -> None:
+        self.last, self.error, self.drawn = last, error, 0
+        self.by: set[str] = set()
+
+    def __iter__(self) -> Iterator[int]:
+        while self.drawn < self.last:
+            self.drawn += 1
+            self.by.add(threading.current_thread().name)
+            yield self.drawn
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 1_000])
+def test_the_items_come_in_their_order_and_the_thread_ends(count: int) -> None:
+    with prefetched(iter(Counted(count))) as items:
+        assert list(items) == list(range(1, count + 1))
+        assert next(items, None) is None
+    until(lambda: threads() == [])
+
+
+def test_one_item_is_made_ahead_and_no_more() -> None:
+    counted = Counted(10)
+    with prefetched(iter(counted)) as items:
+        until(lambda: counted.drawn == 1)
+        for number in range(1, 10):
+            assert next(items) == number
+            until(lambda number=number: counted.drawn == number + 1)  # type: ignore[misc]
+        assert next(items) == 10
+        assert counted.by == {"jobkit-prefetch"}
+        assert len(threads()) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), SystemExit(3)])
+def test_an_error_comes_where_the_item_would(error: BaseException) -> None:
+    with prefetched(iter(Counted(2, error))) as items:
+        assert [next(items), next(items)] == [1, 2]
+        with pytest.raises(type(error)) as raised:
+            next(items)
+    assert raised.value is error
+    until(lambda: threads() == [])
+
+
+def test_who_leaves_early_leaves_no_thread() -> None:
+    counted = Counted(1_000)
+    with prefetched(iter(counted)) as items:
+        assert next(items) == 1
+    until(lambda: threads() == [])
+    assert counted.drawn <= 2
+
+
+def test_without_a_thread_the_items_come_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> NoReturn:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    counted = Counted(3)
+    with prefetched(iter(counted)) as items:
+        assert list(items) == [1, 2, 3]
+    assert counted.by == {threading.current_thread().name}
