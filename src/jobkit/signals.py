@@ -30,7 +30,7 @@ Audience = list[tuple[bool, Callable[..., Any]]]
 logger = logging.getLogger("jobkit")
 # After so many receivers in a row, threads that wait for the interpreter get it at once. They would wait for five
 # milliseconds each time otherwise: as long as tens of small jobs take.
-AT_ONCE = 1_000
+AT_ONCE = 500
 _delivering = threading.local()
 # Connecting, disconnecting and choosing receivers, one at a time: blinker's bookkeeping is not made for threads. An
 # RLock, because a weak receiver may be collected, and thereby disconnected, in the middle of any of them.
