@@ -4,8 +4,8 @@
 
 First the CPU time of one event's delivery, by the number of receivers that hear it: jobkit's, and that of blinker's own
 ``send`` to as many. Then whole content jobs beside no receiver, many, and a slow one: jobs that take no time, then a
-fifth as many of 10 ms; the database at URL must be empty (default: an SQLite file). Variants alternate, ratios are those
-of single rounds; all are medians with the least and the most.
+fifth as many of 10 ms; the database at URL must be empty (default: an SQLite file). Variants alternate, and ratios are
+those of single rounds; all are medians with the least and the most.
 """
 
 from __future__ import annotations
