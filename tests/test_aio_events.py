@@ -25,6 +25,7 @@ from jobkit.clock import utcnow
 from jobkit.errors import SubscriberTooSlow
 from jobkit.watching import Watcher
 from tests.support.asynchronous import Lane
+from tests.support.garbage import collected
 from tests.support.runners import Gate, only
 
 COMPANY = "acme"
@@ -33,8 +34,8 @@ Create = Callable[..., Job]
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    yield
-    gc.collect()
+    with collected():
+        yield
     assert watching._hub._watchers == {}
     assert not signals.any_receivers()
 

@@ -231,6 +231,18 @@ def test_other_threads_get_their_turn_within_many_receivers_and_within_many_even
         signals.content_job_done.disconnect(receiver)
 
 
+def test_nobody_hears_anything_after_a_test_has_cleared_the_signals() -> None:
+    heard = Heard()
+    signals.content_job_done.connect(heard)
+    signals.deliver([event()])
+    signals.content_job_done._clear_state()
+    signals.deliver([event()])
+    assert len(heard) == 1
+    heard_of = weakref.ref(heard)
+    del heard
+    assert heard_of() is None
+
+
 def test_a_receiver_that_was_collected_is_not_called_though_nobody_has_noticed_yet(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

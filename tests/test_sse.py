@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from jobkit.following import Follower
 from jobkit.tables import content_job_events, content_jobs
 from jobkit.watching import Watcher
 from tests.support.databases import Database
+from tests.support.garbage import collected
 from tests.support.runners import Gate, only, until
 from tests.support.sse import SERVERS, Message, Parser, Site, parsed
 
@@ -32,8 +32,8 @@ Create = Callable[..., Job]
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    yield
-    gc.collect()
+    with collected():
+        yield
     until(lambda: not sse._sessions and not watching._hub._watchers, "the end of every stream", 60)
     assert not signals.any_receivers()
 

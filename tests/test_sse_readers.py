@@ -25,6 +25,7 @@ from jobkit import Job, JobRequest, JobStore, following, signals, sse, watching
 from jobkit.following import Follower
 from jobkit.tables import content_job_events
 from tests.support.databases import Database, PostgresDatabase
+from tests.support.garbage import collected
 from tests.support.postgres import OwnServer, Server
 from tests.support.runners import until
 from tests.support.sent import hearing
@@ -36,8 +37,8 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
-    yield
-    gc.collect()
+    with collected():
+        yield
     until(released, "the end of every stream", 60)
     assert not signals.any_receivers()
 
