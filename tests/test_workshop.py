@@ -50,7 +50,7 @@ def test_a_job_claimed_again_while_its_first_files_are_stored_is_at_work_until_i
         workshop = runner._running.pipeline._workshop
         stored.set()
         try:
-            until(lambda: not workshop._storing and not workshop._late, "what was stored is forgotten")
+            until(lambda: not workshop._storing, "what was stored is forgotten")
             assert len(workshop.rendering) == 1
         finally:
             door.set()

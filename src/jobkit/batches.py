@@ -17,23 +17,25 @@ class Batch:
 
     def __init__(self, attempts: Sequence[Attempt]) -> None:
         self.attempts = tuple(attempts)
+        #: The attempts of which a file was not stored, and why; known when ``publish`` is through.
+        self.failures: dict[Attempt, BaseException] = {}
         #: Between the thread that stores and the one that may not want to wait for it.
         self.handover = Handover()
 
     def publish(self) -> dict[Attempt, BaseException]:
-        """Store every file under its key; the attempts of which one was not stored, and why. The spool files are gone
-        afterwards, whatever happened.
-        """
+        """Store every file under its key; return the ``failures``. The spool files are gone afterwards in any case."""
         try:
             failures = publish([draft for attempt in self.attempts for draft in attempt.drafts])
         except BaseException as error:  # of no single file: what a storage raises shall not end the thread
-            return dict.fromkeys(self.attempts, error)
-        return {
-            attempt: failures[draft.key]
-            for attempt in self.attempts
-            for draft in attempt.drafts
-            if draft.key in failures
-        }
+            self.failures = dict.fromkeys(self.attempts, error)
+        else:
+            self.failures = {
+                attempt: failures[draft.key]
+                for attempt in self.attempts
+                for draft in attempt.drafts
+                if draft.key in failures
+            }
+        return self.failures
 
 
 def batches(attempts: Iterable[Attempt], together: int) -> list[Batch]:

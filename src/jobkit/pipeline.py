@@ -19,6 +19,7 @@ from jobkit import claims
 from jobkit._dialects.base import EventRow
 from jobkit.assets import AssetStore
 from jobkit.attempt import Attempt
+from jobkit.batches import Batch
 from jobkit.claims import RELEASED, Claim, Completion
 from jobkit.clock import Clock, pause_after
 from jobkit.committer import Committed, Committer
@@ -28,7 +29,7 @@ from jobkit.link import SharedLink
 from jobkit.renderers import Renderers
 from jobkit.slots import Pool
 from jobkit.text import describe
-from jobkit.turns import Turn, failed, is_outage
+from jobkit.turns import Turn, end, is_outage
 from jobkit.types import JobStatus, RunnerMetrics
 from jobkit.workshop import Workshop
 
@@ -50,7 +51,7 @@ GATHER, GATHER_MOST = 0.002, 0.02
 # Events of jobs that will run again.
 BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
 
-Message = Attempt | tuple[Attempt, Completion] | None
+Message = Attempt | Batch | None
 
 
 class Pipeline:
@@ -78,7 +79,7 @@ class Pipeline:
         self._concurrency, self._poll_interval = concurrency, poll_interval
         self._clock, self._on_commit = clock, on_commit
         self._committer = Committer(engine, worker_id=worker_id, lease=lease, clock=clock, holds=self._holds)
-        # What was rendered, what was stored and how its attempt ends, and that there may be jobs.
+        # What was rendered, what was stored, and that there may be jobs.
         self._inbox: Inbox[Message] = Inbox()
         self._workshop = Workshop(
             assets,
@@ -91,7 +92,7 @@ class Pipeline:
             progressed=progressed,
             wanted=lambda attempt: not self._abandoned and self._holds(attempt.claim),
             rendered=self._inbox.put,
-            stored=self._stored,
+            stored=self._inbox.put,
         )
         self.link = self._committer.link
         self._turn = Turn()
@@ -165,7 +166,7 @@ class Pipeline:
             while not self._finished(until_idle):
                 self._collect(min(self._patience(), self._workshop.patience))
                 for attempt, reason in self._workshop.overdue():
-                    self._turn.ends.append(self._failed(attempt, reason))
+                    self._turn.ends.append(self._end(attempt, reason))
                 self._workshop.engage()
                 for attempt in self._workshop.stuck():
                     self._turn.ends.append(Completion(attempt.claim, verdict=RELEASED))
@@ -223,19 +224,18 @@ class Pipeline:
     def _sort(self, message: Message) -> None:
         if message is None:
             self._hungry = True
-        elif isinstance(message, tuple):
-            attempt, completion = message
-            self._turn.ends.append(completion)
-            self._workshop.ended(attempt)
+        elif isinstance(message, Batch):
+            self._workshop.settled(message)
+            self._turn.ends += [self._end(attempt, message.failures.get(attempt)) for attempt in message.attempts]
         else:
             self._workshop.ended(message)
             if message.failure is None:
                 self._turn.rendered.append(message)
             else:
-                self._turn.ends.append(self._failed(message, message.failure))
+                self._turn.ends.append(self._end(message, message.failure))
 
-    def _failed(self, attempt: Attempt, failure: BaseException) -> Completion:
-        return failed(attempt, failure, now=self._clock())
+    def _end(self, attempt: Attempt, failure: BaseException | None) -> Completion:
+        return end(attempt, failure, now=self._clock())
 
     def _free(self) -> int:
         if self._stopping:
@@ -355,13 +355,6 @@ class Pipeline:
             former.interrupt(LeaseLost(f"job {claim.job_id} was taken from this runner, and claimed again"))
         self._attempts[claim.job_id] = attempt
         return attempt
-
-    def _stored(self, attempt: Attempt, failure: BaseException | None) -> None:
-        if failure is None:
-            completion = Completion(attempt.claim, files=attempt.stored)
-        else:
-            completion = self._failed(attempt, failure)
-        self._inbox.put((attempt, completion))
 
     def _release_all(self) -> None:
         """Give back what is still in flight, as far as the database lets us."""

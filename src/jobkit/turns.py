@@ -45,8 +45,10 @@ def intents(attempt: Attempt) -> list[Intent]:
     return [Intent(attempt.claim.company_id, file.provider, file.object_key) for file in attempt.stored]
 
 
-def failed(attempt: Attempt, failure: BaseException, *, now: datetime) -> Completion:
-    """The end of an attempt that gave no files: its job's end, or its place in the queue."""
+def end(attempt: Attempt, failure: BaseException | None, *, now: datetime) -> Completion:
+    """The end of an attempt: its files; or, after a failure, its job's end or its place in the queue."""
+    if failure is None:
+        return Completion(attempt.claim, files=attempt.stored)
     verdict = policy.verdict(
         failure,
         describe(failure),

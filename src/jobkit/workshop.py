@@ -52,7 +52,7 @@ class Workshop:
         progressed: Callable[[], None],
         wanted: Callable[[Attempt], bool],
         rendered: Callable[[Attempt], None],
-        stored: Callable[[Attempt, BaseException | None], None],
+        stored: Callable[[Batch], None],
     ) -> None:
         self._assets, self._renderers, self._lease = assets, renderers, lease
         self._concurrency, self._publishers = concurrency, publishers
@@ -62,10 +62,8 @@ class Workshop:
         self._loop = LoopThread()
         #: The attempts whose renderers run, in the order in which they began.
         self.rendering: dict[Attempt, None] = {}
-        # The attempts whose files are being stored, but for those that take long, with their batches, and when each of
-        # those is late.
-        self._storing: dict[Attempt, Batch] = {}
-        self._late: dict[Batch, float] = {}
+        # What is being stored, but for what takes long, and when each batch is late.
+        self._storing: dict[Batch, float] = {}
         self._pace = Pace(self.rendering)
         #: How many threads were replaced because what they called went on for too long.
         self.replaced = 0
@@ -90,10 +88,9 @@ class Workshop:
         self.engage()
 
     def store(self, attempts: Sequence[Attempt]) -> None:
-        """Store the files of rendered jobs, whose keys are recorded; ``stored`` gets what came of each."""
+        """Store the files of rendered jobs, whose keys are recorded; ``stored`` gets each batch when it is over."""
         for batch in batches(attempts, self._assets.together):
-            self._storing.update(dict.fromkeys(batch.attempts, batch))
-            self._late[batch] = time.monotonic() + STALLED
+            self._storing[batch] = time.monotonic() + STALLED
             self._publishers.submit(partial(self._store, batch))
 
     def engage(self) -> None:
@@ -101,12 +98,13 @@ class Workshop:
         self._slots.engage(self._pace.threads(len(self._slots), self._slots.crew))
 
     def ended(self, attempt: Attempt) -> None:
-        """Its renderer, or storing its files, is over: what ``rendered`` and ``stored`` tell comes back here."""
+        """Its renderer is over: what ``rendered`` gets comes back here."""
         if self.rendering.pop(attempt, 0) is None:
             self._pace.add(attempt.took or 0.0)
-        # A batch is over as a whole.
-        if (batch := self._storing.pop(attempt, None)) is not None:
-            self._late.pop(batch, None)
+
+    def settled(self, batch: Batch) -> None:
+        """Its files are stored, or were not: what ``stored`` gets comes back here."""
+        self._storing.pop(batch, None)
 
     @property
     def ahead(self) -> int:
@@ -115,7 +113,7 @@ class Workshop:
 
     @property
     def soon(self) -> int:
-        """How many jobs are likely to have been rendered or stored in a moment."""
+        """How many calls of ``rendered`` and ``stored`` are likely in a moment."""
         # One upload to a storage far away says nothing about the next.
         storing = len(self._storing) if self._assets.together else 0
         return storing + (len(self.rendering) if self.ahead else 0)
@@ -141,7 +139,7 @@ class Workshop:
         """For how many seconds nothing can be overdue."""
         now = time.monotonic()
         renderers = [attempt.remaining for attempt in self.rendering]
-        storing = (late - now for late in self._late.values())
+        storing = (late - now for late in self._storing.values())
         engaging = self._pace.steady if self._slots.idle else math.inf
         return max(0.0, min(3600.0, engaging, self._stuck_in(), *renderers, *storing))
 
@@ -154,10 +152,10 @@ class Workshop:
                 given_up.append((attempt, attempt.give_up()))
                 self._replace(self._slots)
         now = time.monotonic()
-        for batch in [batch for batch, late in self._late.items() if late <= now]:
-            self._late[batch] = now + STALLED
+        for batch in [batch for batch, late in self._storing.items() if late <= now]:
+            self._storing[batch] = now + STALLED
             if batch.handover.leave():
-                self._expect_no_more(batch)
+                del self._storing[batch]  # no turn waits for it, and it is never late again
                 self._replace(self._publishers)
                 first, *others = batch.attempts
                 whose = f"{first.claim.job_id} and {len(others)} more" if others else str(first.claim.job_id)
@@ -169,12 +167,6 @@ class Workshop:
         self._slots.close()
         self._publishers.close()
         self._loop.close()
-
-    def _expect_no_more(self, batch: Batch) -> None:
-        """No turn waits for it, and it is never late again."""
-        del self._late[batch]
-        for attempt in batch.attempts:
-            self._storing.pop(attempt, None)
 
     def _replace(self, pool: Pool | Slots) -> None:
         pool.replace()
@@ -195,8 +187,7 @@ class Workshop:
         batch.handover.begin()
         failures = batch.publish()
         late = batch.handover.over()
-        for attempt in batch.attempts:
-            self._stored(attempt, failures.get(attempt))
+        self._stored(batch)
         for attempt, failure in failures.items():
             with suppress(Exception):  # a host's log handler may raise
                 logger.warning("job %s: its files could not be stored", attempt.claim.job_id, exc_info=failure)

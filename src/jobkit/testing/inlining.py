@@ -22,7 +22,7 @@ from jobkit._dialects.base import EventRow, Position
 from jobkit.assets import AssetStore
 from jobkit.attempt import Attempt
 from jobkit.batches import Batch
-from jobkit.claims import Claim, Completion
+from jobkit.claims import Claim
 from jobkit.clock import Clock, utcnow
 from jobkit.errors import AssetNotFound, RenderInterrupted
 from jobkit.jobs import JobStore, connection_of
@@ -35,7 +35,7 @@ from jobkit.sqlite import require_configured
 from jobkit.tables import content_job_events, content_jobs
 from jobkit.testing.clock import FrozenClock
 from jobkit.text import describe
-from jobkit.turns import failed, intents
+from jobkit.turns import end, intents
 from jobkit.types import Job
 from jobkit.workshop import registration_of
 
@@ -152,10 +152,10 @@ class _Inline:
             attempt.failure = Batch([attempt]).publish().get(attempt)
         _raise_what_is_the_tests(attempt.failure)
         failure, now = attempt.failure, self._clock()
-        end = Completion(attempt.claim, files=attempt.stored) if failure is None else failed(attempt, failure, now=now)
+        completion = end(attempt, failure, now=now)
         try:
             with self._connection.begin_nested():
-                claims.finish(self._connection, [end], now=now)
+                claims.finish(self._connection, [completion], now=now)
         except sa.exc.DBAPIError:
             if failure is None:
                 raise
