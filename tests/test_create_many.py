@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import tracemalloc
 from collections.abc import Iterator
@@ -208,11 +209,67 @@ def test_one_bad_request_writes_nothing_and_is_named(
     chunk: int,
 ) -> None:
     monkeypatch.setattr(requests_module, "MAX_CHUNK_JOBS", chunk)
-    good = JobRequest("note")
-    with pytest.raises(error, match=message):
+    good, sent = JobRequest("note"), list[str]()
+    with hearing(engine, lambda _, statement, __: sent.append(statement)), pytest.raises(error, match=message):
         JobStore(session).create_many(COMPANY, [good, good, bad, good])
+    assert sent == []  # on SQLite the host's transaction has not even begun to write
     session.commit()
     assert stored(engine) == []
+
+
+def test_every_input_is_copied_as_it_is_drawn_and_before_the_first_is_written(
+    engine: sa.Engine, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests_module, "MAX_CHUNK_JOBS", 2)
+    shared: dict[str, Any] = {}
+
+    def reusing() -> Iterator[JobRequest]:
+        for number in range(5):
+            shared["n"] = number
+            yield JobRequest("note", shared)
+
+    assert [job.input["n"] for job in JobStore(session).create_many(COMPANY, reusing())] == [0, 1, 2, 3, 4]
+    with hearing(engine, lambda *_: shared.update(n=99)):
+        made = JobStore(session).create_many(COMPANY, [JobRequest("note", shared)] * 5)
+    assert [job.input["n"] for job in made] == [4] * 5
+    session.commit()
+    assert [job.input["n"] for job in stored(engine)] == [0, 1, 2, 3, 4, 4, 4, 4, 4, 4]
+
+
+class Urgency(int, enum.Enum):
+    HIGH = 5
+
+
+class Loud(int):
+    def __str__(self) -> str:
+        return "loud"
+
+
+@pytest.mark.parametrize("priority", [Urgency.HIGH, Loud(5), 5])
+def test_a_priority_is_its_number_whatever_it_prints(engine: sa.Engine, session: Session, priority: int) -> None:
+    JobStore(session).create(COMPANY, job_type="note", priority=priority)
+    JobStore(session).create_many(COMPANY, [JobRequest("note", priority=priority)] * 2)
+    session.commit()
+    assert [job.priority for job in stored(engine)] == [5, 5, 5]
+
+
+def test_everything_that_a_job_has_counts_for_a_chunk(
+    engine: sa.Engine, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(requests_module, "MAX_CHUNK_CHARACTERS", 10_000)
+    longest: list[int] = []
+    insert = requests_module.Chunk
+
+    def measured(jobs: Any, keyed: Any, array: str) -> requests_module.Chunk:
+        longest.append(len(array))
+        return insert(jobs, keyed, array)
+
+    monkeypatch.setattr(requests_module, "Chunk", measured)
+    created = JobStore(session).create_many(COMPANY, [JobRequest("note", source_task_id="x" * 3_000)] * 9)
+    session.commit()
+    assert stored(engine) == created
+    assert len(longest) == 3
+    assert max(longest) < 10_100
 
 
 def test_a_chunk_that_the_database_refuses_takes_the_earlier_chunks_with_it(
@@ -223,7 +280,7 @@ def test_a_chunk_that_the_database_refuses_takes_the_earlier_chunks_with_it(
         JobStore(connection).create(COMPANY, job_type="before")
         first = jobkit.ids.new_id()
         ids = iter([first, jobkit.ids.new_id(), jobkit.ids.new_id(), first])
-        monkeypatch.setattr(requests_module, "new_id", lambda: next(ids))
+        monkeypatch.setattr(requests_module, "new_number", lambda: next(ids).int)
         with pytest.raises(sa.exc.IntegrityError):
             JobStore(connection).create_many(COMPANY, [JobRequest("note")] * 4)
     assert [job.job_type for job in stored(engine)] == ["before"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -70,6 +72,39 @@ def test_who_leaves_early_leaves_no_thread() -> None:
     assert counted.drawn <= 2
 
 
+def test_who_is_interrupted_while_the_thread_starts_leaves_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> NoReturn:
+        start(thread)
+        raise KeyboardInterrupt  # as from a signal handler that raises
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt), prefetched(iter(Counted(10))):
+        pytest.fail("it never gets here")
+    until(lambda: threads() == [])
+
+
+def test_an_error_that_was_handled_is_gone_without_the_garbage_collector() -> None:
+    class Broken(Exception):
+        pass
+
+    def failing() -> Iterator[int]:
+        raise Broken
+        yield 1
+
+    gc.disable()
+    try:
+        with prefetched(failing()) as items, pytest.raises(Broken) as raised:
+            next(items)
+        gone = weakref.ref(raised.value)
+        del raised, items
+        until(lambda: threads() == [])
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_without_a_thread_the_items_come_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(_: threading.Thread) -> NoReturn:
         raise RuntimeError("can't start new thread")
@@ -78,4 +113,7 @@ def test_without_a_thread_the_items_come_all_the_same(monkeypatch: pytest.Monkey
     counted = Counted(3)
     with prefetched(iter(counted)) as items:
         assert list(items) == [1, 2, 3]
+    with pytest.raises(LookupError) as raised, prefetched(iter(Counted(3))):
+        raise LookupError
+    assert raised.value.__context__ is None
     assert counted.by == {threading.current_thread().name}

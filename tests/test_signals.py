@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from uuid import UUID, uuid4
 
 import pytest
+from blinker import ANY, NamedSignal
 from blinker.base import ANY_ID
 
 from jobkit import CONTENT_JOB_EVENTS, JobEvent, signals
@@ -229,6 +230,57 @@ def test_other_threads_get_their_turn_within_many_receivers_and_within_many_even
     signals.deliver([event()])
     for receiver in receivers:
         signals.content_job_done.disconnect(receiver)
+
+
+@pytest.mark.parametrize("moves", ["to all", "to the company"])
+def test_who_is_connected_all_along_hears_an_event_once_though_it_moves_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, moves: str
+) -> None:
+    signal, heard = signals.content_job_done, Heard()
+    first, then = ("acme", ANY) if moves == "to all" else (ANY, "acme")
+    signal.connect(heard, sender=first)
+    choose, moved = signal._choose, []
+
+    def meanwhile(sender_id: Any) -> Any:
+        chosen = choose(sender_id)
+        if not moved:  # another thread, between the two choices
+            moved.append(sender_id)
+            signal.connect(heard, sender=then)
+            if moves != "to all":
+                signal.disconnect(heard, sender=first)
+                signal.connect(heard, sender=then)
+        return chosen
+
+    monkeypatch.setattr(signal, "_choose", meanwhile)
+    signals.deliver([event()])
+    assert len(heard) == 1
+    signal.disconnect(heard)
+
+
+def test_who_comes_while_this_very_thread_delivers_is_heard_of_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal, heard, other = signals.content_job_done, Heard(), Heard()
+    signal.connect(other)
+    connect = NamedSignal.connect
+
+    def interrupted(*args: Any, **options: Any) -> Any:
+        signals.deliver([event()])  # as from a signal handler, before blinker has written the receiver down
+        return connect(*args, **options)
+
+    monkeypatch.setattr(NamedSignal, "connect", interrupted)
+    signal.connect(heard)
+    signals.deliver([event()])
+    assert (len(heard), len(other)) == (1, 2)
+    for receiver in (heard, other):
+        signal.disconnect(receiver)
+
+
+def test_a_muted_signal_tells_nobody() -> None:
+    heard = Heard()
+    with signals.content_job_done.connected_to(heard):
+        with signals.content_job_done.muted():
+            signals.deliver([event()])
+        signals.deliver([event()])
+    assert len(heard) == 1
 
 
 def test_nobody_hears_anything_after_a_test_has_cleared_the_signals() -> None:

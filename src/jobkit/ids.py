@@ -20,6 +20,11 @@ def new_id() -> UUID:
     Safe to call from any thread. Ids of one process sort in the order in which they were made, also within one
     millisecond and when the clock is set back.
     """
+    return UUID(int=new_number())
+
+
+def new_number() -> int:
+    """The number of a new id."""
     global _last  # noqa: PLW0603
     milliseconds = time.time_ns() // 1_000_000
     candidate = (milliseconds << 74) | (int.from_bytes(os.urandom(10)) & ((1 << 74) - 1))
@@ -29,7 +34,7 @@ def new_id() -> UUID:
         _last = candidate
     time_part, random_part = candidate >> 74, candidate & ((1 << 74) - 1)
     high, low = random_part >> 62, random_part & ((1 << 62) - 1)
-    return UUID(int=(time_part << 80) | (0x7 << 76) | (high << 64) | (0b10 << 62) | low)
+    return (time_part << 80) | (0x7 << 76) | (high << 64) | (0b10 << 62) | low
 
 
 def parse_id(value: object) -> UUID | None:

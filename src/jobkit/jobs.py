@@ -20,7 +20,7 @@ from jobkit.errors import ConfigurationError, IdempotencyConflict, InvalidTransi
 from jobkit.ids import parse_id
 from jobkit.payload import MAX_INPUT_BYTES
 from jobkit.prefetch import prefetched
-from jobkit.requests import Chunk, Draft, Terms, checked, chunks
+from jobkit.requests import Chunk, Draft, checked, checked_many, chunks
 from jobkit.sqlite import require_configured
 from jobkit.tables import content_jobs
 from jobkit.text import asked_company, company, sanitise, storable
@@ -79,25 +79,27 @@ class JobStore:
     def insert(self, company_id: object, request: JobRequest) -> tuple[Job, int | None]:
         """``create``, with the id of the event it appended: None when the job was there already."""
         owner = company(company_id)
-        draft = checked(request, Terms(owner, self._clock(), self._max_input_bytes))
-        return self._insert(self._writable(), draft)
+        wanted = checked(request, self._max_input_bytes)
+        return self._insert(self._writable(), wanted.draft(owner, self._clock()))
 
     def create_many(self, company_id: object, requests: Iterable[JobRequest]) -> list[Job]:
         """Insert many queued jobs of one company, each with its event; return them in the order of ``requests``.
 
-        All of them or none: a ``ValueError`` says which request and which field, and what was written before is taken
-        back by a savepoint. One statement for a thousand jobs, and the next thousand is made ready on a thread
-        meanwhile: far faster than ``create`` in a loop. Requests with an ``idempotency_key`` are inserted one by one.
+        All of them or none: every request is checked before the first is written, and a ``ValueError`` says which one
+        and which field. One statement for a thousand jobs, and the next thousand is made ready on a thread meanwhile:
+        far faster than ``create`` in a loop. Requests with an ``idempotency_key`` are inserted one by one.
         """
-        owner, wanted = company(company_id), list(requests)  # drawing them may take its time, or create others
-        pieces = chunks(wanted, Terms(owner, now := self._clock(), self._max_input_bytes))
+        owner = company(company_id)
+        wanted = checked_many(requests, self._max_input_bytes)
+        count = len(wanted)
+        pieces = chunks(wanted, owner, now := self._clock())
         first = next(pieces, None)
         connection = self._writable()
         if first is None:
             return []
         made: list[Job] = []
         keyed: list[Draft] = []
-        whole = len(first.jobs) == len(wanted)
+        whole = len(first.jobs) == count
         # A host may catch the error of a later statement and commit; the savepoint takes the earlier ones back.
         one = whole and first.statements == 1
         savepoint: AbstractContextManager[object] = nullcontext() if one else connection.begin_nested()

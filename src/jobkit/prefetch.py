@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from queue import SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,8 +19,8 @@ def prefetched(items: Iterator[T]) -> Iterator[Iterator[T]]:
     What ``items`` raises is raised where the item would come. Where no thread can be started, items are drawn when they
     are asked for.
     """
-    wanted: SimpleQueue[bool] = SimpleQueue()
-    drawn: SimpleQueue[tuple[T] | BaseException | None] = SimpleQueue()
+    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    drawn: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
 
     def draw() -> None:
         while wanted.get():
@@ -34,17 +34,20 @@ def prefetched(items: Iterator[T]) -> Iterator[Iterator[T]]:
     def taken() -> Iterator[T]:
         while (found := drawn.get()) is not None:
             if isinstance(found, BaseException):
-                raise found
+                try:
+                    raise found
+                finally:
+                    del found  # its traceback has this frame
             wanted.put(True)
             yield found[0]
 
     wanted.put(True)
     try:
-        threading.Thread(target=draw, name="jobkit-prefetch", daemon=True).start()
-    except RuntimeError:  # the interpreter is ending, or the system has no more threads
-        yield items
-        return
-    try:
-        yield taken()
+        try:
+            threading.Thread(target=draw, name="jobkit-prefetch", daemon=True).start()
+            given = taken()
+        except RuntimeError:  # the interpreter is ending, or the system has no more threads
+            given = items
+        yield given
     finally:
         wanted.put(False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
+from uuid import UUID
 
 from jobkit.clock import aware
-from jobkit.ids import new_id
+from jobkit.ids import new_number
 from jobkit.payload import canonical
 from jobkit.text import storable
 from jobkit.types import Job, JobRequest, JobStatus
@@ -22,7 +24,7 @@ MAX_PRIORITY = (1 << 31) - 1
 
 
 class Draft(NamedTuple):
-    """A checked request as the job it becomes; ``text`` is its input as JSON."""
+    """A job that is not inserted yet; ``text`` is its input as JSON."""
 
     job: Job
     text: str
@@ -50,21 +52,58 @@ class Draft(NamedTuple):
             rest = f',"task":{json.dumps(job.source_task_id)}'
         if job.run_at is not None:
             rest += f',"run_at":"{job.run_at.astimezone(UTC).isoformat(" ", "microseconds")}"'
+        # Whatever an enumeration prints for a number, its number is meant.
         return (
-            f'{{"id":"{job.id}","type":{json.dumps(job.job_type)},"priority":{job.priority},"input":{self.text}{rest}}}'
+            f'{{"id":"{job.id}","type":{json.dumps(job.job_type)},"priority":{int.__repr__(job.priority)}'
+            f',"input":{self.text}{rest}}}'
         )
 
 
-class Terms(NamedTuple):
-    """What the jobs of one call have in common."""
+class Checked(NamedTuple):
+    """A request that can be stored, with the number of its job's id. Nothing of it changes with what was given."""
 
-    company_id: str
-    now: datetime
-    max_input_bytes: int
+    number: int
+    request: JobRequest
+    run_at: datetime | None
+    input: dict[str, Any]
+    text: str
+
+    def draft(self, company_id: str, now: datetime) -> Draft:
+        """The job that it becomes."""
+        request = self.request
+        # By position: create_many makes thousands, and 25 names would cost half as much again.
+        job = Job(
+            UUID(int=self.number),
+            company_id,
+            request.job_type,
+            JobStatus.QUEUED,
+            self.input,
+            None,  # result_asset_id
+            None,  # error_message
+            request.source_task_id,
+            None,  # started_at
+            None,  # finished_at
+            now,  # created_at
+            now,  # updated_at
+            0,  # fence
+            0,  # attempt
+            0,  # rescues
+            None,  # lease_until
+            None,  # worker_id
+            self.run_at,
+            request.priority,
+            request.idempotency_key,
+            None,  # cancel_requested_at
+            None,  # progress
+            None,  # progress_message
+            1,  # event_seq
+            None,  # trace
+        )
+        return Draft(job, self.text)
 
 
-def checked(request: JobRequest, terms: Terms) -> Draft:
-    """The request as a draft; ``ValueError`` or ``TypeError`` naming the field that cannot be stored."""
+def checked(request: JobRequest, max_input_bytes: int) -> Checked:
+    """The request as it can be stored; ``ValueError`` or ``TypeError`` naming the field that cannot be."""
     storable(request.job_type, "job_type", limit=255)
     if request.source_task_id is not None:
         storable(request.source_task_id, "source_task_id", blank=True)
@@ -76,36 +115,21 @@ def checked(request: JobRequest, terms: Terms) -> Draft:
     if abs(priority) > MAX_PRIORITY:
         raise ValueError(f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, not {priority}")
     run_at = None if request.run_at is None else aware(request.run_at, "run_at")
-    text, copy = canonical({} if request.input is None else request.input, max_bytes=terms.max_input_bytes)
-    # By position: create_many makes thousands, and 25 names would cost half as much again.
-    job = Job(
-        new_id(),
-        terms.company_id,
-        request.job_type,
-        JobStatus.QUEUED,
-        copy,
-        None,  # result_asset_id
-        None,  # error_message
-        request.source_task_id,
-        None,  # started_at
-        None,  # finished_at
-        terms.now,  # created_at
-        terms.now,  # updated_at
-        0,  # fence
-        0,  # attempt
-        0,  # rescues
-        None,  # lease_until
-        None,  # worker_id
-        run_at,
-        priority,
-        request.idempotency_key,
-        None,  # cancel_requested_at
-        None,  # progress
-        None,  # progress_message
-        1,  # event_seq
-        None,  # trace
-    )
-    return Draft(job, text)
+    text, copy = canonical({} if request.input is None else request.input, max_bytes=max_input_bytes)
+    return Checked(new_number(), request, run_at, copy, text)
+
+
+def checked_many(requests: Iterable[JobRequest], max_input_bytes: int) -> deque[Checked]:
+    """Every request, checked and copied as it is drawn; the error says which one and which field."""
+    found: deque[Checked] = deque()
+    for position, request in enumerate(requests):
+        if not isinstance(request, JobRequest):
+            raise TypeError(f"requests[{position}] must be a JobRequest, not {type(request).__name__}")
+        try:
+            found.append(checked(request, max_input_bytes))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"requests[{position}]: {error}") from None
+    return found
 
 
 class Chunk(NamedTuple):
@@ -123,31 +147,25 @@ class Chunk(NamedTuple):
         return len(self.keyed) + (len(self.jobs) > len(self.keyed))
 
 
-def chunks(requests: Iterable[JobRequest], terms: Terms) -> Iterator[Chunk]:
-    """The jobs of all requests, in pieces that a statement can carry. An error says which request, and which field."""
+def chunks(wanted: deque[Checked], company_id: str, now: datetime) -> Iterator[Chunk]:
+    """The jobs of all requests, in pieces that a statement can carry. Takes from ``wanted`` what it gives: of a large
+    call there is no second copy.
+    """
     jobs: list[Job] = []
     keyed: list[Draft] = []
     documents: list[str] = []
     size = 0
-    for position, request in enumerate(requests):
-        draft = _checked_at(position, request, terms)
-        if jobs and (len(jobs) == MAX_CHUNK_JOBS or size + len(draft.text) > MAX_CHUNK_CHARACTERS):
+    while wanted:
+        draft = wanted.popleft().draft(company_id, now)
+        document = draft.document()
+        if jobs and (len(jobs) == MAX_CHUNK_JOBS or size + len(document) > MAX_CHUNK_CHARACTERS):
             yield Chunk(jobs, keyed, f"[{','.join(documents)}]")
             jobs, keyed, documents, size = [], [], [], 0
         jobs.append(draft.job)
-        size += len(draft.text)
+        size += len(document)
         if draft.job.idempotency_key is None:
-            documents.append(draft.document())
+            documents.append(document)
         else:
             keyed.append(draft)
     if jobs:
         yield Chunk(jobs, keyed, f"[{','.join(documents)}]")
-
-
-def _checked_at(position: int, request: JobRequest, terms: Terms) -> Draft:
-    if not isinstance(request, JobRequest):
-        raise TypeError(f"requests[{position}] must be a JobRequest, not {type(request).__name__}")
-    try:
-        return checked(request, terms)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"requests[{position}]: {error}") from None

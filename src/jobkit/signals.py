@@ -10,7 +10,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from inspect import iscoroutinefunction
 from itertools import chain
 from typing import Any, TypeVar
@@ -46,9 +47,14 @@ class JobSignal(NamedSignal):
         self._chosen: dict[Hashable, Audience] = {}
 
     def audience(self, company_id: str) -> Iterable[tuple[bool, Callable[..., Any]]]:
-        """Who hears of this company's events: those that hear of all, and its own."""
-        everyone = self._choose(ANY_ID)
-        return chain(everyone, self._choose(company_id)) if company_id in self._by_sender else everyone
+        """Who hears of this company's events: those that hear of all, and its own. Nobody while the signal is muted."""
+        while not self.is_muted:
+            chosen = self._chosen
+            everyone = self._choose(ANY_ID)
+            own = self._choose(company_id) if company_id in self._by_sender else []
+            if chosen is self._chosen:  # else somebody has come or gone between the two, or moved from one to the other
+                return chain(everyone, own)
+        return ()
 
     def _choose(self, sender_id: Hashable) -> Audience:
         """Who is connected to this sender, and not to all. Kept until a receiver comes or goes: with thousands of
@@ -65,14 +71,24 @@ class JobSignal(NamedSignal):
                 found = chosen[sender_id] = [(isinstance(one, ref), one) for one in held if one is not None]
         return found
 
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Within it receivers come or go. Forgets who was chosen before, and also in the middle of it: a signal handler
+        or the garbage collector may have had this thread deliver then.
+        """
+        self._chosen = {}
+        try:
+            yield
+        finally:
+            self._chosen = {}
+
     def connect(self, receiver: Receiver, sender: Any = ANY, weak: bool = True) -> Receiver:
         """As blinker's; the sender's ``str()`` counts, because equal UUIDs are different senders to blinker.
 
         ``TypeError`` for a coroutine function: nobody would await it.
         """
         _refuse_coroutine(receiver)
-        with _bookkeeping:
-            self._chosen = {}
+        with _bookkeeping, self._changing():
             return super().connect(receiver, sender if sender is ANY else str(sender), weak)
 
     def disconnect(self, receiver: Callable[..., Any], sender: Any = ANY) -> None:
@@ -81,15 +97,13 @@ class JobSignal(NamedSignal):
 
     def _clear_state(self) -> None:
         """As blinker's, which hosts' tests call: nobody is connected any more."""
-        with _bookkeeping:
-            self._chosen = {}
+        with _bookkeeping, self._changing():
             super()._clear_state()
 
     def _disconnect(self, receiver_id: Hashable, sender_id: Hashable) -> None:
         # blinker looks at every sender that anyone is connected to, which takes long when there are thousands. And it
         # keeps hold of a receiver that is disconnected from its last sender, and of that sender.
-        with _bookkeeping:
-            self._chosen = {}
+        with _bookkeeping, self._changing():
             senders = self._by_receiver.get(receiver_id, set())
             for left in list(senders) if sender_id == ANY_ID else [sender_id]:
                 senders.discard(left)
