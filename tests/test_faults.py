@@ -68,7 +68,9 @@ def test_a_killed_worker_leaves_only_what_the_step_before_committed(
 ) -> None:
     job, folder = create("pair"), tmp_path / "assets"
     kill_at(step, database, folder)
-    assert state(database, folder, job) == LEFT[step]
+    # A claim alone is one statement on PostgreSQL, and committed with it.
+    last = "after_claim" if step == "in_claim" and database.engine.dialect.name == "postgresql" else step
+    assert state(database, folder, job) == LEFT[last]
     assert violations(database.engine, folder, WHOLE) == []
     others_work_on(database, folder, create())
     assert violations(database.engine, folder) == []

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
-from jobkit import JobStore, rotation
+from jobkit import JobRequest, JobStore, rotation
 from jobkit import feed as feed_module
 from jobkit._dialects import statements_for
 from jobkit.bookmark import Bookmark, Memory
+from jobkit.claims import RELEASED, Claim, Completion
 from jobkit.clock import utcnow
+from jobkit.committer import Committer
 from jobkit.feed import Feed
 from jobkit.link import SharedLink
 from jobkit.rescue import rescue
+from jobkit.turns import Turn
 from tests.support.databases import Database
 from tests.support.recorder import Recorder
+from tests.support.sent import hearing
 from tests.support.story import Story, horizon_held, nothing, publish, render
 
 # Statements, commits: which. One statement writes what has a plus between.
@@ -153,3 +159,40 @@ def test_silence_costs_a_look_each(
             feed._scan(forced=True)
     feed._link.close()
     check(story)
+
+
+def test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has(postgres_database: Database) -> None:
+    engine = postgres_database.engine
+    with engine.begin() as connection:
+        JobStore(connection).create_many("acme", [JobRequest("note") for _ in range(9)])
+    sent: list[bool] = []
+
+    def hear(connection: sa.Connection, *_: object) -> None:
+        driver: Any = connection.connection.dbapi_connection
+        sent.append(driver.autocommit)
+
+    def committing(committer: Committer, turn: Turn) -> list[bool]:
+        """Which of the statements committed by themselves; none does afterwards."""
+        sent.clear()
+        with hearing(engine, hear):
+            held.extend(committer.commit(turn).taken)
+        with committer.link.use() as connection:
+            hear(connection)
+        assert sent.pop() is False
+        return sent
+
+    def committer() -> Committer:
+        return Committer(engine, worker_id="worker", lease=60, clock=utcnow, holds=lambda _: True)
+
+    held: list[Claim] = []
+    one, other = committer(), committer()
+    one._rotation.look = other._rotation.look = lambda *_, **__: None  # type: ignore[method-assign]
+    assert committing(one, Turn(limit=2)) == [True]
+    assert one.waiting  # so whose turn it is counts: a list, and a claim of theirs
+    assert committing(one, Turn(limit=2)) == [False, False]
+    other.unsure = True  # what may have been claimed before is given back first
+    assert set(committing(other, Turn(limit=2))) == {False}
+    assert committing(other, Turn(ends=[Completion(claim, verdict=RELEASED) for claim in held])) == [False]
+    assert len(held) == 6
+    for done in (one, other):
+        done.link.close()

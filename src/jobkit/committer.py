@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from functools import partial
 from typing import NamedTuple
 from uuid import UUID
@@ -14,7 +15,7 @@ from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow
 from jobkit.claims import Claim
 from jobkit.clock import Clock
-from jobkit.link import Link
+from jobkit.link import Link, each_by_itself
 from jobkit.rotation import Rotation
 from jobkit.tables import content_jobs
 from jobkit.turns import Turn, intents
@@ -61,14 +62,8 @@ class Committer:
         return Committed(events, taken, settled)
 
     def _commit(self, connection: sa.Connection, turn: Turn, unsure: bool) -> tuple[list[EventRow], list[Claim]]:
-        if (
-            turn.limit
-            and self._statements.claim_locks
-            and not unsure
-            and not (turn.ends or turn.rendered)
-            and not self._queued(connection)
-        ):
-            return [], []
+        if turn.only_claims and not unsure:
+            return self._claim_only(connection, turn)
         now = self._clock()
         events: list[EventRow] = []
         taken: list[Claim] = []
@@ -80,15 +75,32 @@ class Committer:
             if turn.limit and unsure:
                 events += claims.release(connection, self._unknown(connection), now=now)
             if turn.limit:
-                taken, running = claims.claim(
-                    connection,
-                    limit=turn.limit,
-                    worker_id=self._worker_id,
-                    lease=self._lease,
-                    now=now,
-                    pick=partial(self._rotation.claim, thorough=turn.thorough),
-                )
+                running, taken = self._claim(connection, turn.limit, now, thorough=turn.thorough)
                 events += running
+        return events, taken
+
+    def _claim_only(self, connection: sa.Connection, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
+        """As little as there is to do: no lock for nothing, and no transaction around one statement."""
+        now = self._clock()
+        if self._statements.claim_locks:
+            if not self._queued(connection):
+                return [], []
+        else:
+            with each_by_itself(connection), connection.begin():
+                self._rotation.look(connection, now, thorough=turn.thorough)
+                if self._rotation.plain:
+                    return self._claim(connection, turn.limit, now, thorough=False)
+        with connection.begin():
+            return self._claim(connection, turn.limit, now, thorough=turn.thorough)
+
+    def _claim(
+        self, connection: sa.Connection, limit: int, now: datetime, *, thorough: bool
+    ) -> tuple[list[EventRow], list[Claim]]:
+        """The events of what is claimed, and the claims."""
+        pick = partial(self._rotation.claim, thorough=thorough)
+        taken, events = claims.claim(
+            connection, limit=limit, worker_id=self._worker_id, lease=self._lease, now=now, pick=pick
+        )
         return events, taken
 
     def release(self, held: Sequence[Claim]) -> list[EventRow]:

@@ -120,6 +120,26 @@ class SharedLink:
             max(links, key=lambda link: link.waiting).cut()
 
 
+@contextmanager
+def each_by_itself(connection: sa.Connection) -> Iterator[None]:
+    """Begun without a transaction: within it each statement commits by itself, in one round trip instead of the three
+    of BEGIN, statement and COMMIT. With other drivers than psycopg and psycopg2 nothing changes.
+    """
+    driver: Any = connection.connection.dbapi_connection
+    # Not through SQLAlchemy, which remembers each change of the isolation level until the connection goes back.
+    if connection.dialect.driver not in ("psycopg", "psycopg2") or driver.autocommit:
+        yield
+        return
+    driver.autocommit = True
+    try:
+        yield
+    except BaseException:
+        with suppress(Exception):  # a lost connection refuses, and is not used again
+            driver.autocommit = False
+        raise
+    driver.autocommit = False
+
+
 def end_overdue(link: Link | SharedLink, limit: float) -> bool:
     """Cut a use that has lasted more than ``limit`` seconds. True when even that has not ended it: another thread then
     has to take the place of the one that waits.

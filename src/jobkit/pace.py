@@ -14,7 +14,7 @@ LAST = 16
 QUICK = 0.02
 # A thread is worth its while for each so many seconds of work that are to be expected of what waits: threads that take
 # turns at work of a millisecond cost more than the work. What has taken longer than that by now is worth all threads.
-WORTH = 0.005
+WORTH = 0.01
 
 
 class Pace:

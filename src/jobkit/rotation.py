@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from datetime import datetime
 
 import sqlalchemy as sa
 
@@ -44,21 +45,27 @@ class Rotation:
         """Up to ``terms.limit`` jobs that may run now, in the caller's transaction. ``thorough``: those whose
         ``run_at`` has come are looked for now, else every half second.
         """
-        self._look_for_due(connection, terms, thorough)
+        self.look(connection, terms.now, thorough=thorough)
         return self._claim_merged(connection, terms) if self._due else self._claim_queued(connection, terms)
+
+    def look(self, connection: sa.Connection, now: datetime, *, thorough: bool) -> None:
+        """Look for jobs whose ``run_at`` has come, as a ``claim`` at this moment would do first."""
+        looking = time.monotonic()
+        if looking - self._looked < (REFRESH if self._due else 0.0 if thorough else DUE_REFRESH):
+            return
+        self._due = self._statements.due(connection, window=DUE_WINDOW, limit=DUE, now=now)
+        # A list that was cut off is followed by the next as soon as it is used up.
+        self._looked = float("-inf") if len(self._due) == DUE else looking
+
+    @property
+    def plain(self) -> bool:
+        """Whether a claim that need not ``look`` is one statement."""
+        return not (self._waiting or self._due)
 
     @property
     def waiting(self) -> bool:
         """Whether more jobs wait than the last claim took."""
         return self._waiting or bool(self._due)
-
-    def _look_for_due(self, connection: sa.Connection, terms: Terms, thorough: bool) -> None:
-        now = time.monotonic()
-        if now - self._looked < (REFRESH if self._due else 0.0 if thorough else DUE_REFRESH):
-            return
-        self._due = self._statements.due(connection, window=DUE_WINDOW, limit=DUE, now=terms.now)
-        # A list that was cut off is followed by the next as soon as it is used up.
-        self._looked = float("-inf") if len(self._due) == DUE else now
 
     def _claim_queued(self, connection: sa.Connection, terms: Terms) -> list[Claimed]:
         found: list[Claimed] = []

@@ -30,6 +30,10 @@ class Turn:
         """How many jobs take part, besides those that are claimed."""
         return len(self.ends) + len(self.rendered)
 
+    @property
+    def only_claims(self) -> bool:
+        return bool(self.limit) and not self.size
+
     def __bool__(self) -> bool:
         return bool(self.ends or self.rendered or self.limit)
 
