@@ -23,6 +23,7 @@ from jobkit._dialects import statements_for
 from jobkit._dialects.base import EventRow, Position
 from jobkit.bookmark import REMEMBERED_STRETCHES, Bookmark, Memory, Stretch, cursors, in_order
 from jobkit.clock import pause_after
+from jobkit.glance import Glance
 from jobkit.link import Link, end_overdue
 from jobkit.listener import Listener
 from jobkit.offers import Offers
@@ -77,6 +78,7 @@ class Feed:
         self._owed = False
         self._replays: deque[Bookmark] = deque()
         self._version: int | None = None
+        self._glance = Glance(engine)
         self._offers = Offers()
         self._hinted = self._closing = False
         self._told = self._catching_up = 0
@@ -328,7 +330,9 @@ class Feed:
         """One look at the log; False when there is more to read at once."""
         began, self._hinted = time.monotonic(), False
         told = self._listener is not None and self._listener.listening
-        version = None if told else self._ask(self._statements.version)
+        changed = self._glance.changed()  # before the version is asked for, so that nothing falls between the two
+        quiet = self._version is not None and not (changed or forced or self._owed)
+        version = None if told else self._version if quiet else self._ask(self._statements.version)
         complete = True
         if forced or self._owed or version is None or version != self._version:
             if signals.any_receivers():
