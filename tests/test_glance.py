@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import JobStore, glance
+from jobkit._dialects import statements_for
 from jobkit.glance import Glance
 from tests.support.databases import Database
 from tests.support.runners import until
@@ -21,9 +22,19 @@ def commit(engine: sa.Engine) -> None:
         JobStore(connection).create("acme", job_type="note")
 
 
+def looking_at(engine: sa.Engine) -> Glance:
+    with engine.connect() as connection:
+        return Glance(statements_for(engine).log_file(connection))
+
+
+@pytest.fixture(autouse=True)
+def a_quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(glance, "SETTLED", 100_000_000)
+
+
 def test_silence_is_told_and_every_commit_is_seen_at_the_next_look(sqlite_database: Database) -> None:
     engine, other = sqlite_database.engine, sqlite_database.connect()
-    looking = Glance(engine)
+    looking = looking_at(engine)
     commit(other)
     assert looking.changed()
     until(lambda: not looking.changed())
@@ -44,7 +55,7 @@ def test_two_commits_within_one_tick_of_the_kernel_are_two(
     log = Path(f"{sqlite_database.engine.url.database}-wal")
     written = log.stat().st_mtime_ns
     monkeypatch.setattr(glance.time, "time_ns", lambda: written + 3_000_000)
-    looking = Glance(sqlite_database.engine)
+    looking = looking_at(sqlite_database.engine)
     assert looking.changed()
     log.write_bytes(log.read_bytes()[::-1])  # nothing tells it from the write before
     os.utime(log, ns=(written, written))
@@ -54,9 +65,36 @@ def test_two_commits_within_one_tick_of_the_kernel_are_two(
     assert not looking.changed()
 
 
+def test_a_commit_that_is_flushed_slowly_is_seen_when_it_is_through(
+    sqlite_database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    commit(sqlite_database.engine)
+    log = Path(f"{sqlite_database.engine.url.database}-wal")
+    written = log.stat().st_mtime_ns  # and the flush takes a second and a half from now
+    looking = looking_at(sqlite_database.engine)
+    for passed in (0, 10_000_000, 150_000_000, 1_500_000_000):
+        monkeypatch.setattr(glance.time, "time_ns", lambda passed=passed: written + passed)
+        assert looking.changed()
+
+
+def test_a_file_is_looked_at_where_it_is_whatever_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        engine = sa.create_engine("sqlite:///jobs.db")
+        monkeypatch.chdir(tmp_path)
+        jobkit.configure_sqlite(engine)
+        jobkit.migrations.upgrade(engine)
+        assert looking_at(engine)._path == f"{tmp_path.resolve()}/{name}/jobs.db-wal"
+        engine.dispose()
+
+
 def test_a_log_is_believed_for_a_second(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     commit(sqlite_database.engine)
-    looking, begun = Glance(sqlite_database.engine), time.monotonic()
+    looking, begun = looking_at(sqlite_database.engine), time.monotonic()
     until(lambda: not looking.changed())
     monkeypatch.setattr(glance.time, "monotonic", lambda: begun + 3_600)
     assert looking.changed()
@@ -69,7 +107,7 @@ def test_what_has_no_log_may_always_have_changed(postgres_database: Database, tm
     memory = sa.create_engine("sqlite://")
     plain = sa.create_engine(f"sqlite:///{tmp_path}/plain.db")
     for engine in (postgres_database.engine, memory, plain):
-        looking = Glance(engine)
+        looking = looking_at(engine)
         assert [looking.changed() for _ in range(3)] == [True] * 3
     memory.dispose()
     plain.dispose()

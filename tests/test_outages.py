@@ -153,8 +153,8 @@ def test_a_commit_whose_reply_is_lost_is_neither_lost_nor_done_twice(
     original = Committer._commit
     replies: list[str] = []
 
-    def commit(self: Committer, connection: sa.Connection, turn: Any, unsure: bool) -> Any:
-        events, taken = original(self, connection, turn, unsure)
+    def commit(self: Committer, connection: sa.Connection, turn: Any) -> Any:
+        events, taken = original(self, connection, turn)
         if not replies and (taken if lost == "claim" else turn.ends):
             replies.append("lost")
             if stopped:

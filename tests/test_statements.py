@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from jobkit.committer import Committer
 from jobkit.feed import Feed
 from jobkit.link import SharedLink
 from jobkit.rescue import rescue
+from jobkit.tables import content_jobs
 from jobkit.turns import Turn
 from tests.support.databases import Database
 from tests.support.recorder import Recorder
+from tests.support.runners import until
 from tests.support.sent import hearing
 from tests.support.story import Story, horizon_held, nothing, publish, render
 
@@ -190,9 +193,74 @@ def test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has(pos
     assert committing(one, Turn(limit=2)) == [True]
     assert one.waiting  # so whose turn it is counts: a list, and a claim of theirs
     assert committing(one, Turn(limit=2)) == [False, False]
-    other.unsure = True  # what may have been claimed before is given back first
+    other._unsure_until = math.inf  # what may have been claimed before is given back first
     assert set(committing(other, Turn(limit=2))) == {False}
     assert committing(other, Turn(ends=[Completion(claim, verdict=RELEASED) for claim in held])) == [False]
     assert len(held) == 6
     for done in (one, other):
         done.link.close()
+
+
+def test_a_claim_that_goes_on_after_it_was_cut_is_given_back(postgres_database: Database) -> None:
+    engine = postgres_database.engine
+    with engine.begin() as connection:
+        JobStore(connection).create_many("acme", [JobRequest("note") for _ in range(3)])
+    books: set[tuple[Any, int]] = set()
+    committer = Committer(
+        engine, worker_id="worker", lease=60, clock=utcnow, holds=lambda claim: (claim.job_id, claim.fence) in books
+    )
+    outcomes: list[Any] = []
+
+    def claim() -> None:
+        try:
+            taken = committer.commit(Turn(limit=3)).taken
+        except sa.exc.DBAPIError as error:
+            outcomes.append(error)
+        else:
+            outcomes.append(len(taken))
+            books.update((one.job_id, one.fence) for one in taken)
+
+    def waiting() -> int:
+        with engine.connect() as connection:
+            found: int = connection.exec_driver_sql(
+                "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+            ).scalar_one()
+            return found
+
+    with engine.begin() as other:  # as CREATE INDEX does
+        other.exec_driver_sql("LOCK TABLE content_jobs IN SHARE MODE")
+        for number in (1, 2):  # the first is cut, and goes on waiting on the server; the second begins beside it
+            thread = threading.Thread(target=claim)
+            thread.start()
+            until(lambda number=number: waiting() == number)  # type: ignore[misc]
+            if number == 1:
+                committer.link.cut()
+                thread.join(20)
+    thread.join(20)
+    claim()
+    assert isinstance(outcomes[0], sa.exc.DBAPIError)
+    assert sum(outcomes[1:]) == 3  # whether the second came before the first or after it
+    with engine.connect() as connection:
+        jobs = connection.execute(sa.select(content_jobs.c.id, content_jobs.c.fence, content_jobs.c.status)).all()
+    assert {(job.id, job.fence) for job in jobs} == books
+    assert {job.status for job in jobs} == {"running"}
+    committer.link.close()
+
+
+def test_a_hook_for_begin_is_asked_for_what_it_sets_locally(postgres_database: Database) -> None:
+    engine = postgres_database.engine
+    with engine.begin() as connection:
+        JobStore(connection).create("acme", job_type="note")
+    found: list[str] = []
+    sa.event.listen(engine, "begin", lambda connection: connection.exec_driver_sql("SET LOCAL application_name = 'us'"))
+
+    def look(connection: sa.Connection, statement: str, _: object) -> None:
+        if "UPDATE" in statement:
+            driver: Any = connection.connection.dbapi_connection
+            found.append(driver.execute("SHOW application_name").fetchone()[0])
+
+    committer = Committer(engine, worker_id="worker", lease=60, clock=utcnow, holds=lambda _: True)
+    with hearing(engine, look):
+        assert len(committer.commit(Turn(limit=1)).taken) == 1
+    assert found == ["us"]
+    committer.link.close()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
@@ -43,8 +45,14 @@ class Committer:
         self._worker_id, self._lease, self._clock, self._holds = worker_id, lease, clock, holds
         self._statements = statements_for(engine)
         self._rotation = Rotation(engine)
-        #: Whether a claim may have been committed without this runner knowing: its reply was lost.
-        self.unsure = False
+        # Until when a claim whose reply was lost may still be committed: one that is cut while it waits for a lock goes
+        # on on the server, which does not look at the connection before it answers.
+        self._unsure_until = -math.inf
+
+    @property
+    def unsure(self) -> bool:
+        """Whether a claim may have been committed without this runner knowing: its reply was lost within a lease."""
+        return time.monotonic() < self._unsure_until
 
     @property
     def waiting(self) -> bool:
@@ -53,15 +61,18 @@ class Committer:
 
     def commit(self, turn: Turn) -> Committed:
         """Do what ``turn`` says, as a whole."""
-        unsure, self.unsure = self.unsure, self.unsure or bool(turn.limit)
-        with self.link.use() as connection:
-            events, taken = self._commit(connection, turn, unsure)
-            settled = self._settled(connection, turn, {event.job_id for event in events}) if turn.again else {}
-        if turn.limit:
-            self.unsure = False
+        try:
+            with self.link.use() as connection:
+                events, taken = self._commit(connection, turn)
+                settled = self._settled(connection, turn, {event.job_id for event in events}) if turn.again else {}
+        except BaseException:
+            if turn.limit:
+                self._unsure_until = time.monotonic() + self._lease
+            raise
         return Committed(events, taken, settled)
 
-    def _commit(self, connection: sa.Connection, turn: Turn, unsure: bool) -> tuple[list[EventRow], list[Claim]]:
+    def _commit(self, connection: sa.Connection, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
+        unsure = self.unsure
         if turn.only_claims and not unsure:
             return self._claim_only(connection, turn)
         now = self._clock()

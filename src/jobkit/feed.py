@@ -78,7 +78,7 @@ class Feed:
         self._owed = False
         self._replays: deque[Bookmark] = deque()
         self._version: int | None = None
-        self._glance = Glance(engine)
+        self._glance = Glance(None)
         self._offers = Offers()
         self._hinted = self._closing = False
         self._told = self._catching_up = 0
@@ -97,6 +97,7 @@ class Feed:
         else:
             self._place, self._owed = Bookmark(self._statements.start_after(after)), True
             self._recall()
+        self._glance = Glance(self._ask(self._statements.log_file))
         self._last_scan = time.monotonic()
         self._active_until = self._last_scan + ACTIVE_FOR
         self._spawn()

@@ -8,23 +8,22 @@ from __future__ import annotations
 import os
 import time
 
-import sqlalchemy as sa
-
-from jobkit.sqlite import wal_of
-
-# A file's time is that of the kernel's last tick, which may be some milliseconds old: two writes within one look the
-# same. Of a file that was written to longer ago than this, in nanoseconds, the next write is seen.
-SETTLED = 100_000_000
-# After so many seconds the file is not believed, whatever it says: some network file systems tell old times.
+# What is written is committed when it has been flushed, and others then see it without a further trace in the file. Of
+# a file that was written to longer ago than this, in nanoseconds, that is over; and the next write has another time,
+# which is that of the kernel's last tick, some milliseconds ago.
+SETTLED = 2_000_000_000
+# After so many seconds the file is not believed, whatever it says: a flush may take longer, and some network file
+# systems tell old times.
 BELIEVED = 1.0
 
 
 class Glance:
     """Used by one thread."""
 
-    def __init__(self, engine: sa.Engine) -> None:
+    def __init__(self, log: str | None) -> None:
+        """``log``: where the write-ahead log is while there is one; None where there never is."""
         # Windows tells the time of an open file when it is closed.
-        self._path = wal_of(engine) if os.name == "posix" else None
+        self._path = log if os.name == "posix" else None
         self._seen: tuple[int, int, int] | None = None
         self._until = 0.0
 

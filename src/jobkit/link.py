@@ -123,11 +123,17 @@ class SharedLink:
 @contextmanager
 def each_by_itself(connection: sa.Connection) -> Iterator[None]:
     """Begun without a transaction: within it each statement commits by itself, in one round trip instead of the three
-    of BEGIN, statement and COMMIT. With other drivers than psycopg and psycopg2 nothing changes.
+    of BEGIN, statement and COMMIT. Only with psycopg; not where the host has a hook for BEGIN, whose ``SET LOCAL``
+    would be forgotten, nor where one has left a transaction open.
     """
     driver: Any = connection.connection.dbapi_connection
     # Not through SQLAlchemy, which remembers each change of the isolation level until the connection goes back.
-    if connection.dialect.driver not in ("psycopg", "psycopg2") or driver.autocommit:
+    if (
+        connection.dialect.driver != "psycopg"
+        or connection.dispatch.begin
+        or driver.autocommit
+        or driver.info.transaction_status.name != "IDLE"
+    ):
         yield
         return
     driver.autocommit = True

@@ -120,11 +120,6 @@ def is_memory(engine: sa.Engine) -> bool:
     return name in (":memory:", "file::memory:") or engine.url.query.get("mode") == "memory"
 
 
-def wal_of(engine: sa.Engine) -> str | None:
-    """Where the write-ahead log of ``engine``'s SQLite file is while there is one; None for any other database."""
-    return None if engine.dialect.name != "sqlite" or is_memory(engine) else f"{_database(engine)}-wal"
-
-
 def writing_in_this_thread(engine: sa.Engine) -> bool:
     """Whether this thread holds the write lock of ``engine``'s SQLite file: a second connection would wait for ever."""
     if engine.dialect.name != "sqlite":

@@ -353,6 +353,20 @@ ATTEMPTS = [
         "test_statements.py::test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has",
     ),
     bug(
+        "a claim that is no longer doubted after the next one",
+        "committer.py",
+        "        return Committed(events, taken, settled)\n",
+        "        self._unsure_until = -math.inf\n        return Committed(events, taken, settled)\n",
+        "test_statements.py::test_a_claim_that_goes_on_after_it_was_cut_is_given_back",
+    ),
+    bug(
+        "a commit that is flushed slowly is overlooked",
+        "glance.py",
+        "SETTLED = 2_000_000_000",
+        "SETTLED = 100_000_000",
+        "test_glance.py::test_a_commit_that_is_flushed_slowly_is_seen_when_it_is_through",
+    ),
+    bug(
         "a claim that forgets what it may hold already",
         "committer.py",
         "if turn.only_claims and not unsure:",

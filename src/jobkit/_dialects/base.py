@@ -251,6 +251,9 @@ class EventStatements(Protocol):
     def version(self, connection: sa.Connection) -> int:
         """As long as this number is that of the last look on this connection, a scan finds nothing new. Costs less."""
 
+    def log_file(self, connection: sa.Connection) -> str | None:
+        """The file that every commit writes to, if there is one."""
+
     def start(self, connection: sa.Connection) -> Start:
         """The end of the event log as of now."""
 

@@ -120,6 +120,9 @@ class Events:
             found: Any = cursor.fetchone()
             return int(found[0])
 
+    def log_file(self, connection: sa.Connection) -> str | None:
+        return None
+
     def start(self, connection: sa.Connection) -> Start:
         xmin, snapshot = connection.execute(START(connection)).one()
         return Start(Position(xmin, 0), snapshot)

@@ -108,6 +108,12 @@ class Events:
         driver: Any = connection.connection.driver_connection
         return int(driver.execute("PRAGMA data_version").fetchone()[0])
 
+    def log_file(self, connection: sa.Connection) -> str | None:
+        # SQLite says where its file is, whatever the URL was and the working directory is now.
+        driver: Any = connection.connection.driver_connection
+        files = {name: file for _, name, file in driver.execute("PRAGMA database_list")}
+        return f"{files['main']}-wal" if files.get("main") else None
+
     def start(self, connection: sa.Connection) -> Start:
         return Start(Position(0, connection.execute(START(connection)).scalar_one()), "")
 
