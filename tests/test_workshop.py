@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, Rendered, Runner
+from jobkit.attempt import Attempt
 from jobkit.committer import Committed, Committer
 from jobkit.turns import Turn
 from tests.support.invariants import violations
@@ -70,7 +71,14 @@ def test_what_was_rendered_and_not_stored_when_a_runner_stops_leaves_no_file(
             raise sa.exc.OperationalError("COMMIT", {}, OSError("no route to host"))
         return commit(self, turn)
 
+    discard = Attempt.discard
+
+    def slowly(self: Attempt) -> None:
+        threading.Event().wait(0.2)  # long enough for a stop that does not wait for it
+        discard(self)
+
     monkeypatch.setattr(Committer, "commit", away)
+    monkeypatch.setattr(Attempt, "discard", slowly)
     job = create()
     with Runner(engine, disk, only(note)) as runner:
         assert failed.wait(20)

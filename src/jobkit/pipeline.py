@@ -177,8 +177,10 @@ class Pipeline:
                 self._release_all()
         finally:
             self.link.close()
-            self._close()
-            self._drop()
+            try:
+                self._drop()
+            finally:
+                self._close()  # the last thing: whoever waits for it finds no file left
 
     def _close(self) -> None:
         self._workshop.close()
