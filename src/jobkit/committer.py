@@ -92,17 +92,18 @@ class Committer:
 
     def _claim_only(self, connection: sa.Connection, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
         """As little as there is to do: no lock for nothing, and no transaction around one statement."""
-        now = self._clock()
+        now, thorough = self._clock(), turn.thorough
         if self._statements.claim_locks:
             if not self._queued(connection):
                 return [], []
         else:
             with each_by_itself(connection), connection.begin():
-                self._rotation.look(connection, now, thorough=turn.thorough)
-                if self._rotation.plain:
-                    return self._claim(connection, turn.limit, now, thorough=False)
+                self._rotation.look(connection, now, thorough=thorough)
+                thorough = False  # it has just looked
+                if not self.waiting:
+                    return self._claim(connection, turn.limit, now, thorough=thorough)
         with connection.begin():
-            return self._claim(connection, turn.limit, now, thorough=turn.thorough)
+            return self._claim(connection, turn.limit, now, thorough=thorough)
 
     def _claim(
         self, connection: sa.Connection, limit: int, now: datetime, *, thorough: bool

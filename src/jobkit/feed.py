@@ -331,9 +331,7 @@ class Feed:
         """One look at the log; False when there is more to read at once."""
         began, self._hinted = time.monotonic(), False
         told = self._listener is not None and self._listener.listening
-        changed = self._glance.changed()  # before the version is asked for, so that nothing falls between the two
-        quiet = self._version is not None and not (changed or forced or self._owed)
-        version = None if told else self._version if quiet else self._ask(self._statements.version)
+        version = None if told else self._version_now()
         complete = True
         if forced or self._owed or version is None or version != self._version:
             if signals.any_receivers():
@@ -347,6 +345,11 @@ class Feed:
         self._last_scan = began
         self._next_scan = began + self._pause(began, told) if complete else began
         return complete
+
+    def _version_now(self) -> int:
+        """The log's version: as it was at the last look, unless a glance says that it may be another."""
+        changed = self._glance.changed()  # before it is asked for, so that nothing falls between the two
+        return self._ask(self._statements.version) if changed or self._version is None else self._version
 
     def _pause(self, began: float, told: bool) -> float:
         """How long after a look that ``began`` then the next one is due; ``told``: notifications arrive."""

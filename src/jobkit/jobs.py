@@ -108,7 +108,7 @@ class JobStore:
             for chunk in chain([first], others):
                 made += chunk.jobs
                 keyed += chunk.keyed
-                if len(chunk.jobs) > len(chunk.keyed):
+                if chunk.array is not None:
                     statements_for(connection).insert_jobs(connection, owner, chunk.array, now=now, notify=self._notify)
             known = {draft.job.id: self._insert(connection, draft)[0] for draft in keyed}
         return [known.get(job.id, job) for job in made] if known else made
@@ -316,8 +316,11 @@ def of_company(column: sa.Column[str], company_id: object) -> sa.ColumnElement[b
 
 def _same_key(job: Job) -> sa.Select[Any]:
     """The row that ``job`` cannot be inserted beside."""
-    same = (_c.company_id, job.company_id), (_c.job_type, job.job_type), (_c.idempotency_key, job.idempotency_key)
-    return sa.select(content_jobs).where(*(column == value for column, value in same))
+    return sa.select(content_jobs).where(
+        _c.company_id == job.company_id,
+        _c.job_type == job.job_type,
+        _c.idempotency_key == job.idempotency_key,
+    )
 
 
 def _position(job: Job) -> list[Any]:

@@ -134,17 +134,17 @@ def checked_many(requests: Iterable[JobRequest], max_input_bytes: int) -> deque[
 
 class Chunk(NamedTuple):
     """Some of the jobs of a call, in its order: the ``keyed`` ones to be inserted one by one, the others together, as
-    the JSON array that ``Statements.insert_jobs`` reads.
+    the JSON array that ``Statements.insert_jobs`` reads; None when there are no others.
     """
 
     jobs: list[Job]
     keyed: list[Draft]
-    array: str
+    array: str | None
 
     @property
     def statements(self) -> int:
         """How many statements insert it."""
-        return len(self.keyed) + (len(self.jobs) > len(self.keyed))
+        return len(self.keyed) + (self.array is not None)
 
 
 def chunks(wanted: deque[Checked], company_id: str, now: datetime) -> Iterator[Chunk]:
@@ -157,15 +157,19 @@ def chunks(wanted: deque[Checked], company_id: str, now: datetime) -> Iterator[C
     size = 0
     while wanted:
         draft = wanted.popleft().draft(company_id, now)
-        document = draft.document()
+        document = draft.document() if draft.job.idempotency_key is None else ""
         if jobs and (len(jobs) == MAX_CHUNK_JOBS or size + len(document) > MAX_CHUNK_CHARACTERS):
-            yield Chunk(jobs, keyed, f"[{','.join(documents)}]")
+            yield _chunk(jobs, keyed, documents)
             jobs, keyed, documents, size = [], [], [], 0
         jobs.append(draft.job)
-        size += len(document)
-        if draft.job.idempotency_key is None:
+        if document:
             documents.append(document)
+            size += len(document)
         else:
             keyed.append(draft)
     if jobs:
-        yield Chunk(jobs, keyed, f"[{','.join(documents)}]")
+        yield _chunk(jobs, keyed, documents)
+
+
+def _chunk(jobs: list[Job], keyed: list[Draft], documents: list[str]) -> Chunk:
+    return Chunk(jobs, keyed, f"[{','.join(documents)}]" if documents else None)

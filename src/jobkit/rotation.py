@@ -58,13 +58,8 @@ class Rotation:
         self._looked = float("-inf") if len(self._due) == DUE else looking
 
     @property
-    def plain(self) -> bool:
-        """Whether a claim that need not ``look`` is one statement."""
-        return not (self._waiting or self._due)
-
-    @property
     def waiting(self) -> bool:
-        """Whether more jobs wait than the last claim took."""
+        """Whether more jobs wait than the last claim took. If not, the next one, after a ``look``, is one statement."""
         return self._waiting or bool(self._due)
 
     def _claim_queued(self, connection: sa.Connection, terms: Terms) -> list[Claimed]:
