@@ -11,12 +11,14 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from jobkit import AssetStore, Job, JobRequest, JobStore, RenderContext, Rendered, Runner, pace, workshop
-from jobkit.attempt import Attempt
-from jobkit.claims import Claim
-from jobkit.context import Registration
-from jobkit.ids import new_id
-from jobkit.pipeline import Pipeline
+from jobkit import AssetStore, Job, JobRequest, JobStore, RenderContext, Rendered, Runner
+from jobkit.base.ids import new_id
+from jobkit.jobs.claims import Claim
+from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import Registration
+from jobkit.runner import render_stage as pace
+from jobkit.runner import render_stage as workshop
+from jobkit.runner.pipeline import Pipeline
 from jobkit.tables import content_job_events, content_jobs
 from tests.support.invariants import violations
 from tests.support.runners import Gate, note, only, seen, statuses, until

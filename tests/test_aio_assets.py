@@ -17,7 +17,7 @@ import jobkit
 from jobkit import AssetCorrupt, AssetEmpty, AssetNotFound, AssetStore, ConfigurationError
 from jobkit.aio import AsyncAssetStore, AsyncJobStore
 from jobkit.aio.stores import _of_bytes
-from jobkit.local_storage import LocalStorage
+from jobkit.storage.local import LocalStorage
 from tests.support.asynchronous import Lane
 from tests.support.files import COMPANY, intents, objects, rows
 

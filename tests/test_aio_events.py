@@ -19,11 +19,12 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import Job, JobEvent, JobNotFound, JobState, JobStore, Relay, Runner, aio, signals, watching
+from jobkit import Job, JobEvent, JobNotFound, JobState, JobStore, Relay, Runner, aio, signals
 from jobkit.aio import AsyncJobStore
-from jobkit.clock import utcnow
+from jobkit.base.clock import utcnow
 from jobkit.errors import SubscriberTooSlow
-from jobkit.watching import Watcher
+from jobkit.events import hub
+from jobkit.events.watch import Watcher
 from tests.support.asynchronous import Lane
 from tests.support.garbage import collected
 from tests.support.runners import Gate, only
@@ -36,7 +37,7 @@ Create = Callable[..., Job]
 def nothing_left() -> Iterator[None]:
     with collected():
         yield
-    assert watching._hub._watchers == {}
+    assert hub.subscribers._watchers == {}
     assert not signals.any_receivers()
 
 
@@ -310,7 +311,7 @@ def test_two_hundred_watchers_of_one_loop_each_see_every_event(engine: sa.Engine
 
     async def story() -> list[list[str]]:
         watchers = [asyncio.create_task(everything(engine, job)) for job in jobs for _ in range(10)]
-        await until(lambda: sum(map(len, watching._hub._watchers.values())) == 200)
+        await until(lambda: sum(map(len, hub.subscribers._watchers.values())) == 200)
         for job in jobs:
             await asyncio.to_thread(move, engine, job, "running", "done")
         return await asyncio.gather(*watchers)
@@ -342,7 +343,7 @@ def test_a_page_that_is_closed_leaves_no_receiver_and_no_relay(engine: sa.Engine
     async def story() -> None:
         if way == "cancel":
             task = asyncio.create_task(everything(engine, job))
-            await until(lambda: watching._hub._watchers)
+            await until(lambda: hub.subscribers._watchers)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             assert task.cancelled()
@@ -354,7 +355,7 @@ def test_a_page_that_is_closed_leaves_no_receiver_and_no_relay(engine: sa.Engine
             async for _ in aio.watch(engine, job.id):
                 break
             gc.collect()
-        await until(lambda: not watching._hub._watchers)
+        await until(lambda: not hub.subscribers._watchers)
 
     run(story)
     assert not signals.any_receivers()
@@ -378,7 +379,7 @@ def test_a_task_that_is_cancelled_while_its_thread_asks_the_database_leaves_noth
     async def story() -> None:
         task = asyncio.create_task(everything(engine, job))
         if name == "take":
-            await until(lambda: watching._hub._watchers)
+            await until(lambda: hub.subscribers._watchers)
             await asyncio.to_thread(move, engine, job, "running")
         await until(entered.is_set)
         task.cancel()
@@ -388,7 +389,7 @@ def test_a_task_that_is_cancelled_while_its_thread_asks_the_database_leaves_noth
         assert task.cancelled()
 
     run(story)
-    assert watching._hub._watchers == {}
+    assert hub.subscribers._watchers == {}
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["AsyncEngine", "its sync_engine"])

@@ -12,11 +12,11 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, Rendered, Runner
-from jobkit.attempt import Attempt
-from jobkit.batches import MOST, Batch, batches
-from jobkit.claims import Claim
-from jobkit.context import Registration
-from jobkit.ids import new_id
+from jobkit.base.ids import new_id
+from jobkit.jobs.claims import Claim
+from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import Registration
+from jobkit.runner.store_stage import MOST, Batch, batches
 from tests.support.invariants import violations
 from tests.support.runners import only, seen, statuses
 

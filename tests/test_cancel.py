@@ -11,12 +11,14 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import InvalidTransition, JobNotFound, JobStatus, JobStore, claims
-from jobkit.claims import RELEASED, Claim, Completion
-from jobkit.clock import utcnow
-from jobkit.ids import new_id
+from jobkit import InvalidTransition, JobNotFound, JobStatus, JobStore
+from jobkit.base.clock import utcnow
+from jobkit.base.ids import new_id
+from jobkit.jobs import claims
+from jobkit.jobs.claims import RELEASED, Claim, Completion
+from jobkit.jobs.outcomes import Verdict
 from jobkit.tables import content_job_events, content_jobs
-from jobkit.types import StoredObject, Verdict
+from jobkit.types import StoredObject
 from tests.support.databases import Database
 from tests.support.recorder import Recorder
 from tests.support.runners import note, only, seen, until

@@ -11,9 +11,11 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import claims
-from jobkit.claims import Claim, Completion, Intent
-from jobkit.clock import utcnow
+from jobkit.assets import intents
+from jobkit.assets.intents import Intent
+from jobkit.base.clock import utcnow
+from jobkit.jobs import claims
+from jobkit.jobs.claims import Claim, Completion
 from jobkit.tables import content_jobs
 from jobkit.types import StoredObject
 from tests.support.databases import Database
@@ -39,7 +41,7 @@ def stored(claim: Claim, number: int = 0) -> StoredObject:
 
 def record(engine: sa.Engine, files: Sequence[StoredObject]) -> None:
     with engine.begin() as connection:
-        claims.record_intents(connection, [Intent("acme", file.provider, file.object_key) for file in files])
+        intents.record_intents(connection, [Intent("acme", file.provider, file.object_key) for file in files])
 
 
 @pytest.mark.parametrize("limit", [1, 3, 10])

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from jobkit import AssetStore, audit
+from jobkit import AssetStore
 from jobkit.cli import main
+from jobkit.maintenance import audit
 from jobkit.tables import assets as rows_of_assets
 from tests.support.databases import Database
 from tests.support.files import intents, keep, objects, put

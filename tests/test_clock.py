@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobkit.clock import aware, pause_after, seconds, utcnow
+from jobkit.base.clock import aware, pause_after, seconds, utcnow
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 

@@ -17,9 +17,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 import jobkit
 from jobkit import JobStore
-from jobkit.columns import JsonObject, UtcDateTime
-from jobkit.ids import new_id
-from jobkit.tables import content_job_events, content_jobs, metadata
+from jobkit.base.ids import new_id
+from jobkit.tables import JsonObject, UtcDateTime, content_job_events, content_jobs, metadata
 from tests.support.databases import Database
 
 DIALECTS = [sqlite.dialect(), postgresql.dialect()]

@@ -15,9 +15,9 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import AssetStore, Job, RenderContext, Rendered, Renderers
-from jobkit.attempt import Attempt
-from jobkit.claims import Claim
-from jobkit.pools import LoopThread
+from jobkit.base.loops import LoopThread
+from jobkit.jobs.claims import Claim
+from jobkit.rendering.attempt import Attempt
 from tests.support.files import COMPANY, intents, keep, rows
 
 Renderer = Callable[[RenderContext], Any]

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import JobRequest, JobStore
-from jobkit import requests as requests_module
+from jobkit.jobs import creation as requests_module
 from jobkit.tables import content_job_events, content_jobs
 from tests.support.recorder import Recorder
 from tests.support.sent import hearing

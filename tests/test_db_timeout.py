@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, JobStore, Rendered, Runner
-from jobkit.link import Link, SharedLink
+from jobkit.db.connections import Link, SharedLink
 from tests.support.databases import Database
 from tests.support.invariants import violations
 from tests.support.proxy import Proxy

@@ -32,9 +32,10 @@ from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
 import jobkit
-from jobkit import aio, errors, signals, sse, testing
+from jobkit import aio, errors, signals, testing
+from jobkit.assets.limits import VARIABLES as LIMIT_VARIABLES
 from jobkit.cli import URL_VARIABLE
-from jobkit.limits import VARIABLES as LIMIT_VARIABLES
+from jobkit.sse import streams as sse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -165,7 +166,7 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Reader]:
     """In an empty folder, with nobody connected to a signal; both are as before afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend("")  # as `python` has it: the folder one is in
-    modules, receivers = set(sys.modules), [(s, set(s.receivers)) for s in signals._SIGNALS.values()]
+    modules, receivers = set(sys.modules), [(s, set(s.receivers)) for s in signals.SIGNALS.values()]
     reader = Reader(tmp_path)
     monkeypatch.setenv("UVICORN_PORT", str(reader.port))
     yield reader

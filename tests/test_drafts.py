@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobkit.drafts import Draft, Limit
-from jobkit.local_storage import LocalStorage
+from jobkit.assets.spool import Draft, Limit
+from jobkit.storage.local import LocalStorage
 
 LIMIT = Limit(100, "a test")
 

@@ -14,11 +14,11 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import claims
-from jobkit._dialects.base import Sql
-from jobkit._dialects.postgresql import claims as postgresql
-from jobkit._dialects.sqlite import claims as sqlite
-from jobkit.clock import utcnow
+from jobkit.base.clock import utcnow
+from jobkit.db.dialects.base import Sql
+from jobkit.db.dialects.postgresql import jobs as postgresql
+from jobkit.db.dialects.sqlite import jobs as sqlite
+from jobkit.jobs import claims
 from jobkit.tables import asset_intents, content_jobs
 from tests.support import doomed
 from tests.support.databases import Database

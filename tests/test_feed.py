@@ -12,12 +12,14 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetStore, JobStore, Relay, Runner, bookmark, feed
-from jobkit._dialects.base import EventRow, Position, Start
-from jobkit._dialects.postgresql import Postgresql
-from jobkit.bookmark import Bookmark, Memory
-from jobkit.clock import utcnow
-from jobkit.feed import Feed
+from jobkit import AssetStore, JobStore, Relay, Runner
+from jobkit.base.clock import utcnow
+from jobkit.db.dialects.base import EventRow, Position, Start
+from jobkit.db.dialects.postgresql import Postgresql
+from jobkit.events import feed
+from jobkit.events import log as bookmark
+from jobkit.events.feed import Feed
+from jobkit.events.log import Bookmark, Memory
 from jobkit.tables import content_job_events
 from tests.support.databases import Database
 from tests.support.recorder import Recorder
@@ -339,7 +341,7 @@ def test_what_was_told_ahead_is_forgotten_once_scanned(
         for _ in range(100):
             create()
         runner.run_until_idle(timeout=30)
-        running = jobkit.relay.running_feed(engine)
+        running = jobkit.events.relay.running_feed(engine)
         assert running is not None
         until(lambda: not running._place.ahead, "an empty set of events told ahead")
     assert len(recorder.events) == 300

@@ -10,9 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import JobStore, glance
-from jobkit._dialects import statements_for
-from jobkit.glance import Glance
+from jobkit import JobStore
+from jobkit.db.dialects import statements_for
+from jobkit.events import hints as glance
+from jobkit.events.hints import Glance
 from tests.support.databases import Database
 from tests.support.runners import until
 

@@ -20,8 +20,9 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import AssetStore
-from jobkit.storage import FsspecStorage, open_storage
-from jobkit.uploads import Upload
+from jobkit.storage.base import Upload
+from jobkit.storage.opening import open_storage
+from jobkit.storage.remote import FsspecStorage
 from tests.support.files import keep
 
 REGISTRY = importlib.import_module("fsspec.registry")  # fsspec.registry is the mapping in it

@@ -14,12 +14,14 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import JobStore, Relay, feed, listener, relay
-from jobkit._dialects import statements_for
-from jobkit._dialects.postgresql import Postgresql
-from jobkit.bookmark import Memory
-from jobkit.feed import Feed
-from jobkit.listener import Listener
+from jobkit import JobStore, Relay
+from jobkit.db.dialects import statements_for
+from jobkit.db.dialects.postgresql import Postgresql
+from jobkit.events import feed, relay
+from jobkit.events import hints as listener
+from jobkit.events.feed import Feed
+from jobkit.events.hints import Listener
+from jobkit.events.log import Memory
 from tests.support.databases import Database
 from tests.support.postgres import OwnServer, Server
 from tests.support.proxy import Proxy

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobkit import ids
-from jobkit.ids import new_id, parse_id
+from jobkit.base import ids
+from jobkit.base.ids import new_id, parse_id
 
 
 def test_a_new_id_is_a_uuid_version_7_with_the_time_in_front() -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from jobkit.inbox import NEVER, Inbox
+from jobkit.runner.mailbox import NEVER, Inbox
 from tests.support.runners import until
 
 

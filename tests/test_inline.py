@@ -12,18 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 
 import jobkit
-from jobkit import (
-    AssetStore,
-    Job,
-    JobStore,
-    RenderContext,
-    Rendered,
-    Renderers,
-    configure_sqlite,
-    metadata,
-    signals,
-)
-from jobkit.local_storage import LocalStorage
+from jobkit import AssetStore, Job, JobStore, RenderContext, Rendered, Renderers, configure_sqlite, metadata, signals
+from jobkit.storage.local import LocalStorage
 from jobkit.tables import content_job_events
 from jobkit.testing import inline
 from tests.support import inlining

@@ -13,17 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import (
-    AssetStore,
-    Discard,
-    JobStore,
-    RenderContext,
-    Rendered,
-    Renderers,
-    Retry,
-    Runner,
-    Snooze,
-)
+from jobkit import AssetStore, Discard, JobStore, RenderContext, Rendered, Renderers, Retry, Runner, Snooze
 from jobkit.tables import content_jobs
 from jobkit.testing import FrozenClock, drain, inline
 from tests.support import inlining

@@ -18,12 +18,16 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import AssetNotFound, InvalidTransition, claims
-from jobkit._dialects import statements_for
-from jobkit.claims import INTENT_GRACE, Claim, Completion, Intent
-from jobkit.clock import utcnow
+from jobkit import AssetNotFound, InvalidTransition
+from jobkit.assets import intents
+from jobkit.assets.intents import INTENT_GRACE, Intent
+from jobkit.base.clock import utcnow
+from jobkit.db.dialects import statements_for
+from jobkit.jobs import claims
+from jobkit.jobs.claims import Claim, Completion
+from jobkit.jobs.outcomes import Verdict
 from jobkit.tables import content_jobs, metadata
-from jobkit.types import JobStatus, StoredObject, Verdict
+from jobkit.types import JobStatus, StoredObject
 from tests.support.model import Found, broken_laws, read
 
 DEADLINE = 60.0
@@ -45,7 +49,7 @@ class Stage:
         key = f"acme/generated/{job.id}.txt"
         self.file = StoredObject("memory", key, "text/plain", 4, "0" * 64, "a.txt")
         with engine.begin() as connection:
-            claims.record_intents(connection, [Intent("acme", "memory", key)])
+            intents.record_intents(connection, [Intent("acme", "memory", key)])
             over = datetime(2001, 1, 1, tzinfo=UTC)
             connection.execute(content_jobs.update().values(lease_until=over))
             if queued:

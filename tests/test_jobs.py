@@ -12,17 +12,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import (
-    CONTENT_JOB_STATUSES,
-    ContentJobStatus,
-    InvalidTransition,
-    Job,
-    JobNotFound,
-    JobStatus,
-    JobStore,
-    claims,
-)
-from jobkit.ids import new_id
+from jobkit import CONTENT_JOB_STATUSES, ContentJobStatus, InvalidTransition, Job, JobNotFound, JobStatus, JobStore
+from jobkit.base.ids import new_id
+from jobkit.jobs import claims
 from jobkit.tables import assets, content_job_events, content_jobs
 from tests.support import shared as module_database
 

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from jobkit.assets.names import MAX_KEY_BYTES, check_key, company_prefix, object_key
+from jobkit.base.ids import new_id
 from jobkit.errors import AssetKeyRefused
-from jobkit.ids import new_id
-from jobkit.keys import MAX_KEY_BYTES, check_key, company_prefix, object_key
 
 AT = datetime(2026, 3, 1, 12, tzinfo=UTC)
 ID = UUID("0198c0de-0000-7000-8000-000000000000")

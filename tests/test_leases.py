@@ -11,15 +11,17 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import AssetStore, Job, JobStore, Rendered, Renderers, RescueReport, Runner, claims
-from jobkit._dialects import statements_for
-from jobkit.claims import RELEASED
-from jobkit.clock import utcnow
-from jobkit.link import Link, SharedLink
-from jobkit.rescue import Rescuer
-from jobkit.rescue import rescue as look
+from jobkit import AssetStore, Job, JobStore, Rendered, Renderers, RescueReport, Runner
+from jobkit.base.clock import utcnow
+from jobkit.db.connections import Link, SharedLink
+from jobkit.db.dialects import statements_for
+from jobkit.jobs import claims
+from jobkit.jobs.claims import RELEASED
+from jobkit.jobs.outcomes import Verdict
+from jobkit.maintenance.rescue import Rescuer
+from jobkit.maintenance.rescue import rescue as look
 from jobkit.tables import content_jobs
-from jobkit.types import JobStatus, Verdict
+from jobkit.types import JobStatus
 from tests.support.invariants import violations
 from tests.support.recorder import Recorder
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from jobkit.limits import DEFAULT_MAX_BYTES, configured_limit, parse_limit
+from jobkit.assets.limits import DEFAULT_MAX_BYTES, configured_limit, parse_limit
 
 PAPERCLIP = "PAPERCLIP_GENERATED_ASSET_MAX_BYTES"
 JOBKIT = "JOBKIT_GENERATED_ASSET_MAX_BYTES"

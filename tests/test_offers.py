@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from uuid import uuid4
 
-from jobkit._dialects.base import EventRow
-from jobkit.clock import utcnow
-from jobkit.offers import Offers
+from jobkit.base.clock import utcnow
+from jobkit.db.dialects.base import EventRow
+from jobkit.events.feed import Offers
 
 
 def row(number: int) -> EventRow:

@@ -10,9 +10,10 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import JobRequest, JobStore, claims
-from jobkit.claims import Claim
-from jobkit.rotation import Rotation
+from jobkit import JobRequest, JobStore
+from jobkit.jobs import claims
+from jobkit.jobs.claims import Claim
+from jobkit.jobs.fairness import Rotation
 from tests.support.databases import Database
 from tests.support.plans import explained
 from tests.support.runners import note, only, seen

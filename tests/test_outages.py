@@ -17,7 +17,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, Rendered, Runner, RunnerMetrics
-from jobkit.committer import Committer
+from jobkit.runner.turns import Committer
 from jobkit.tables import content_jobs
 from tests.support.databases import Database
 from tests.support.invariants import violations

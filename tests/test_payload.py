@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
 from jobkit import JobStore
-from jobkit.payload import MAX_DEPTH, MAX_INPUT_BYTES
+from jobkit.jobs.creation import MAX_DEPTH, MAX_INPUT_BYTES
 from jobkit.tables import content_job_events, content_jobs
 from tests.support.shared import shared_database
 

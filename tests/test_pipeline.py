@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, Rendered, Renderers, Runner
-from jobkit.pipeline import Pipeline
+from jobkit.runner.pipeline import Pipeline
 from jobkit.tables import asset_intents, content_jobs
 from tests.support.databases import Database
 from tests.support.invariants import violations

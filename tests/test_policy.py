@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 import jobkit
-from jobkit import Discard, JobCancelled, LeaseLost, Retry, Snooze, policy
-from jobkit.types import JobStatus, Verdict
+from jobkit import Discard, JobCancelled, LeaseLost, Retry, Snooze
+from jobkit.jobs import outcomes as policy
+from jobkit.jobs.outcomes import Verdict
+from jobkit.types import JobStatus
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
 FAILED = Verdict(JobStatus.FAILED, error="no")

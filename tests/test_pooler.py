@@ -17,8 +17,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetStore, JobStore, Relay, Runner, listener
-from jobkit.clock import utcnow
+from jobkit import AssetStore, JobStore, Relay, Runner
+from jobkit.base.clock import utcnow
+from jobkit.events import hints as listener
 from tests.support.databases import Database
 from tests.support.invariants import violations
 from tests.support.postgres import UNPRIVILEGED
@@ -109,7 +110,7 @@ def test_every_event_of_others_and_of_its_runner_is_heard_once(
         others = [cancelled(engine) for engine in (pooled, postgres_database.engine) * 10]
         recorder.wait(lambda types: types.count("cancelled") == 20, 60)
         if heartbeat < 1:
-            feed = jobkit.relay.running_feed(pooled)
+            feed = jobkit.events.relay.running_feed(pooled)
             assert feed is not None
             mine = feed._listener
             assert mine is not None

@@ -9,8 +9,8 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit.link import Link
-from jobkit.pools import DaemonPool
+from jobkit.base.threads import DaemonPool
+from jobkit.db.connections import Link
 from tests.support.databases import Database
 
 Refuse = Callable[[str, int], None]

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import pytest
 
-from jobkit.prefetch import prefetched
+from jobkit.jobs.creation import prefetched
 from tests.support.runners import until
 
 

@@ -16,9 +16,12 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetStore, Job, JobStore, RenderContext, Rendered, Runner, claims, leases
-from jobkit.clock import utcnow
-from jobkit.progress import Report, report
+from jobkit import AssetStore, Job, JobStore, RenderContext, Rendered, Runner
+from jobkit.base.clock import utcnow
+from jobkit.jobs import claims
+from jobkit.jobs.claims import Report
+from jobkit.rendering.context import report
+from jobkit.runner import leases
 from jobkit.tables import content_job_events
 from jobkit.testing import inline
 from tests.support.recorder import Recorder

@@ -11,20 +11,10 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from jobkit import (
-    AssetStore,
-    ConfigurationError,
-    EventsPruned,
-    Job,
-    JobStore,
-    PruneReport,
-    Relay,
-    Runner,
-    prune,
-    pruning,
-)
-from jobkit._dialects.base import MARK
-from jobkit.clock import utcnow
+from jobkit import AssetStore, ConfigurationError, EventsPruned, Job, JobStore, PruneReport, Relay, Runner, prune
+from jobkit.base.clock import utcnow
+from jobkit.db.dialects.base import MARK
+from jobkit.maintenance import prune as pruning
 from jobkit.tables import assets, content_job_events, content_jobs
 from tests.support.databases import Database
 from tests.support.files import intents, objects

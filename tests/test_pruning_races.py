@@ -16,10 +16,11 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from jobkit import AssetStore, InvalidTransition, Job, JobNotFound, JobStore, Runner, prune, pruning
-from jobkit._dialects import statements_for
-from jobkit.clock import utcnow
-from jobkit.ids import new_id
+from jobkit import AssetStore, InvalidTransition, Job, JobNotFound, JobStore, Runner, prune
+from jobkit.base.clock import utcnow
+from jobkit.base.ids import new_id
+from jobkit.db.dialects import statements_for
+from jobkit.maintenance import prune as pruning
 from jobkit.tables import assets, content_job_events, content_jobs
 from tests.benchmarks.many_jobs import record
 from tests.support.databases import Database

@@ -13,11 +13,13 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetStore, JobEvent, JobStore, Relay, Runner, feed, offers, relay, signals
-from jobkit._dialects.base import EventRow
-from jobkit.clock import utcnow
-from jobkit.feed import Feed
-from jobkit.ids import new_id
+from jobkit import AssetStore, JobEvent, JobStore, Relay, Runner, signals
+from jobkit.base.clock import utcnow
+from jobkit.base.ids import new_id
+from jobkit.db.dialects.base import EventRow
+from jobkit.events import feed, relay
+from jobkit.events import feed as offers
+from jobkit.events.feed import Feed
 from jobkit.tables import content_job_events
 from tests.support.databases import Database
 from tests.support.recorder import ALL, Recorder

@@ -15,7 +15,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetStore, JobEvent, JobStore, Relay, Runner, relay, signals
+from jobkit import AssetStore, JobEvent, JobStore, Relay, Runner, signals
+from jobkit.events import relay
 from tests.support.databases import Database
 from tests.support.recorder import Recorder
 from tests.support.runners import only, until

@@ -221,7 +221,7 @@ def test_an_output_that_cannot_be_stored_fails(output: Rendered, error: type[Exc
 
 
 def test_an_output_over_the_limit_fails_and_ends_an_endless_renderer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobkit.assets.MAX_GENERATED_ASSET_BYTES", 10)
+    monkeypatch.setattr("jobkit.assets.store.MAX_GENERATED_ASSET_BYTES", 10)
     ended: list[str] = []
 
     def endless(ctx: RenderContext) -> Iterator[Rendered]:
@@ -246,7 +246,7 @@ def test_an_output_over_the_limit_fails_and_ends_an_endless_renderer(monkeypatch
 
 
 def test_a_refusal_that_a_renderer_swallows_fails_it_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobkit.assets.MAX_GENERATED_ASSET_BYTES", 10)
+    monkeypatch.setattr("jobkit.assets.store.MAX_GENERATED_ASSET_BYTES", 10)
 
     def swallows(ctx: RenderContext) -> Iterator[Rendered]:
         try:

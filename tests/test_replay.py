@@ -16,11 +16,12 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import JobEvent, JobStore, Relay, feed, relay, signals
-from jobkit._dialects import statements_for
-from jobkit._dialects.base import Position
-from jobkit._dialects.postgresql import Postgresql
-from jobkit.bookmark import Memory
+from jobkit import JobEvent, JobStore, Relay, signals
+from jobkit.db.dialects import statements_for
+from jobkit.db.dialects.base import Position
+from jobkit.db.dialects.postgresql import Postgresql
+from jobkit.events import feed, relay
+from jobkit.events.log import Memory
 from jobkit.tables import content_job_events
 from tests.support.databases import Database, SqliteDatabase
 from tests.support.recorder import Recorder

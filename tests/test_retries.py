@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import Discard, JobStore, Rendered, Retry, Snooze
-from jobkit.local_storage import LocalStorage
+from jobkit.storage.local import LocalStorage
 from tests.support.invariants import violations
 from tests.support.recorder import Recorder
 from tests.support.runners import counted, note, objects, seen

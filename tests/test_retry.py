@@ -10,11 +10,12 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import InvalidTransition, JobStatus, JobStore, claims
-from jobkit.claims import Claim
-from jobkit.clock import utcnow
-from jobkit.ids import new_id
-from jobkit.rotation import Rotation
+from jobkit import InvalidTransition, JobStatus, JobStore
+from jobkit.base.clock import utcnow
+from jobkit.base.ids import new_id
+from jobkit.jobs import claims
+from jobkit.jobs.claims import Claim
+from jobkit.jobs.fairness import Rotation
 from jobkit.tables import content_jobs
 from tests.support.recorder import Recorder
 from tests.support.runners import Gate, only, seen

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import AssetStore, JobEvent, JobStore, Relay, Runner, signals
-from jobkit.pipeline import Pipeline
+from jobkit.runner.pipeline import Pipeline
 from tests.support.databases import Database
 from tests.support.invariants import violations
 from tests.support.recorder import Recorder

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import migrations
-from jobkit.schema import require_schema
+from jobkit.db.host import require_schema
 from jobkit.tables import metadata
 from tests.support import unmigrated
 from tests.support.databases import Database

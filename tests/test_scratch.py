@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from jobkit import AssetStore, ConfigurationError, scratch
-from jobkit.scratch import ABANDONED, Scratch
+from jobkit import AssetStore, ConfigurationError
+from jobkit.storage import scratch
+from jobkit.storage.scratch import ABANDONED, Scratch
 from tests.support.files import put
 
 # Half of a file and a renderer's folder are there when it says so; the rest comes when it is told to go on.
@@ -248,7 +249,7 @@ def test_threads_that_begin_together_share_one_folder(mine: Scratch, base: Path)
 RACER = """
 import os, sys
 from pathlib import Path
-from jobkit.scratch import Scratch
+from jobkit.storage.scratch import Scratch
 for number in range(150):
     scratch = Scratch(lambda: Path(sys.argv[1]))
     file = scratch.folder() / "half.part"

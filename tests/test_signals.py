@@ -18,7 +18,7 @@ from blinker import ANY, NamedSignal
 from blinker.base import ANY_ID
 
 from jobkit import CONTENT_JOB_EVENTS, JobEvent, signals
-from jobkit.clock import utcnow
+from jobkit.base.clock import utcnow
 
 
 def event(kind: str = "done", company_id: str = "acme", number: int = 1) -> JobEvent:

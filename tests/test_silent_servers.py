@@ -14,7 +14,8 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import AssetStore, Rendered, Runner, storage
+from jobkit import AssetStore, Rendered, Runner
+from jobkit.storage import remote as storage
 from tests.support.files import intents, put, rows
 from tests.support.runners import only, seen
 from tests.support.s3 import KEY, SECRET

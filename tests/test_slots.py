@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from jobkit.pools import DaemonPool, InlinePool
-from jobkit.slots import Slots
+from jobkit.base.threads import DaemonPool, InlinePool
+from jobkit.runner.render_stage import Slots
 from tests.support.runners import until
 
 

@@ -20,8 +20,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from jobkit.assets.spool import CHUNK, Spool
 from jobkit.errors import AssetEmpty, AssetError, AssetTooLarge
-from jobkit.spool import CHUNK, Spool
 from tests.support.names import named
 
 NewSpool = Callable[..., Spool]

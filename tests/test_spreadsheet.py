@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
 import jobkit
+from jobkit.assets.spool import Spool
 from jobkit.contrib.renderers import spreadsheet
-from jobkit.spool import Spool
 from tests.support.rendering import attempt
 
 RENDERERS = jobkit.Renderers()

@@ -18,8 +18,8 @@ from sqlalchemy.pool import QueuePool
 
 import jobkit
 from jobkit import ConfigurationError, JobStore, configure_sqlite
-from jobkit.ids import new_id
-from jobkit.sqlite import is_memory, is_write, writing_in_this_thread
+from jobkit.base.ids import new_id
+from jobkit.db.sqlite import is_memory, is_write, writing_in_this_thread
 from jobkit.tables import metadata
 from tests.support import notes
 from tests.support.databases import Database

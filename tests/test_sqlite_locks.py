@@ -18,8 +18,8 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import JobStore, configure_sqlite
-from jobkit.ids import new_id
-from jobkit.sqlite import _begin_before_write, writing_in_this_thread
+from jobkit.base.ids import new_id
+from jobkit.db.sqlite import _begin_before_write, writing_in_this_thread
 from jobkit.tables import content_jobs
 from tests.support import busy, notes
 from tests.support.databases import Database

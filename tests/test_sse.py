@@ -15,13 +15,15 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetStore, Job, JobNotFound, JobStore, Runner, prune, signals, sse, watching
-from jobkit._dialects import statements_for
-from jobkit._dialects.base import Position
-from jobkit.clock import utcnow
-from jobkit.following import Follower
+from jobkit import AssetStore, Job, JobNotFound, JobStore, Runner, prune, signals
+from jobkit.base.clock import utcnow
+from jobkit.db.dialects import statements_for
+from jobkit.db.dialects.base import Position
+from jobkit.events import hub
+from jobkit.events.follow import Follower
+from jobkit.events.watch import Watcher
+from jobkit.sse import streams as sse
 from jobkit.tables import content_job_events, content_jobs
-from jobkit.watching import Watcher
 from tests.support.databases import Database
 from tests.support.garbage import collected
 from tests.support.runners import Gate, only, until
@@ -34,15 +36,15 @@ Create = Callable[..., Job]
 def nothing_left() -> Iterator[None]:
     with collected():
         yield
-    until(lambda: not sse._sessions and not watching._hub._watchers, "the end of every stream", 60)
+    until(lambda: not sse._sessions and not hub.subscribers._watchers, "the end of every stream", 60)
     assert not signals.any_receivers()
 
 
 @pytest.fixture(autouse=True)
 def by_signals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs are looked at only when a stream knows that it missed something."""
-    monkeypatch.setattr(watching, "LOOK", 600.0)
-    monkeypatch.setattr(watching._Hub, "look", lambda *_: None)
+    monkeypatch.setattr(hub, "LOOK", 600.0)
+    monkeypatch.setattr(hub.Hub, "look", lambda *_: None)
 
 
 @pytest.fixture(params=SERVERS)
@@ -152,7 +154,7 @@ def test_a_job_that_is_unknown_or_anothers_is_404_and_holds_nothing(site: Site, 
             with site.get(*path, last_event_id=last) as client:
                 assert client.status == 404, path
     assert site.opened == 0
-    assert not watching._hub._watchers
+    assert not hub.subscribers._watchers
 
 
 HOSTILE = [
@@ -218,7 +220,7 @@ def test_a_job_that_is_deleted_ends_its_stream(
     with engine.begin() as connection:
         connection.execute(content_job_events.delete())
         connection.execute(content_jobs.delete())
-    for watcher in watching._hub._watchers[job.id]:
+    for watcher in hub.subscribers._watchers[job.id]:
         watcher.miss(None)  # type: ignore[attr-defined]
     [end] = read(stream)
     assert (end.event, end.data["reason"]) == ("end", "deleted")
@@ -262,7 +264,7 @@ def test_companies_of_one_name_in_two_databases_are_two(sqlite_database: Databas
     ]
     for thread in threads:
         thread.start()
-    until(lambda: len(watching._hub._watchers) == 2, "two streams", 60)
+    until(lambda: len(hub.subscribers._watchers) == 2, "two streams", 60)
     for company in ("acme", "acme"):
         for engine in engines:
             with Session(engine) as session, session.begin():
@@ -422,7 +424,7 @@ def test_a_feed_that_finds_nobody_skips_nothing_that_is_owed_to_who_comes_meanwh
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with jobkit.Relay(engine):
-        feed = jobkit.relay.running_feed(engine)  # type: ignore[attr-defined]
+        feed = jobkit.events.relay.running_feed(engine)  # type: ignore[attr-defined]
         original, came = feed._statements.start, threading.Event()
         heard: list[Any] = []
 

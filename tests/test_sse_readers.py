@@ -21,8 +21,12 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import Job, JobRequest, JobStore, following, signals, sse, watching
-from jobkit.following import Follower
+from jobkit import Job, JobRequest, JobStore, signals
+from jobkit.events import follow as following
+from jobkit.events import hub
+from jobkit.events import watch as watching
+from jobkit.events.follow import Follower
+from jobkit.sse import streams as sse
 from jobkit.tables import content_job_events
 from tests.support.databases import Database, PostgresDatabase
 from tests.support.garbage import collected
@@ -44,7 +48,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def released() -> bool:
-    return not (sse._sessions or watching._hub._watchers)
+    return not (sse._sessions or hub.subscribers._watchers)
 
 
 @pytest.fixture(params=SERVERS)
@@ -107,7 +111,7 @@ def test_a_reader_that_does_not_read_holds_up_nobody_and_misses_nothing(
         quick.has(10_000)
         until(lambda: len(most) == before + 20_000, "everything heard", 60)
         assert engine.pool.checkedout() <= 1  # type: ignore[attr-defined]  # the relay's
-    assert max(most) == watching.MOST_WAITING
+    assert max(most) == hub.MOST_WAITING
     while len(told) < 10_001:
         told += ids(list(parser.feed(next(slow))))
     many(engine, 1)
@@ -120,8 +124,8 @@ def test_a_reader_that_does_not_read_holds_up_nobody_and_misses_nothing(
 def test_a_slow_reader_of_one_job_misses_nothing(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "MOST_WAITING", 5)
-    monkeypatch.setattr(watching, "PAGE", 7)
+    monkeypatch.setattr(hub, "MOST_WAITING", 5)
+    monkeypatch.setattr(hub, "PAGE", 7)
     job = create()
     stream = sse.stream(engine, "acme", job.id)
     messages = parsed(next(stream), next(stream))
@@ -141,7 +145,7 @@ def test_a_client_that_went_away_in_silence_is_noticed(site: Site, create: Creat
     site.options = {"keep_alive": 0.05}
     job = create()
     clients = [site.get("acme", job.id), site.get("acme")]
-    until(lambda: len(watching._hub._watchers) == 2, "two streams", 60)
+    until(lambda: len(hub.subscribers._watchers) == 2, "two streams", 60)
     for client in clients:
         client.close()
     until(lambda: site.closed == site.opened == 2, "their end", 60)
@@ -161,7 +165,7 @@ def test_whichever_way_a_stream_ends_it_holds_nothing(how: str, engine: sa.Engin
         elif how == "closed elsewhere":
             reader = threading.Thread(target=lambda stream=stream: list(stream), daemon=True)
             reader.start()
-            until(lambda: watching._hub._watchers, "a reader", 60)
+            until(lambda: hub.subscribers._watchers, "a reader", 60)
             stream.close()
             reader.join(60)
             assert not reader.is_alive()
@@ -181,7 +185,7 @@ def test_whichever_way_an_asynchronous_stream_ends_it_holds_nothing(
     async def story(which: Any) -> None:
         stream = await sse.astream(engine, "acme", which, keep_alive=60)
         reader = asyncio.ensure_future(read(stream))
-        while not watching._hub._watchers:
+        while not hub.subscribers._watchers:
             await asyncio.sleep(0.005)
         if how == "cancelled":
             reader.cancel()
@@ -222,12 +226,12 @@ def test_a_hundred_silent_streams_ask_the_database_nothing(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, asked = create(), []
-    monkeypatch.setattr(watching, "LOOK", 3600.0)
+    monkeypatch.setattr(hub, "LOOK", 3600.0)
 
     async def story() -> None:
         streams = [await sse.astream(engine, "acme", which, keep_alive=0.05) for which in (job.id, None) * 50]
         readers = [asyncio.ensure_future(comments(stream, 3)) for stream in streams]
-        while len(watching._hub._watchers) < 2 or sum(map(len, watching._hub._watchers.values())) < 100:
+        while len(hub.subscribers._watchers) < 2 or sum(map(len, hub.subscribers._watchers.values())) < 100:
             await asyncio.sleep(0.005)
         await asyncio.wait_for(asyncio.gather(*readers), 60)
         with hearing(engine, note):
@@ -252,7 +256,7 @@ async def comments(stream: sse.AsyncStream, number: int) -> None:
 def test_one_look_finds_for_every_stream_of_a_job_what_no_signal_told(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "LOOK", 0.05)
+    monkeypatch.setattr(hub, "LOOK", 0.05)
     monkeypatch.setattr(watching.Watcher, "hear", lambda *_: None)
     jobs = [create() for _ in range(3)]
     told: list[list[Message]] = []
@@ -263,7 +267,7 @@ def test_one_look_finds_for_every_stream_of_a_job_what_no_signal_told(
     readers = [threading.Thread(target=read, args=(job,), daemon=True) for job in jobs * 2]
     for reader in readers:
         reader.start()
-    until(lambda: sum(map(len, watching._hub._watchers.values())) == 6, "six streams", 60)
+    until(lambda: sum(map(len, hub.subscribers._watchers.values())) == 6, "six streams", 60)
     for job in jobs:
         move(engine, job, "running", "done")
     for reader in readers:
@@ -279,9 +283,9 @@ def test_one_look_finds_for_every_stream_of_a_job_what_no_signal_told(
 def test_who_comes_and_goes_while_others_write_misses_nothing_and_keeps_each_jobs_order(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (watching, following):
+    for module in (hub, following):
         monkeypatch.setattr(module, "PAGE", 7)
-    monkeypatch.setattr(watching, "MOST_WAITING", 5)
+    monkeypatch.setattr(hub, "MOST_WAITING", 5)
     engine, chance = database.engine, random.Random(1)
     first = sse.stream(engine, "acme")
     parser = Parser()
@@ -368,14 +372,14 @@ def test_streams_survive_a_restart_of_the_database(
     own: tuple[OwnServer, Database], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, database = own
-    monkeypatch.setattr(watching, "LOOK", 0.2)
+    monkeypatch.setattr(hub, "LOOK", 0.2)
     engine = database.engine
     with Session(engine) as session, session.begin():
         job = JobStore(session).create("acme", job_type="note")
     with SERVERS["wsgi"](Site(engine)) as site, site.get("acme", job.id) as one, site.get("acme") as company:
         one.follow().has(1)
         begun(company.follow())
-        until(lambda: len(watching._hub._watchers) == 2, "two streams", 60)
+        until(lambda: len(hub.subscribers._watchers) == 2, "two streams", 60)
         server.restart()
         engine.dispose()
         move(engine, job, "running", "done")

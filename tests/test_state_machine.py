@@ -29,14 +29,17 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from jobkit import AssetNotFound, IdempotencyConflict, InvalidTransition, JobNotFound, claims
-from jobkit._dialects.base import Due, EventRow
-from jobkit.claims import Claim, Completion, Intent
-from jobkit.clock import utcnow
-from jobkit.rotation import Rotation
-from jobkit.sweep import _ALL, _START, STATES, _Tally
+from jobkit import AssetNotFound, IdempotencyConflict, InvalidTransition, JobNotFound
+from jobkit.assets import intents
+from jobkit.assets.intents import _ALL, _START, STATES, Intent, _Tally
+from jobkit.base.clock import utcnow
+from jobkit.db.dialects.base import Due, EventRow
+from jobkit.jobs import claims
+from jobkit.jobs.claims import Claim, Completion
+from jobkit.jobs.fairness import Rotation
+from jobkit.jobs.outcomes import Verdict
 from jobkit.tables import asset_intents, content_jobs
-from jobkit.types import JobStatus, Verdict
+from jobkit.types import JobStatus
 from tests.support.machine import File, Ground
 from tests.support.model import LIVE, OVER, ModelJob, Record, differences, read
 from tests.support.runners import until
@@ -192,7 +195,7 @@ class Machine(Ground):
         draft.spool.fill(draft.key.encode())
         file = File(claim, company, draft.seal(recorded=True), draft)
         with self.transaction() as connection:
-            claims.record_intents(connection, [Intent(company, file.stored.provider, file.stored.object_key)])
+            intents.record_intents(connection, [Intent(company, file.stored.provider, file.stored.object_key)])
         self.model.records[draft.key] = Record()
         self.files.append(file)
         return file

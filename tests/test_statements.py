@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from jobkit import JobRequest, JobStore, rotation
-from jobkit import feed as feed_module
-from jobkit._dialects import statements_for
-from jobkit.bookmark import Bookmark, Memory
-from jobkit.claims import RELEASED, Claim, Completion
-from jobkit.clock import utcnow
-from jobkit.committer import Committer
-from jobkit.feed import Feed
-from jobkit.link import SharedLink
-from jobkit.rescue import rescue
+from jobkit import JobRequest, JobStore
+from jobkit.base.clock import utcnow
+from jobkit.db.connections import SharedLink
+from jobkit.db.dialects import statements_for
+from jobkit.events import feed as feed_module
+from jobkit.events.feed import Feed
+from jobkit.events.log import Bookmark, Memory
+from jobkit.jobs import fairness as rotation
+from jobkit.jobs.claims import RELEASED, Claim, Completion
+from jobkit.maintenance.rescue import rescue
+from jobkit.runner.turns import Committer, Turn
 from jobkit.tables import content_jobs
-from jobkit.turns import Turn
 from tests.support.databases import Database
 from tests.support.recorder import Recorder
 from tests.support.runners import until

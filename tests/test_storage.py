@@ -21,9 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.errors import AssetError, AssetKeyRefused, ConfigurationError
-from jobkit.local_storage import LocalStorage
-from jobkit.storage import FsspecStorage, Storage, limited, open_storage
-from jobkit.uploads import Upload
+from jobkit.storage.base import Storage, Upload, limited
+from jobkit.storage.local import LocalStorage
+from jobkit.storage.opening import open_storage
+from jobkit.storage.remote import FsspecStorage
 
 REGISTRY = importlib.import_module("fsspec.registry")  # fsspec.registry is the mapping in it
 KEY = "acme/generated/2026/03/01/0198c0de-report.txt"
@@ -364,7 +365,12 @@ class Recording(MemoryFileSystem):
     def __getattribute__(self, name: str) -> Any:
         found = super().__getattribute__(name)
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        if callable(found) and not name.startswith("__") and caller in ("jobkit.storage", "jobkit.local_storage"):
+        if (
+            callable(found)
+            and not name.startswith("__")
+            and caller
+            in ("jobkit.storage.base", "jobkit.storage.local", "jobkit.storage.opening", "jobkit.storage.remote")
+        ):
             Recording.calls.append(name)
         return found
 

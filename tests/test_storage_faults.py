@@ -22,7 +22,8 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import AssetStore, RenderContext, Rendered, Runner, spool
+from jobkit import AssetStore, RenderContext, Rendered, Runner
+from jobkit.assets import spool
 from jobkit.tables import asset_intents
 from jobkit.testing import Fault, FaultPlan, faulty_filesystem
 from tests.support.files import intents, keep, objects, put, rows

@@ -12,8 +12,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from jobkit import AssetStore, GarbageReport
-from jobkit._dialects import statements_for
-from jobkit.ids import new_id
+from jobkit.base.ids import new_id
+from jobkit.db.dialects import statements_for
 from jobkit.tables import assets as rows_of_assets
 from tests.support.files import COMPANY, intents, keep, objects, put, rows
 from tests.support.sweeping import DAY, NOW, age, collect, counts, delete, intend

@@ -20,9 +20,10 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetNotFound, AssetStore, claims
-from jobkit._dialects import statements_for
-from jobkit.sweep import Sweep
+from jobkit import AssetNotFound, AssetStore
+from jobkit.assets.intents import Sweep
+from jobkit.db.dialects import statements_for
+from jobkit.jobs import claims
 from tests.support import doomed_sweep
 from tests.support.databases import Database
 from tests.support.files import COMPANY, intents, keep, put, rows

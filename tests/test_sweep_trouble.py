@@ -14,12 +14,13 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetNotFound, AssetStore, ConfigurationError, GarbageReport, sweep
-from jobkit._dialects import statements_for
-from jobkit.clock import utcnow
-from jobkit.ids import new_id
-from jobkit.local_storage import LocalStorage
-from jobkit.sweep import Sweep
+from jobkit import AssetNotFound, AssetStore, ConfigurationError, GarbageReport
+from jobkit.assets import intents as sweep
+from jobkit.assets.intents import Sweep
+from jobkit.base.clock import utcnow
+from jobkit.base.ids import new_id
+from jobkit.db.dialects import statements_for
+from jobkit.storage.local import LocalStorage
 from jobkit.tables import asset_intents, assets
 from tests.support.databases import Database
 from tests.support.files import COMPANY, intents, objects, put, rows

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobkit.text import MAX_ERROR_CHARACTERS, company, describe, sanitise, storable
+from jobkit.base.text import MAX_ERROR_CHARACTERS, company, describe, sanitise, storable
 
 # Every code point, the halves of surrogate pairs too.
 ANYTHING = st.text(st.characters(exclude_categories=()), max_size=300)

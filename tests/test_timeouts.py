@@ -14,7 +14,8 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import AssetStore, JobTimeout, Rendered, Renderers, Runner, RunnerMetrics, workshop
+from jobkit import AssetStore, JobTimeout, Rendered, Renderers, Runner, RunnerMetrics
+from jobkit.runner import render_stage as workshop
 from jobkit.testing import Fault, FaultPlan, faulty_filesystem
 from tests.support.invariants import spooled, violations
 from tests.support.recorder import Recorder

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from jobkit.claims import Claim, Completion
-from jobkit.ids import new_id
-from jobkit.turns import Turn
+from jobkit.base.ids import new_id
+from jobkit.jobs.claims import Claim, Completion
+from jobkit.runner.turns import Turn
 
 
 def end() -> Completion:

@@ -20,7 +20,7 @@ from werkzeug.http import parse_options_header
 
 import jobkit
 from jobkit import AssetStore
-from jobkit.headers import content_disposition
+from jobkit.assets.names import content_disposition
 from tests.support.files import keep
 from tests.support.runners import until
 from tests.support.s3 import S3Server, options

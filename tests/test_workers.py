@@ -15,7 +15,7 @@ import pytest
 
 import jobkit
 from jobkit import AssetStore, JobEvent, Runner, signals
-from jobkit.clock import utcnow
+from jobkit.base.clock import utcnow
 from tests.support.databases import Database
 from tests.support.files import intents, objects
 from tests.support.invariants import violations

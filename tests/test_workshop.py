@@ -12,9 +12,8 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, Rendered, Runner
-from jobkit.attempt import Attempt
-from jobkit.committer import Committed, Committer
-from jobkit.turns import Turn
+from jobkit.rendering.attempt import Attempt
+from jobkit.runner.turns import Committed, Committer, Turn
 from tests.support.invariants import violations
 from tests.support.runners import note, only, seen, until
 

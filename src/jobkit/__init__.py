@@ -3,8 +3,9 @@ one.
 """
 
 from jobkit import errors, migrations, signals, tables
-from jobkit.assets import AssetStore
-from jobkit.context import RenderContext
+from jobkit.assets.limits import MAX_GENERATED_ASSET_BYTES
+from jobkit.assets.store import AssetStore
+from jobkit.db.sqlite import configure_sqlite
 from jobkit.errors import (
     AssetCorrupt,
     AssetEmpty,
@@ -29,14 +30,14 @@ from jobkit.errors import (
     Snooze,
     UnknownJobType,
 )
-from jobkit.jobs import JobStore
-from jobkit.limits import MAX_GENERATED_ASSET_BYTES
-from jobkit.pruning import PruneReport, prune
-from jobkit.relay import Relay
-from jobkit.renderers import Renderers
-from jobkit.rescue import RescueReport
-from jobkit.runner import Runner
-from jobkit.sqlite import configure_sqlite
+from jobkit.events.relay import Relay
+from jobkit.events.watch import watch
+from jobkit.jobs.store import JobStore
+from jobkit.maintenance.prune import PruneReport, prune
+from jobkit.maintenance.rescue import RescueReport
+from jobkit.rendering.context import RenderContext
+from jobkit.rendering.renderers import Renderers
+from jobkit.runner.runner import Runner
 from jobkit.tables import metadata
 from jobkit.types import (
     CONTENT_JOB_EVENTS,
@@ -52,7 +53,6 @@ from jobkit.types import (
     RunnerMetrics,
     StoredObject,
 )
-from jobkit.watching import watch
 
 ContentJobStatus = JobStatus
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 from datetime import timedelta
 from uuid import UUID
 
-from jobkit.clock import seconds
+from jobkit.base.clock import seconds
 
 
 class JobkitError(Exception):

@@ -20,7 +20,7 @@ from weakref import ref
 from blinker import ANY, NamedSignal
 from blinker.base import ANY_ID
 
-from jobkit.forks import hold_across
+from jobkit.base.forks import hold_across
 from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
 
 Receiver = TypeVar("Receiver", bound=Callable[..., Any])
@@ -130,7 +130,7 @@ content_job_done = JobSignal("content_job.done", "Finished, its files stored.")
 content_job_failed = JobSignal("content_job.failed", "Failed for good.")
 content_job_cancelled = JobSignal("content_job.cancelled", "Stopped on request.")
 
-_SIGNALS: dict[str, JobSignal] = {
+SIGNALS: dict[str, JobSignal] = {
     signal.name: signal
     for signal in (
         content_job_queued,
@@ -142,7 +142,7 @@ _SIGNALS: dict[str, JobSignal] = {
         content_job_retrying,
     )
 }
-assert tuple(_SIGNALS) == CONTENT_JOB_EVENTS
+assert tuple(SIGNALS) == CONTENT_JOB_EVENTS
 
 
 def subscribe(company_id: object, listener: Listener) -> Callable[[], None]:
@@ -155,11 +155,11 @@ def subscribe(company_id: object, listener: Listener) -> Callable[[], None]:
     def receive(_company_id: str, *, event: JobEvent) -> None:
         listener(event)
 
-    for signal in _SIGNALS.values():
+    for signal in SIGNALS.values():
         signal.connect(receive, sender=company_id, weak=False)
 
     def unsubscribe() -> None:
-        for signal in _SIGNALS.values():
+        for signal in SIGNALS.values():
             signal.disconnect(receive)
 
     return unsubscribe
@@ -167,7 +167,7 @@ def subscribe(company_id: object, listener: Listener) -> Callable[[], None]:
 
 def any_receivers() -> bool:
     """Whether anyone listens to anything."""
-    return any(signal.receivers for signal in _SIGNALS.values())
+    return any(signal.receivers for signal in SIGNALS.values())
 
 
 def deliver(events: Iterable[JobEvent], origin: str = "") -> None:
@@ -200,7 +200,7 @@ def origin() -> str:
 
 def _send(event: JobEvent, before: int) -> int:
     """Call the receivers; return how many were called in a row, with those ``before`` this event."""
-    signal, company_id, called = _SIGNALS.get(event.type), event.company_id, before
+    signal, company_id, called = SIGNALS.get(event.type), event.company_id, before
     for called, (weak, held) in enumerate(signal.audience(company_id) if signal else (), before + 1):
         if not called % AT_ONCE:
             time.sleep(0)

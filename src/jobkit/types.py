@@ -119,16 +119,6 @@ class StoredObject:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """How a job goes on after an attempt that gave no files. ``charged``: whether the attempt counts."""
-
-    status: JobStatus
-    error: str | None = None
-    run_at: datetime | None = None
-    charged: bool = True
-
-
-@dataclass(frozen=True, slots=True)
 class GarbageReport:
     """What a sweep visited or, when ``dry_run``, would visit.
 

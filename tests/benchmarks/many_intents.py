@@ -12,8 +12,8 @@ from datetime import timedelta
 import sqlalchemy as sa
 
 import jobkit
-from jobkit._dialects import statements_for
-from jobkit.ids import new_id
+from jobkit.base.ids import new_id
+from jobkit.db.dialects import statements_for
 from tests.benchmarks.databases import beside_a_neighbour, database
 from tests.benchmarks.measuring import memory
 

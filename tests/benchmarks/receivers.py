@@ -25,8 +25,8 @@ from blinker import NamedSignal
 
 import jobkit
 from jobkit import JobRequest, JobStore, signals
-from jobkit.clock import utcnow
-from jobkit.relay import running_feed
+from jobkit.base.clock import utcnow
+from jobkit.events.relay import running_feed
 from tests.benchmarks.daily import Figures, until
 from tests.benchmarks.databases import database
 from tests.support.runners import note, only

@@ -22,8 +22,8 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import signals
-from jobkit.feed import Feed
-from jobkit.listener import Listener
+from jobkit.events.feed import Feed
+from jobkit.events.hints import Listener
 from tests.benchmarks.databases import connect, database
 
 SILENCE = 10.0

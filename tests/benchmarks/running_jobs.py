@@ -16,13 +16,14 @@ from collections.abc import Callable
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import JobRequest, JobStore, claims
-from jobkit._dialects import statements_for
-from jobkit.clock import utcnow
-from jobkit.leases import look_every
-from jobkit.link import Link
-from jobkit.rescue import INTERVAL, rescue
-from jobkit.runner import SWEEP_INTERVAL
+from jobkit import JobRequest, JobStore
+from jobkit.base.clock import utcnow
+from jobkit.db.connections import Link
+from jobkit.db.dialects import statements_for
+from jobkit.jobs import claims
+from jobkit.maintenance.rescue import INTERVAL, rescue
+from jobkit.runner.leases import look_every
+from jobkit.runner.runner import SWEEP_INTERVAL
 from tests.benchmarks.measuring import process_cpu
 from tests.support.postgres import start_server
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.board.mutant import Bug, Edit
 
-SQLITE, POSTGRESQL = "_dialects/sqlite", "_dialects/postgresql"
+SQLITE, POSTGRESQL = "db/dialects/sqlite", "db/dialects/postgresql"
 MACHINE = "test_state_machine.py::test_whatever_is_done_in_whatever_order_the_rows_are_what_they_should_be"
 
 INTERLEAVINGS = "test_interleavings.py::test_whatever_the_order_of_commits_there_is_one_winner"
@@ -95,14 +95,14 @@ CLAIMS = [
     ),
     bug(
         "rescue only when somebody calls it",
-        "supervisor.py",
+        "runner/supervisor.py",
         "(self._keeper.timer, self._rescuer.timer, self._sweeper, self._watch):\n            timer.start()",
         "(self._keeper.timer, self._sweeper, self._watch):\n            timer.start()",
         "test_leases.py::test_a_started_runner_rescues_by_itself_while_every_slot_is_busy",
     ),
     bug(
         "leases that nobody renews",
-        "leases.py",
+        "runner/leases.py",
         "renewing = sent >= self._renew_at",
         "renewing = False",
         "test_leases.py::test_a_job_that_renders_for_several_leases_keeps_its_claim",
@@ -133,14 +133,14 @@ CLAIMS = [
     ),
     bug(
         "a flood of reports",
-        "leases.py",
+        "runner/leases.py",
         "        if sent < self._record_at:\n            return\n",
         "",
         "test_progress.py::test_ten_thousand_reports_are_a_few_events",
     ),
     bug(
         "rows locked in any order",
-        "claims.py",
+        "jobs/claims.py",
         "for claim in sorted(claims, key=_by_id)]",
         "for claim in claims]",
         "test_progress.py::test_no_statement_of_several_jobs_locks_them_in_another_order",
@@ -200,7 +200,7 @@ CLAIMS = [
     ),
     bug(
         "a file that was swept gets its row",
-        "claims.py",
+        "jobs/claims.py",
         "if gone != recorded:",
         "if gone > recorded:",
         "test_claims.py::test_a_finish_whose_file_was_swept_says_so_and_is_rolled_back",
@@ -217,7 +217,7 @@ CLAIMS = [
     ),
     bug(
         "a release that charges the attempt",
-        "claims.py",
+        "jobs/claims.py",
         "RELEASED = Verdict(JobStatus.QUEUED, charged=False)",
         "RELEASED = Verdict(JobStatus.QUEUED)",
         "test_faults.py::test_a_released_claim_is_not_charged_and_cannot_finish",
@@ -237,7 +237,7 @@ CLAIMS = [
 HOSTS = [
     bug(
         "retry that resets the fence",
-        "jobs.py",
+        "jobs/store.py",
         '"attempt": 0, "rescues": 0}',
         '"attempt": 0, "rescues": 0, "fence": 0}',
         "test_retry.py::test_retry_makes_a_job_new_but_for_its_fence_and_events",
@@ -246,7 +246,7 @@ HOSTS = [
     ),
     bug(
         "cancel over an end",
-        "jobs.py",
+        "jobs/store.py",
         "_c.id == job.id, _c.status == job.status.value, _c.fence == job.fence)",
         "_c.id == job.id)",
         "test_cancel.py::test_an_end_between_the_look_and_the_write_of_a_cancel",
@@ -254,7 +254,7 @@ HOSTS = [
     ),
     bug(
         "a change of status without its event",
-        "jobs.py",
+        "jobs/store.py",
         "outbox.append(connection, changed, notify=self._notify)",
         "pass",
         "test_cancel.py::test_a_queued_job_is_cancelled_at_once",
@@ -264,7 +264,7 @@ HOSTS = [
     ),
     bug(
         "another company's job",
-        "jobs.py",
+        "jobs/store.py",
         "query = query.where(of_company(_c.company_id, company_id))",
         "pass",
         "test_jobs.py::test_a_job_is_found_only_under_its_own_company_when_one_is_named",
@@ -274,7 +274,7 @@ HOSTS = [
     ),
     bug(
         "another company's asset",
-        "assets.py",
+        "assets/store.py",
         "query = _scoped(sa.select(assets).where(_has_id(connection, parsed)), company_id)",
         "query = sa.select(assets).where(_has_id(connection, parsed))",
         "test_asset_rows.py::test_an_asset_is_found_by_its_id_and_company",
@@ -282,7 +282,7 @@ HOSTS = [
     ),
     bug(
         "another company's key",
-        "keys.py",
+        "assets/names.py",
         "if segments[0] != company_prefix(company_id):",
         "if not segments[0]:",
         "test_keys.py::test_a_key_is_refused_to_every_other_company",
@@ -290,7 +290,7 @@ HOSTS = [
     ),
     bug(
         "a known key takes any input",
-        "jobs.py",
+        "jobs/store.py",
         "if json.dumps(job.input, sort_keys=True) != json.dumps(draft.job.input, sort_keys=True):",
         "if job.input is None:",
         "test_idempotency.py::test_another_input_is_a_conflict_and_writes_nothing",
@@ -299,14 +299,14 @@ HOSTS = [
     ),
     bug(
         "half of what was to be created together",
-        "jobs.py",
+        "jobs/store.py",
         "nullcontext() if one else connection.begin_nested()",
         "nullcontext()",
         "test_create_many.py::test_a_chunk_that_the_database_refuses_takes_the_earlier_chunks_with_it",
     ),
     bug(
         "a transaction of sqlite that begins as a reader",
-        "sqlite.py",
+        "db/sqlite.py",
         'cursor.execute("BEGIN IMMEDIATE")',
         'cursor.execute("BEGIN")',
         "test_sqlite.py::test_begin_immediate_is_sent_once_before_the_first_write_and_rollback_undoes_it",
@@ -317,7 +317,7 @@ HOSTS = [
 ATTEMPTS = [
     bug(
         "attempts without an end",
-        "policy.py",
+        "jobs/outcomes.py",
         "isinstance(failure, Discard) or attempt >= max_attempts",
         "isinstance(failure, Discard)",
         "test_retries.py::test_the_last_failure_fails_the_job",
@@ -325,21 +325,21 @@ ATTEMPTS = [
     ),
     bug(
         "a discard that is repeated",
-        "policy.py",
+        "jobs/outcomes.py",
         "isinstance(failure, Discard) or attempt >= max_attempts",
         "attempt >= max_attempts",
         "test_retries.py::test_a_discard_is_not_repeated",
     ),
     bug(
         "a snooze that is charged",
-        "policy.py",
+        "jobs/outcomes.py",
         "timedelta(seconds=failure.seconds), charged=False)",
         "timedelta(seconds=failure.seconds))",
         "test_retries.py::test_a_snooze_is_not_charged_and_tells_of_no_error",
     ),
     bug(
         "a message with NUL in it",
-        "text.py",
+        "base/text.py",
         '_UNSAFE.sub("\\ufffd", cut.replace("\\r\\n", "\\n")).strip()',
         'cut.replace("\\r\\n", "\\n").strip()',
         "test_text.py::test_a_failure_is_described_in_words_that_can_be_stored",
@@ -347,28 +347,28 @@ ATTEMPTS = [
     ),
     bug(
         "a connection that goes on to commit each statement by itself",
-        "link.py",
+        "db/connections.py",
         "        raise\n    driver.autocommit = False\n",
         "        raise\n",
         "test_statements.py::test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has",
     ),
     bug(
         "a claim that is no longer doubted after the next one",
-        "committer.py",
+        "runner/turns.py",
         "        return Committed(events, taken, settled)\n",
         "        self._unsure_until = -math.inf\n        return Committed(events, taken, settled)\n",
         "test_statements.py::test_a_claim_that_goes_on_after_it_was_cut_is_given_back",
     ),
     bug(
         "a commit that is flushed slowly is overlooked",
-        "glance.py",
+        "events/hints.py",
         "SETTLED = 2_000_000_000",
         "SETTLED = 100_000_000",
         "test_glance.py::test_a_commit_that_is_flushed_slowly_is_seen_when_it_is_through",
     ),
     bug(
         "a claim that forgets what it may hold already",
-        "committer.py",
+        "runner/turns.py",
         "if turn.only_claims and not unsure:",
         "if turn.only_claims:",
         "test_statements.py::test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has",
@@ -382,21 +382,21 @@ ATTEMPTS = [
     ),
     bug(
         "inputs that are read while others of their call are written",
-        "jobs.py",
+        "jobs/store.py",
         "wanted = checked_many(requests, self._max_input_bytes)",
         "wanted = checked_many(list(requests), self._max_input_bytes)",
         "test_create_many.py::test_every_input_is_copied_as_it_is_drawn_and_before_the_first_is_written",
     ),
     bug(
         "a stop that gives nothing back",
-        "pipeline.py",
+        "runner/pipeline.py",
         "if self._abandoned or self._committer.unsure:",
         "if self._committer.unsure:",
         "test_runner.py::test_a_renderer_that_hangs_does_not_hold_stop_and_its_job_is_queued_again_uncharged",
     ),
     bug(
         "an end whose reply was lost counts as rejected",
-        "committer.py",
+        "runner/turns.py",
         "if turn.again else {}",
         "if turn.again and not turn else {}",
         "test_outages.py::test_a_commit_whose_reply_is_lost_is_neither_lost_nor_done_twice",
@@ -404,7 +404,7 @@ ATTEMPTS = [
     ),
     bug(
         "a timeout that nobody looks at",
-        "attempt.py",
+        "rendering/attempt.py",
         "            if self.remaining <= 0:\n",
         "            if self.remaining < -3600:\n",
         "test_timeouts.py::test_without_a_database_the_timeout_counts_for_check",
@@ -412,7 +412,7 @@ ATTEMPTS = [
     ),
     bug(
         "jobs that wait behind a long one for ever",
-        "pace.py",
+        "runner/render_stage.py",
         "        if len(self._took) < LAST or self.longest >= WORTH:\n",
         "        if len(self._took) < LAST:\n",
         "test_ahead.py::test_jobs_behind_a_long_one_are_taken_by_other_threads",
@@ -420,14 +420,14 @@ ATTEMPTS = [
     ),
     bug(
         "a thread that is woken too late",
-        "inbox.py",
+        "runner/mailbox.py",
         "        if len(self._messages) >= self._least:\n",
         "        if len(self._messages) > self._least:\n",
         "test_inbox.py::test_the_reader_is_woken_by_the_message_that_makes_it_enough",
     ),
     bug(
         "connections that a child inherits",
-        "forks.py",
+        "db/host.py",
         "engine.dispose(close=False)",
         "pass",
         "test_fork.py::test_a_child_uses_none_of_its_parents_connections",
@@ -438,7 +438,7 @@ ATTEMPTS = [
 FILES = [
     bug(
         "a size that is not checked",
-        "spool.py",
+        "assets/spool.py",
         "if self._refusal is None and size > self._limit:",
         "if self._refusal is None and size < 0:",
         "test_spool.py::test_exactly_the_limit_passes_and_one_more_byte_does_not",
@@ -446,28 +446,28 @@ FILES = [
     ),
     bug(
         "a refusal that can be swallowed",
-        "spool.py",
+        "assets/spool.py",
         "        if self._refusal is not None:\n            raise self._refusal\n        if self.size == 0:",
         "        if self.size == 0:",
         "test_spool.py::test_a_swallowed_refusal_comes_back",
     ),
     bug(
         "a cut object that counts as whole",
-        "storage.py",
+        "storage/remote.py",
         '!= size:\n            raise AssetError(f"the storage kept',
         '< 0:\n            raise AssetError(f"the storage kept',
         "test_storage.py::test_a_storage_that_kept_less_than_it_was_given_is_found_out",
     ),
     bug(
         "a name for bytes that are not on the disk",
-        "local_storage.py",
+        "storage/local.py",
         "            os.fsync(file)\n",
         "            pass\n",
         "test_storage.py::test_files_that_are_published_together_are_on_the_disk_before_their_names_and_share_the_folders_flush",
     ),
     bug(
         "a name that is not on the disk",
-        "local_storage.py",
+        "storage/local.py",
         "                    os.fsync(folder)\n",
         "                    pass\n",
         "test_storage.py::test_where_a_folder_cannot_be_flushed_all_that_went_there_has_failed",
@@ -475,7 +475,7 @@ FILES = [
     ),
     bug(
         "a file that fails takes the others with it",
-        "batches.py",
+        "runner/store_stage.py",
         "            if draft.key in failures\n",
         "            if failures.setdefault(draft.key, OSError())\n",
         "test_batches.py::test_of_jobs_that_are_stored_together_one_fails_alone",
@@ -483,14 +483,14 @@ FILES = [
     ),
     bug(
         "an object before its record",
-        "assets.py",
+        "assets/store.py",
         "            self._record(draft, engine)\n            draft.publish()\n",
         "            draft.publish()\n            self._record(draft, engine)\n",
         "test_assets.py::test_the_key_is_recorded_in_a_commit_of_its_own_before_the_object_exists",
     ),
     bug(
         "a row for a key that was swept",
-        "assets.py",
+        "assets/store.py",
         'i.object_key == stored.object_key, i.state == "pending")',
         "i.object_key == stored.object_key)",
         "test_sweep_trouble.py::test_create_after_the_sweep_is_told_so_and_makes_no_row",
@@ -500,7 +500,7 @@ FILES = [
     ),
     bug(
         "a delete that leaves no record",
-        "assets.py",
+        "assets/store.py",
         "        connection.execute(asset_intents.insert().values(id=new_id(), **tombstone))\n",
         "        tombstone.clear()\n",
         "test_asset_rows.py::test_delete_trades_the_row_for_a_tombstone_and_leaves_the_object",
@@ -509,7 +509,7 @@ FILES = [
     ),
     bug(
         "another company's asset is deleted",
-        "assets.py",
+        "assets/store.py",
         ".where(_has_id(connection, asset.id), of_company(_c.company_id, asset.company_id))",
         ".where(_has_id(connection, asset.id))",
         "test_asset_rows.py::test_an_asset_that_is_not_the_rows_deletes_nothing",
@@ -526,14 +526,14 @@ FILES = [
     ),
     bug(
         "a sweep that visits a key once",
-        "sweep.py",
+        "assets/intents.py",
         'forgotten = gone if state == "collected" else []',
         "forgotten = gone",
         "test_sweep.py::test_an_object_that_is_stored_after_the_first_visit_goes_at_the_second",
     ),
     bug(
         "a sweep that acts on what it read",
-        "sweep.py",
+        "assets/intents.py",
         "[due for due in found if due.object_key in claimed]",
         "found",
         "test_sweep.py::test_the_claim_sees_a_row_that_came_after_the_look",
@@ -574,7 +574,7 @@ EVENTS = [
     ),
     bug(
         "events of a job out of order",
-        "feed.py",
+        "events/feed.py",
         "        gaps = place.gaps(rows)\n",
         "        gaps = {}\n",
         "test_feed.py::test_seq_restores_the_order_that_transaction_numbers_turn_round",
@@ -588,7 +588,7 @@ EVENTS = [
     ),
     bug(
         "signals before their commit",
-        "rescue.py",
+        "maintenance/rescue.py",
         "                events = claims.rescue(connection, limit=BATCH, now=clock())\n            if events:\n"
         "                on_commit(events)\n",
         "                events = claims.rescue(connection, limit=BATCH, now=clock())\n                if events:\n"
@@ -597,7 +597,7 @@ EVENTS = [
     ),
     bug(
         "an event that was told is told again",
-        "feed.py",
+        "events/feed.py",
         "fresh = [row for row in rows if row.id not in place.ahead and self._untold(row)]",
         "fresh = list(rows)",
         "test_feed.py::test_an_event_that_was_offered_is_skipped_by_the_scan",
@@ -612,7 +612,7 @@ EVENTS = [
     ),
     bug(
         "notifications that are relied on where there are none",
-        "feed.py",
+        "events/feed.py",
         "return IDLE_POLL if told or not signals.any_receivers() else UNTOLD_POLL",
         "return IDLE_POLL",
         "test_hints.py::test_without_hints_others_are_soon_heard_of_out_of_silence",
@@ -620,7 +620,7 @@ EVENTS = [
     ),
     bug(
         "a pruned log that looks whole",
-        "relay.py",
+        "events/log.py",
         "if after < begins:",
         "if after < begins and not begins:",
         "test_pruning.py::test_a_replay_from_before_what_was_pruned_is_refused_and_one_from_after_it_is_not",
@@ -635,7 +635,7 @@ EVENTS = [
     ),
     bug(
         "a watch that looks for its end in the payload",
-        "watching.py",
+        "events/watch.py",
         "            if event.type in TERMINAL:\n",
         '            if event.payload.get("status") in ("done", "failed", "cancelled"):\n',
         "test_watching.py::test_an_event_ends_a_watch_by_its_type_whatever_its_payload_says",
@@ -643,7 +643,7 @@ EVENTS = [
     ),
     bug(
         "a watch that misses what comes while it begins",
-        "watching.py",
+        "events/watch.py",
         "            self.subscribe()\n            try:\n                state = self.read()\n",
         "            self.subscribe()\n            try:\n                pass\n",
         "test_watching.py::test_what_is_committed_while_a_watch_begins_comes_once",

@@ -13,19 +13,22 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit import claims, signals
-from jobkit._dialects.base import EventRow, Sql
-from jobkit._dialects.postgresql import claims as postgresql
-from jobkit._dialects.sqlite import claims as sqlite
-from jobkit.columns import now as database_now
-from jobkit.committer import Committer
-from jobkit.drafts import Draft
-from jobkit.jobs import JobStore, connection_of
-from jobkit.local_storage import LocalStorage
-from jobkit.pipeline import Pipeline
-from jobkit.storage import FsspecStorage
-from jobkit.sweep import Sweep
+from jobkit import signals
+from jobkit.assets import intents
+from jobkit.assets.intents import Sweep
+from jobkit.assets.spool import Draft
+from jobkit.db.dialects.base import EventRow, Sql
+from jobkit.db.dialects.postgresql import jobs as postgresql
+from jobkit.db.dialects.sqlite import jobs as sqlite
+from jobkit.db.host import connection_of
+from jobkit.jobs import claims
+from jobkit.jobs.store import JobStore
+from jobkit.runner.pipeline import Pipeline
+from jobkit.runner.turns import Committer
+from jobkit.storage.local import LocalStorage
+from jobkit.storage.remote import FsspecStorage
 from jobkit.tables import content_job_events, content_jobs
+from jobkit.tables import now as database_now
 
 VARIABLE = "JOBKIT_TEST_PLANTED"
 
@@ -92,12 +95,12 @@ def no_intents() -> None:
     """A file is stored though nobody has recorded its key."""
     seal = Draft.seal
     Draft.seal = lambda draft, *, recorded: seal(draft, recorded=False)  # type: ignore[method-assign]
-    claims.record_intents = lambda *_: None
+    intents.record_intents = lambda *_: None
 
 
 def hasty_sweep() -> None:
     """A sweep takes the keys of files that are just being stored."""
-    Sweep._early = lambda sweep, state: claims.INTENT_GRACE if state == "pending" else 0.0  # type: ignore[method-assign]
+    Sweep._early = lambda sweep, state: intents.INTENT_GRACE if state == "pending" else 0.0  # type: ignore[method-assign]
 
 
 def event_outside() -> None:

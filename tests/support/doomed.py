@@ -14,10 +14,11 @@ from typing import Any
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import claims
-from jobkit.feed import Feed
-from jobkit.local_storage import LocalStorage
-from jobkit.pipeline import Pipeline
+from jobkit.assets import intents
+from jobkit.events.feed import Feed
+from jobkit.jobs import claims
+from jobkit.runner.pipeline import Pipeline
+from jobkit.storage.local import LocalStorage
 from jobkit.tables import assets, content_job_events, content_jobs
 
 FIRST, SECOND = b"first " * 1000, b"second " * 1000
@@ -65,7 +66,7 @@ STEPS: dict[str, Callable[[], None]] = {
 
 
 def no_intents() -> None:
-    claims.record_intents = lambda *_: None
+    intents.record_intents = lambda *_: None
 
 
 def rows_before_the_finish() -> None:

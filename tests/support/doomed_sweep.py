@@ -9,9 +9,9 @@ from typing import Any
 import sqlalchemy as sa
 
 import jobkit
-from jobkit._dialects import statements_for
-from jobkit.local_storage import LocalStorage
-from jobkit.sweep import Sweep
+from jobkit.assets.intents import Sweep
+from jobkit.db.dialects import statements_for
+from jobkit.storage.local import LocalStorage
 from tests.support.doomed import die, then_die
 
 

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit.claims import Claim
+from jobkit.jobs.claims import Claim
 
 ENDED, QUEUED = range(1, 20_001), range(20_001, 22_001)
 RUNNING, SCHEDULED = range(22_001, 22_201), range(22_201, 22_401)

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from jobkit import AssetStore, JobRequest, JobStore, claims, outbox
-from jobkit._dialects import statements_for
-from jobkit._dialects.base import Due, Position, Start, Statements, Terms
-from jobkit.claims import Completion, Intent
-from jobkit.clock import utcnow
-from jobkit.committer import Committer
-from jobkit.progress import Report
-from jobkit.rotation import DUE, DUE_WINDOW
-from jobkit.turns import Turn
+from jobkit import AssetStore, JobRequest, JobStore
+from jobkit.assets import intents
+from jobkit.assets.intents import Intent
+from jobkit.base.clock import utcnow
+from jobkit.db.dialects import statements_for
+from jobkit.db.dialects.base import Due, Position, Start, Statements, Terms
+from jobkit.events import log
+from jobkit.events.hub import _hub
+from jobkit.events.watch import Watcher
+from jobkit.jobs import claims
+from jobkit.jobs.claims import Completion, Report
+from jobkit.jobs.fairness import DUE, DUE_WINDOW
+from jobkit.runner.turns import Committer, Turn
 from jobkit.types import StoredObject
-from jobkit.watching import Watcher, _hub
 from tests.support import filled
 from tests.support.filled import ENDED, INTENTS, LAST_EVENT, QUEUED, RUNNING, WORKER, fill, job_id
 from tests.support.plans import Paths, explained
@@ -124,7 +127,7 @@ HOT: dict[str, Callable[[Host], object]] = {
     "due": lambda h: h.statements.due(h.connection, window=DUE_WINDOW, limit=DUE, now=utcnow()),
     "heads": lambda h: h.statements.heads(h.connection, COMPANIES, 8),
     "companies": lambda h: h.statements.companies(h.connection, limit=1_000),
-    "record_intents": lambda h: claims.record_intents(h.connection, [Intent("c1", "local_disk", "c1/x/new")]),
+    "record_intents": lambda h: intents.record_intents(h.connection, [Intent("c1", "local_disk", "c1/x/new")]),
     "finish": finish,
     "renew": lambda h: claims.renew(h.connection, HELD, lease=60.0),
     "look": lambda h: claims.look(h.connection, HELD),
@@ -154,7 +157,7 @@ HOT: dict[str, Callable[[Host], object]] = {
     "of_company": lambda h: h.statements.of_company(h.connection, *place(h), "c1", 500),
     "of_company, from afar": lambda h: h.statements.of_company(h.connection, Position(0, 0), place(h)[1], "c1", 500),
     "log_begins": lambda h: h.statements.log_begins(h.connection),
-    "known": lambda h: outbox.known(h.connection, [(n, job_id(n)) for n in range(1, 20)]),
+    "known": lambda h: log.known(h.connection, [(n, job_id(n)) for n in range(1, 20)]),
     "watch, state": watched,
     "watch, events": lambda h: watched(h)._from_log(),
     "watch, look at all": look_for_watched,

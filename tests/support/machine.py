@@ -14,12 +14,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 import jobkit
-from jobkit._dialects import statements_for
-from jobkit._dialects.base import EventRow
-from jobkit.claims import Claim
-from jobkit.clock import utcnow
-from jobkit.drafts import Draft
-from jobkit.sweep import Sweep
+from jobkit.assets.intents import Sweep
+from jobkit.assets.spool import Draft
+from jobkit.base.clock import utcnow
+from jobkit.db.dialects import statements_for
+from jobkit.db.dialects.base import EventRow
+from jobkit.jobs.claims import Claim
 from jobkit.tables import metadata
 from jobkit.types import StoredObject
 from tests.support.files import objects

@@ -14,8 +14,8 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit._dialects.base import EventRow
-from jobkit.claims import Claim, Completion
+from jobkit.db.dialects.base import EventRow
+from jobkit.jobs.claims import Claim, Completion
 from jobkit.tables import asset_intents, assets, content_job_events, content_jobs
 
 TERMINAL = ("done", "failed", "cancelled")

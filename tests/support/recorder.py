@@ -8,7 +8,7 @@ from typing import Self
 
 from jobkit import JobEvent, signals
 
-ALL = [signals._SIGNALS[name] for name in signals._SIGNALS]
+ALL = [signals.SIGNALS[name] for name in signals.SIGNALS]
 
 
 class Recorder:

@@ -10,10 +10,10 @@ from typing import Any, BinaryIO
 from uuid import UUID
 
 import jobkit
-from jobkit.attempt import Attempt
-from jobkit.claims import Claim
-from jobkit.ids import new_id
-from jobkit.pools import LoopThread
+from jobkit.base.ids import new_id
+from jobkit.base.loops import LoopThread
+from jobkit.jobs.claims import Claim
+from jobkit.rendering.attempt import Attempt
 
 
 def attempt(

@@ -17,7 +17,8 @@ import sqlalchemy as sa
 import uvicorn
 from werkzeug.serving import make_server
 
-from jobkit import JobNotFound, sse
+from jobkit import JobNotFound
+from jobkit.sse import streams as sse
 from tests.support.runners import until
 
 DEADLINE = 60.0

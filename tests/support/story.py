@@ -11,14 +11,13 @@ import pytest
 import sqlalchemy as sa
 
 from jobkit import AssetStore, JobRequest, JobStore
-from jobkit.attempt import Attempt
-from jobkit.batches import Batch
-from jobkit.claims import Claim, Completion
-from jobkit.clock import utcnow
-from jobkit.committer import Committer
-from jobkit.leases import LeaseKeeper
-from jobkit.pools import LoopThread
-from jobkit.turns import Turn
+from jobkit.base.clock import utcnow
+from jobkit.base.loops import LoopThread
+from jobkit.jobs.claims import Claim, Completion
+from jobkit.rendering.attempt import Attempt
+from jobkit.runner.leases import LeaseKeeper
+from jobkit.runner.store_stage import Batch
+from jobkit.runner.turns import Committer, Turn
 from tests.support.databases import Database
 from tests.support.runners import only, until
 from tests.support.sent import Bill

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import sse
+from jobkit.sse import streams as sse
 
 engine = sa.create_engine(os.environ["DATABASE_URL"])
 if engine.dialect.name == "sqlite":

@@ -24,7 +24,7 @@ def main(url: str, file: str, cursor: str | None = None) -> None:
     def note(_: str, *, event: jobkit.JobEvent) -> None:
         os.write(descriptor, f"{event.id} {event.job_id} {event.seq} {event.cursor}\n".encode())
 
-    for signal in signals._SIGNALS.values():
+    for signal in signals.SIGNALS.values():
         signal.connect(note)
     jobkit.Relay(engine, after=cursor).start()
     threading.Event().wait()

@@ -9,8 +9,8 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from jobkit import Asset, AssetStore, GarbageReport
-from jobkit.clock import utcnow
-from jobkit.ids import new_id
+from jobkit.base.clock import utcnow
+from jobkit.base.ids import new_id
 from jobkit.tables import asset_intents
 from tests.support.files import COMPANY
 

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit.local_storage import LocalStorage
+from jobkit.storage.local import LocalStorage
 from tests.support.doomed import die
 
 AT_ONCE = 6

@@ -17,11 +17,12 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit import signals
-from jobkit.clock import seconds
+from jobkit.base.clock import seconds
+from jobkit.base.loops import OneAtATime
 from jobkit.errors import SubscriberTooSlow
-from jobkit.threads import OneAtATime
+from jobkit.events import hub
+from jobkit.events.watch import Watcher
 from jobkit.types import JobEvent
-from jobkit.watching import LOOK, Watcher
 
 # How many events may wait for their subscriber.
 LIMIT = 1_000
@@ -146,7 +147,7 @@ async def watch(
     try:
         yield await thread.call(watcher.open)
         while not watcher.over:
-            remaining = LOOK if deadline is None else min(LOOK, deadline - time.monotonic())
+            remaining = hub.LOOK if deadline is None else min(hub.LOOK, deadline - time.monotonic())
             with suppress(TimeoutError):
                 await asyncio.wait_for(woken.wait(), max(0.0, remaining))
             came = woken.is_set()

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 
-from jobkit.assets import AssetStore
-from jobkit.clock import Clock, utcnow
-from jobkit.jobs import JobStore
-from jobkit.payload import MAX_INPUT_BYTES
-from jobkit.spool import CHUNK, Spool
-from jobkit.sqlite import refuse_deadlock
-from jobkit.threads import OneAtATime, in_thread
+from jobkit.assets.spool import CHUNK, Spool
+from jobkit.assets.store import AssetStore
+from jobkit.base.clock import Clock, utcnow
+from jobkit.base.loops import OneAtATime, in_thread
+from jobkit.db.sqlite import refuse_deadlock
+from jobkit.jobs.creation import MAX_INPUT_BYTES
+from jobkit.jobs.store import JobStore
 from jobkit.types import Asset
 
 if TYPE_CHECKING:
-    from jobkit.jobs import Host
+    from jobkit.db.host import Host
 
 AsyncHost = AsyncSession | async_scoped_session[AsyncSession] | AsyncConnection
 P = ParamSpec("P")

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from jobkit.base.text import describe
+from jobkit.db.host import require_schema
+from jobkit.db.sqlite import configure_sqlite, is_memory
 from jobkit.errors import ConfigurationError
-from jobkit.runner import Runner
-from jobkit.schema import require_schema
-from jobkit.sqlite import configure_sqlite, is_memory
-from jobkit.text import describe
+from jobkit.runner.runner import Runner
 
 URL_VARIABLE = "JOBKIT_DATABASE_URL"
 PACKAGE = str(Path(__file__).parent.parent)

@@ -7,11 +7,11 @@ import logging
 from datetime import timedelta
 from typing import Any
 
-from jobkit.audit import audit, elsewhere
+from jobkit.base.text import printable
 from jobkit.cli.app import add_app, migrated
 from jobkit.cli.durations import duration
 from jobkit.cli.output import sample
-from jobkit.text import printable
+from jobkit.maintenance.audit import audit, elsewhere
 
 
 def add(commands: Any) -> None:

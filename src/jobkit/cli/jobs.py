@@ -9,13 +9,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from jobkit.base.ids import parse_id
+from jobkit.base.text import storable
 from jobkit.cli.app import Source, add_source, opened
 from jobkit.cli.output import complain, document, plain, shown, table, text
 from jobkit.errors import InvalidTransition, JobNotFound
-from jobkit.ids import parse_id
-from jobkit.jobs import JobStore, job_of
+from jobkit.jobs.store import JobStore, job_of
 from jobkit.tables import assets, content_job_events, content_jobs
-from jobkit.text import storable
 from jobkit.types import Asset, Job, JobStatus
 
 _c, _e, _a = content_jobs.c, content_job_events.c, assets.c

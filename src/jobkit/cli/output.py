@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit.text import describe, printable
+from jobkit.base.text import describe, printable
 
 
 def table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

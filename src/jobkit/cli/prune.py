@@ -10,7 +10,7 @@ from jobkit.cli.app import add_source, opened
 from jobkit.cli.durations import duration
 from jobkit.cli.output import sample
 from jobkit.errors import ConfigurationError
-from jobkit.pruning import prune
+from jobkit.maintenance.prune import prune
 
 
 def add(commands: Any) -> None:

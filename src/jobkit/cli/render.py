@@ -9,12 +9,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from jobkit.assets.names import safe_filename
+from jobkit.base.text import printable
 from jobkit.cli.app import load
 from jobkit.cli.output import complain
 from jobkit.errors import ConfigurationError
-from jobkit.keys import safe_filename
-from jobkit.renderers import Renderers
-from jobkit.text import printable
+from jobkit.rendering.renderers import Renderers
 
 BUILT_IN = ("pdf_document", "convert", "spreadsheet")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobkit import migrations
 from jobkit.cli.app import add_app, add_database, engine_of, load
-from jobkit.runner import Runner
+from jobkit.runner.runner import Runner
 
 
 def add(commands: Any) -> None:

@@ -14,12 +14,12 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from jobkit import migrations, signals
-from jobkit.assets import AssetStore
+from jobkit.assets.store import AssetStore
 from jobkit.contrib.renderers import pdf_document
-from jobkit.jobs import JobStore
-from jobkit.renderers import Renderers
-from jobkit.runner import Runner
-from jobkit.sqlite import configure_sqlite
+from jobkit.db.sqlite import configure_sqlite
+from jobkit.jobs.store import JobStore
+from jobkit.rendering.renderers import Renderers
+from jobkit.runner.runner import Runner
 from jobkit.types import JobEvent, JobStatus
 
 COMPANY = "demo"

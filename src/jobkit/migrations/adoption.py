@@ -10,11 +10,11 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit.columns import SQLITE_NOW
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.migrations import spelling
 from jobkit.migrations.examination import Found, uniques
 from jobkit.migrations.transaction import pragma
+from jobkit.tables import SQLITE_NOW
 
 logger = logging.getLogger("jobkit")
 

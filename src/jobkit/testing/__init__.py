@@ -6,7 +6,7 @@
 from jobkit.testing.assertions import assert_job_created, assert_no_job_created
 from jobkit.testing.clock import FrozenClock
 from jobkit.testing.faulty import Fault, FaultPlan, FaultyFileSystem, faulty_filesystem
-from jobkit.testing.inlining import drain, inline
+from jobkit.testing.inline import drain, inline
 from jobkit.testing.storage import temporary_assets
 
 __all__ = [

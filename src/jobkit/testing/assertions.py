@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from jobkit.jobs import connection_of, job_of
+from jobkit.base.text import company
+from jobkit.db.host import connection_of
+from jobkit.jobs.store import job_of
 from jobkit.tables import content_jobs
-from jobkit.text import company
 from jobkit.types import Job
 
 if TYPE_CHECKING:
-    from jobkit.jobs import Host
+    from jobkit.db.host import Host
 
 _c = content_jobs.c
 SHOWN = 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
-from jobkit.clock import aware, seconds, utcnow
+from jobkit.base.clock import aware, seconds, utcnow
 
 
 class FrozenClock:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from jobkit.assets import AssetStore
+from jobkit.assets.store import AssetStore
 
 
 @contextmanager

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from jobkit.base.text import storable
 from jobkit.contrib.renderers._markdown import clean
-from jobkit.text import storable
 
 UNFIT_FOR_NAME = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]+')
 

@@ -31,11 +31,11 @@ from functools import cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from jobkit.context import RenderContext
+from jobkit.base.text import describe
 from jobkit.contrib.renderers import _fields
 from jobkit.errors import ConfigurationError
-from jobkit.renderers import Renderers
-from jobkit.text import describe
+from jobkit.rendering.context import RenderContext
+from jobkit.rendering.renderers import Renderers
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

@@ -28,12 +28,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jobkit.context import RenderContext
 from jobkit.contrib.renderers import _fields
 from jobkit.contrib.renderers._breaks import pieces
 from jobkit.contrib.renderers._markdown import MAX_CHARACTERS, MAX_NESTING, Reader, plain
 from jobkit.errors import ConfigurationError
-from jobkit.renderers import Renderers
+from jobkit.rendering.context import RenderContext
+from jobkit.rendering.renderers import Renderers
 from jobkit.types import Rendered
 
 JOB_TYPE = "pdf-document"

@@ -28,12 +28,12 @@ from datetime import UTC, date, datetime
 from functools import cache
 from typing import Any
 
-from jobkit.context import RenderContext
+from jobkit.assets.spool import Spool
 from jobkit.contrib.renderers import _fields
 from jobkit.contrib.renderers._markdown import clean
 from jobkit.errors import ConfigurationError
-from jobkit.renderers import Renderers
-from jobkit.spool import Spool
+from jobkit.rendering.context import RenderContext
+from jobkit.rendering.renderers import Renderers
 
 JOB_TYPE = "spreadsheet"
 CONTENT_TYPE = "application/vnd.openxmlformats-officedocument.spreadsheetml.sheet"

@@ -9,9 +9,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit.columns import JsonObject, UtcDateTime, now, transaction_id
 from jobkit.migrations import VERSION_TABLE, adoption
 from jobkit.migrations.examination import examine
+from jobkit.tables import JsonObject, UtcDateTime, now, transaction_id
 
 revision = "0001"
 down_revision = None

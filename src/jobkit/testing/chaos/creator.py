@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
 from jobkit.errors import InvalidTransition, JobNotFound
-from jobkit.jobs import JobStore
+from jobkit.jobs.store import JobStore
 from jobkit.testing.chaos.plan import Order
 from jobkit.testing.chaos.process import Process, now
 from jobkit.testing.chaos.workload import PREFIX

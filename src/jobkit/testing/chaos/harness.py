@@ -17,7 +17,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit.assets import AssetStore
+from jobkit.assets.store import AssetStore
 from jobkit.errors import ConfigurationError
 from jobkit.migrations import upgrade
 from jobkit.tables import asset_intents, content_job_events, content_jobs

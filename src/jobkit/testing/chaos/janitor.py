@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
-from jobkit.renderers import Renderers
-from jobkit.rescue import RescueReport
-from jobkit.runner import Runner
+from jobkit.maintenance.rescue import RescueReport
+from jobkit.rendering.renderers import Renderers
+from jobkit.runner.runner import Runner
 from jobkit.testing.chaos.points import through
 from jobkit.testing.chaos.process import Process
 from jobkit.testing.faulty import FaultPlan

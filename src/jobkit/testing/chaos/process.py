@@ -17,8 +17,8 @@ from uuid import UUID
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
-from jobkit.assets import AssetStore
-from jobkit.sqlite import configure_sqlite
+from jobkit.assets.store import AssetStore
+from jobkit.db.sqlite import configure_sqlite
 from jobkit.tables import content_jobs
 from jobkit.types import JobEvent
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobkit import signals
-from jobkit.relay import Relay
+from jobkit.events.relay import Relay
 from jobkit.testing.chaos.process import Process, Witness
 from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
 

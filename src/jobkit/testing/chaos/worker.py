@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from jobkit import signals
-from jobkit.renderers import Renderers
-from jobkit.runner import Runner
+from jobkit.rendering.renderers import Renderers
+from jobkit.runner.runner import Runner
 from jobkit.testing.chaos.points import Points, StoragePlan, through
 from jobkit.testing.chaos.process import Process, Witness
 from jobkit.testing.chaos.workload import register

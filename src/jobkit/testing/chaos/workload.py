@@ -8,9 +8,9 @@ import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 
-from jobkit.context import RenderContext
 from jobkit.errors import Discard, Retry, Snooze
-from jobkit.renderers import Renderers
+from jobkit.rendering.context import RenderContext
+from jobkit.rendering.renderers import Renderers
 from jobkit.testing.chaos.plan import FILES
 from jobkit.testing.chaos.points import Points
 from jobkit.testing.chaos.process import Witness, now

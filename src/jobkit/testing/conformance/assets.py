@@ -17,18 +17,12 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from jobkit import migrations
-from jobkit.assets import AssetStore
-from jobkit.errors import (
-    AssetCorrupt,
-    AssetEmpty,
-    AssetKeyRefused,
-    AssetTooLarge,
-    AssetUrlUnavailable,
-)
-from jobkit.jobs import JobStore
-from jobkit.renderers import Renderers
-from jobkit.runner import Runner
-from jobkit.sqlite import configure_sqlite
+from jobkit.assets.store import AssetStore
+from jobkit.db.sqlite import configure_sqlite
+from jobkit.errors import AssetCorrupt, AssetEmpty, AssetKeyRefused, AssetTooLarge, AssetUrlUnavailable
+from jobkit.jobs.store import JobStore
+from jobkit.rendering.renderers import Renderers
+from jobkit.runner.runner import Runner
 from jobkit.tables import asset_intents
 from jobkit.types import Asset, JobStatus, Rendered, StoredObject
 

@@ -13,11 +13,11 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from jobkit import signals
-from jobkit.assets import AssetStore
+from jobkit.assets.store import AssetStore
 from jobkit.errors import InvalidTransition, JobNotFound
-from jobkit.jobs import JobStore
-from jobkit.renderers import Renderers
-from jobkit.runner import Runner
+from jobkit.jobs.store import JobStore
+from jobkit.rendering.renderers import Renderers
+from jobkit.runner.runner import Runner
 from jobkit.tables import assets, content_job_events, content_jobs
 from jobkit.types import CONTENT_JOB_STATUSES, Job, JobEvent, JobRequest, Rendered
 

@@ -1,0 +1,1 @@
+"""A file of a company: an object in a storage, and its row."""

@@ -1,0 +1,427 @@
+"""AssetStore: bytes in a storage, rows in the caller's transaction."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit.assets.intents import INTENT_GRACE, Intent, Sweep, record_intents
+from jobkit.assets.limits import LIMIT_SOURCE, MAX_GENERATED_ASSET_BYTES
+from jobkit.assets.names import check_key, content_disposition
+from jobkit.assets.spool import CHUNK, Draft, Limit, Spool
+from jobkit.base.clock import Clock, seconds, utcnow
+from jobkit.base.ids import new_id, parse_id
+from jobkit.base.text import asked_company, company, storable
+from jobkit.db.host import connection_of, of_company, page_size, sync_engine
+from jobkit.db.sqlite import refuse_deadlock, require_configured
+from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError
+from jobkit.storage.base import limited
+from jobkit.storage.opening import open_storage
+from jobkit.tables import asset_intents, assets
+from jobkit.tables import now as database_now
+from jobkit.types import Asset, Body, GarbageReport, StoredObject
+
+if TYPE_CHECKING:
+    from jobkit.db.host import Host
+
+logger = logging.getLogger("jobkit")
+_c = assets.c
+R = TypeVar("R")
+
+
+class AssetStore:
+    """Files in the storage that ``url`` names (any fsspec URL, or a folder), and their rows in SQL.
+
+    ``engine`` is where intents are recorded, each in a commit of its own, before an object can exist; a ``Runner``
+    gives its own to a store that has none. ``provider`` names the storage in each row: ``local_disk`` for a folder,
+    else the URL's protocol. ``max_bytes`` replaces ``MAX_GENERATED_ASSET_BYTES``. One store may be shared by all
+    threads.
+    """
+
+    def __init__(
+        self,
+        url: str | os.PathLike[str],
+        *,
+        engine: sa.Engine | None = None,
+        storage_options: Mapping[str, Any] | None = None,
+        provider: str | None = None,
+        max_bytes: int | None = None,
+        clock: Clock = utcnow,
+    ) -> None:
+        self._storage = open_storage(url, storage_options)
+        if provider is not None:
+            self._storage.provider = storable(provider, "provider", limit=255)
+        if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
+            raise ValueError(f"max_bytes must be a count of bytes above zero, not {max_bytes!r}")
+        self._limit = (
+            Limit(MAX_GENERATED_ASSET_BYTES, LIMIT_SOURCE)
+            if max_bytes is None
+            else Limit(max_bytes, "AssetStore(max_bytes=)")
+        )
+        self._clock = clock
+        self._warned = False
+        self.engine: sa.Engine | None = None if engine is None else sync_engine(engine)
+
+    def __repr__(self) -> str:
+        return f"AssetStore({self._storage!r}, provider={self.provider!r})"
+
+    @property
+    def provider(self) -> str:
+        """The name of this storage in ``assets.provider``."""
+        return self._storage.provider
+
+    def spool_folder(self) -> Path:
+        """A private local folder for files that are being made. For runners."""
+        return self._storage.spool_folder()
+
+    @property
+    def together(self) -> int:
+        """Up to how many bytes of files one thread stores together in less time than several. For runners."""
+        return self._storage.together
+
+    def put_file(
+        self,
+        company_id: object,
+        *,
+        namespace: str = "generated",
+        original_filename: str | None,
+        content_type: str,
+        body: Body,
+    ) -> StoredObject:
+        """Store ``body`` under a new key; durable and whole when this returns, nothing stored when it raises.
+
+        Streams: memory stays flat at any size. ``AssetTooLarge``, ``AssetEmpty``; ``TypeError`` for a body that is
+        not bytes; ``ValueError`` naming the field. The object stays only if ``create`` then gives it a row within a
+        day. On SQLite, call it before the transaction of this thread has written (``ConfigurationError``).
+        """
+        with self.writer(
+            company_id, namespace=namespace, original_filename=original_filename, content_type=content_type
+        ) as out:
+            out.fill(body)
+        assert out.stored is not None
+        return out.stored
+
+    @contextlib.contextmanager
+    def writer(
+        self, company_id: object, *, namespace: str = "generated", original_filename: str | None, content_type: str
+    ) -> Iterator[Spool]:
+        """A seekable binary file to write into; stored when the ``with`` ends, then ``.stored`` says as what.
+
+        Nothing is stored when the block raises, or when the file is empty or too large.
+        """
+        self._refuse_deadlock()
+        draft = self.draft(
+            company(company_id), namespace=namespace, filename=original_filename, content_type=content_type
+        )
+        try:
+            yield draft.spool
+            engine = self.engine
+            stored = draft.seal(recorded=engine is not None)
+            self._record(draft, engine)
+            draft.publish()
+            draft.spool.stored = stored
+        finally:
+            draft.discard()
+
+    def draft(self, company_id: str, *, namespace: str, filename: str | None, content_type: str) -> Draft:
+        """A file of this storage to be made; its key is decided, nothing is recorded or stored. For runners."""
+        return Draft(
+            self._storage,
+            company_id,
+            namespace=namespace,
+            filename=filename,
+            content_type=content_type,
+            limit=self._limit,
+            at=self._clock(),
+        )
+
+    def create(
+        self,
+        session: Host,
+        company_id: object,
+        stored: StoredObject,
+        *,
+        source_task_id: str | None,
+        created_by_agent_id: object = None,
+        created_by_user_id: object = None,
+        job_id: UUID | str | None = None,
+        position: int = 0,
+    ) -> Asset:
+        """Give a stored object its row, in the caller's transaction: only then does the object stay.
+
+        ``AssetKeyRefused`` for another company's key; ``AssetNotFound`` when the sweep was faster, or it has a row
+        already.
+        """
+        owner = company(company_id)
+        _check_stored(stored)
+        check_key(owner, stored.object_key)
+        _count(position, "position", most=2**31 - 1)
+        if source_task_id is not None:
+            storable(source_task_id, "source_task_id", blank=True)
+        agent, user = _text(created_by_agent_id, "created_by_agent_id"), _text(created_by_user_id, "created_by_user_id")
+        parent = parse_id(job_id)
+        if job_id is not None and parent is None:
+            raise ValueError(f"job_id is not a UUID: {job_id!r:.80}")
+        connection = connection_of(session)
+        require_configured(connection)
+        self._take(connection, owner, stored)
+        now = self._clock()
+        asset = Asset(
+            id=new_id(),
+            company_id=owner,
+            provider=stored.provider,
+            object_key=stored.object_key,
+            content_type=stored.content_type,
+            byte_size=stored.byte_size,
+            sha256=stored.sha256,
+            original_filename=stored.original_filename,
+            created_by_agent_id=agent,
+            created_by_user_id=user,
+            source_task_id=source_task_id,
+            created_at=now,
+            updated_at=now,
+            job_id=parent,
+            position=position,
+        )
+        connection.execute(assets.insert(), {column.name: getattr(asset, column.name) for column in assets.columns})
+        return asset
+
+    def get_by_id(self, session: Host, asset_id: UUID | str, *, company_id: object = None) -> Asset | None:
+        """The asset, or None: unknown, malformed, or another company's when ``company_id`` is given."""
+        parsed = parse_id(asset_id)
+        if parsed is None:
+            return None
+        connection = connection_of(session)
+        query = _scoped(sa.select(assets).where(_has_id(connection, parsed)), company_id)
+        row = connection.execute(query).one_or_none()
+        return None if row is None else Asset(*row)
+
+    def list_by_job(self, session: Host, job_id: UUID | str, *, company_id: object = None) -> list[Asset]:
+        """The files of a job, in the order its renderer gave them; the first is the job's result."""
+        parsed = parse_id(job_id)
+        if parsed is None:
+            return []
+        query = _scoped(sa.select(assets).where(_c.job_id == parsed), company_id).order_by(_c.position, _c.id)
+        return [Asset(*row) for row in connection_of(session).execute(query)]
+
+    def list_by_company(
+        self, session: Host, company_id: object, *, limit: int | None = None, before: Asset | UUID | str | None = None
+    ) -> list[Asset]:
+        """A company's assets, newest first, ties broken by id. ``before``: the last one of the page before this one."""
+        connection = connection_of(session)
+        place = (_c.created_at, _sortable_id(connection))
+        query = sa.select(assets).where(of_company(_c.company_id, company_id))
+        if before is not None:
+            last = before if isinstance(before, Asset) else self.get_by_id(session, before, company_id=company_id)
+            if last is None or last.company_id != asked_company(company_id):
+                raise AssetNotFound(f"no asset {last.id if last else before}")
+            after = (sa.literal(last.created_at, _c.created_at.type), sa.literal(last.id, _c.id.type))
+            query = query.where(sa.tuple_(*place) < sa.tuple_(*after))
+        query = query.order_by(*(column.desc() for column in place)).limit(page_size(limit))
+        return [Asset(*row) for row in connection.execute(query)]
+
+    def open(self, asset: Asset, *, start: int | None = None, end: int | None = None) -> BinaryIO:
+        """The bytes ``[start, end)`` as a binary file to read and close, streamed; a range beyond the asset is cut to
+        it.
+
+        ``AssetCorrupt`` when the object is missing; ``AssetKeyRefused`` for a key that is not the company's.
+        """
+        self._check(asset)
+        first = min(_place(start, "start", 0), asset.byte_size)
+        last = min(_place(end, "end", asset.byte_size), asset.byte_size)
+        return limited(self._open(asset), first, max(first, last))
+
+    def verify(self, asset: Asset) -> None:
+        """Read the whole object; return when its size and sha256 are the row's, ``AssetCorrupt`` otherwise."""
+        self._check(asset)
+        digest, size = hashlib.sha256(), 0
+        with self._open(asset) as file:
+            # A storage may open what it then does not find: it was removed in between.
+            while chunk := self._found(asset, lambda: file.read(CHUNK)):
+                digest.update(chunk)
+                size += len(chunk)
+        if size != asset.byte_size:
+            raise AssetCorrupt(f"asset {asset.id} has {size} bytes in storage, its row says {asset.byte_size}")
+        if digest.hexdigest() != asset.sha256:
+            raise AssetCorrupt(f"asset {asset.id} has another sha256 in storage than in its row")
+
+    def url(self, asset: Asset, *, expires_in: timedelta | float, disposition: str = "attachment") -> str:
+        """Where anyone who has the URL can get the bytes for ``expires_in`` (seconds or timedelta), without this
+        process: signed by the storage, S3 only; ``AssetUrlUnavailable`` elsewhere. Asks neither storage nor database
+        whether the object is there.
+
+        The download has the asset's content type and file name. ``inline`` lets a browser show images, sound, films,
+        PDF and plain text; anything else is an attachment still. S3 takes 7 days at most (``ValueError``).
+        """
+        self._check(asset)
+        lifetime = seconds(expires_in, "expires_in")
+        shown = content_disposition(disposition, asset.original_filename, asset.content_type)
+        return self._storage.url(
+            asset.object_key, expires_in=math.ceil(lifetime), content_type=asset.content_type, disposition=shown
+        )
+
+    def delete(self, session: Host, asset: Asset) -> None:
+        """Delete the row and record its key as a tombstone, in the caller's transaction; the object goes at a later
+        sweep.
+
+        A rollback keeps both. ``AssetNotFound`` when the row is gone already.
+        """
+        _check_type(asset)
+        connection = connection_of(session)
+        require_configured(connection)
+        # The object that goes is the one the row names, whatever the caller made of ``asset``.
+        gone = connection.execute(
+            assets.delete()
+            .where(_has_id(connection, asset.id), of_company(_c.company_id, asset.company_id))
+            .returning(_c.company_id, _c.provider, _c.object_key)
+        ).one_or_none()
+        if gone is None:
+            raise AssetNotFound(f"no asset {asset.id}")
+        tombstone = {**gone._mapping, "state": "tombstone", "not_before": database_now}
+        connection.execute(asset_intents.insert().values(id=new_id(), **tombstone))
+
+    def collect_garbage(
+        self,
+        *,
+        older_than: timedelta | float = timedelta(hours=24),
+        dry_run: bool = True,
+        engine: sa.Engine | None = None,
+    ) -> GarbageReport:
+        """Remove objects that no row names: those whose row was deleted, and those recorded ``older_than`` ago that
+        never got one. ``dry_run`` only tells which.
+
+        By the records of ``engine`` (default: the store's), for this store's provider; never by listing. Each key is
+        visited again by a call after a further ``older_than``, and only then forgotten, because a slow writer may store
+        its object after the first visit. So ``older_than`` must exceed the time that any file takes from its record to
+        its row. A file that is swept before ``create`` or the end of its job gets no row (``AssetNotFound``, a failed
+        job). An object that cannot be removed is tried again later; the others go.
+
+        Unfinished files that dead processes left on this machine's disk are removed too, unless ``dry_run``.
+        """
+        grace = seconds(older_than, "older_than", positive=False)
+        chosen = self.engine if engine is None else engine
+        if chosen is None:
+            raise ConfigurationError(f"{self!r} has no engine: pass collect_garbage(engine=) the one with its records")
+        sweep = Sweep(chosen, self._storage, older_than=grace)
+        if dry_run:
+            return sweep.look()
+        self._storage.scratch.sweep()
+        return sweep.run()
+
+    def _sweep(
+        self, engine: sa.Engine, connect: Callable[[], contextlib.AbstractContextManager[sa.Connection]]
+    ) -> None:
+        """As ``collect_garbage`` after its usual time, on the connections that a runner gives it."""
+        self._storage.scratch.sweep()
+        Sweep(engine, self._storage, older_than=INTENT_GRACE, connect=connect).run()
+
+    def _check(self, asset: Asset) -> None:
+        """``AssetError`` for an asset of another storage, ``AssetKeyRefused`` for a key that is not its company's."""
+        _check_type(asset)
+        if asset.provider != self.provider:
+            raise AssetError(f"asset {asset.id} is in storage {asset.provider!r}, this store is {self.provider!r}")
+        check_key(asset.company_id, asset.object_key)
+
+    def _open(self, asset: Asset) -> BinaryIO:
+        return self._found(asset, lambda: self._storage.open(asset.object_key))
+
+    def _found(self, asset: Asset, read: Callable[[], R]) -> R:
+        try:
+            return read()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise AssetCorrupt(f"asset {asset.id} has no object in storage {asset.provider!r}") from None
+
+    def _record(self, draft: Draft, engine: sa.Engine | None) -> None:
+        if engine is None:
+            if not self._warned:
+                logger.warning("%r has no engine: objects of a process that dies are found by nobody", self)
+            self._warned = True
+            return
+        self._refuse_deadlock()  # again: the block of writer() may have written
+        with engine.begin() as connection:
+            record_intents(connection, [Intent(draft.company_id, self.provider, draft.key)])
+
+    def _take(self, connection: sa.Connection, owner: str, stored: StoredObject) -> None:
+        """Remove the intent of an object that gets a row now."""
+        if stored.recorded:
+            i = asset_intents.c
+            which = (i.provider == stored.provider, i.object_key == stored.object_key, i.state == "pending")
+            free = connection.execute(asset_intents.delete().where(*which)).rowcount == 1
+        else:
+            taken = sa.select(_c.id).where(_c.company_id == owner, _c.object_key == stored.object_key)
+            # A key that was deleted is the sweep's, though nothing was recorded when its object was stored.
+            given_up = sa.select(asset_intents.c.id).where(
+                asset_intents.c.provider == stored.provider, asset_intents.c.object_key == stored.object_key
+            )
+            # By then its record may have gone too, and a folder is quick to tell.
+            there = stored.provider != self.provider or self._storage.size(stored.object_key) != 0
+            free = there and connection.execute(taken.union_all(given_up)).first() is None
+        if not free:
+            raise AssetNotFound(f"{stored.object_key!r} was swept already, or has a row: store the file again")
+
+    def _refuse_deadlock(self) -> None:
+        if self.engine is not None:
+            before = "call put_file before the first write of the transaction"
+            refuse_deadlock(self.engine, "recording the file's key", before)
+
+
+def _has_id(connection: sa.Connection, asset_id: UUID) -> sa.ColumnElement[bool]:
+    if connection.dialect.name != "sqlite":
+        return _c.id == asset_id
+    # An adopted table may spell its ids with dashes, and the host's rows refer to them.
+    return sa.type_coerce(_c.id, sa.Text).in_([asset_id.hex, str(asset_id)])
+
+
+def _sortable_id(connection: sa.Connection) -> sa.ColumnElement[UUID]:
+    if connection.dialect.name != "sqlite":
+        return _c.id
+    return sa.func.replace(sa.type_coerce(_c.id, sa.Text), "-", "", type_=_c.id.type)
+
+
+def _scoped(query: sa.Select[Any], company_id: object) -> sa.Select[Any]:
+    return query if company_id is None else query.where(of_company(_c.company_id, company_id))
+
+
+def _text(value: object, field: str) -> str | None:
+    return None if value is None else storable(str(value), field, blank=True)
+
+
+def _check_stored(stored: StoredObject) -> None:
+    """``ValueError`` or ``TypeError`` naming the field of a StoredObject, perhaps made by hand, no row can hold."""
+    if not isinstance(stored, StoredObject):
+        raise TypeError(f"stored must be a StoredObject, not {type(stored).__name__}")
+    for field in ("provider", "content_type", "sha256"):
+        storable(getattr(stored, field), field)
+    if stored.original_filename is not None:
+        storable(stored.original_filename, "original_filename", blank=True)
+    _count(stored.byte_size, "byte_size", most=2**63 - 1)
+
+
+def _check_type(asset: object) -> None:
+    if not isinstance(asset, Asset):
+        raise TypeError(f"asset must be an Asset, not {type(asset).__name__}")
+
+
+def _place(value: object, field: str, default: int) -> int:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{field} must be a number of bytes, not {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{field} must not be negative, got {value}")
+    return value
+
+
+def _count(value: object, field: str, *, most: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= most:
+        raise ValueError(f"{field} must be a count up to {most}, not {value!r:.80}")

@@ -1,0 +1,1 @@
+"""Time, ids, text, threads: what knows nothing of jobs."""

@@ -1,0 +1,222 @@
+"""Threads that never keep the interpreter from ending, and an event loop in one of them."""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Protocol
+
+from jobkit.base.clock import pause_after
+from jobkit.base.text import describe
+
+# True when the thread that ran it was replaced meanwhile, and should end.
+Task = Callable[[], bool | None]
+
+logger = logging.getLogger("jobkit")
+
+
+class DaemonPool:
+    """Up to ``size`` daemon threads that run tasks in the order of submission.
+
+    Not ``concurrent.futures``: that joins its threads when the interpreter ends, and a renderer that hangs would hold
+    it.
+    """
+
+    waits = True
+
+    def __init__(self, size: int, name: str) -> None:
+        self._size, self._name = size, name
+        self._tasks: SimpleQueue[Task | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._idle = threading.Semaphore(0)
+        self._resize = threading.Lock()
+        self._count = 0
+
+    def submit(self, task: Task) -> None:
+        """Run ``task`` on a thread, or in this one when there is none and none can be started.
+
+        Called from one thread only. A task that raises is logged.
+        """
+        with self._resize:
+            if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
+                self._start_thread()
+            there_is_one = bool(self._threads)
+        if there_is_one:
+            self._tasks.put(task)
+        else:
+            self._run(task)
+
+    def replace(self) -> None:
+        """Allow one more thread, in the place of one whose task goes on: that task will return True when it ends.
+
+        Called from the thread that submits.
+        """
+        with self._resize:
+            self._size += 1
+            if not self._tasks.empty():
+                self._start_thread()
+
+    def close(self) -> None:
+        """Let every thread end once the tasks before this call are through. Waits for none."""
+        for _ in list(self._threads):
+            self._tasks.put(None)
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name=f"{self._name}-{self._count}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:  # there are too many, or the host stops its runner at the exit of Python 3.12
+            logger.warning("%s goes on with %d threads: %s", self._name, len(self._threads), error)
+        else:
+            self._threads.append(thread)
+            self._count += 1
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            if self._run(task):
+                with self._resize:
+                    self._size -= 1
+                    self._threads.remove(threading.current_thread())
+                break
+            self._idle.release()
+
+    def _run(self, task: Task) -> bool:
+        try:
+            return bool(task())
+        except BaseException:
+            with suppress(Exception):  # a host's log handler that raises must not end the thread
+                logger.exception("a task of %s failed", self._name)
+            return False
+
+
+class InlinePool:
+    """Runs each task at once, in the thread that submits it: for databases that one thread only can use."""
+
+    waits = False
+
+    def submit(self, task: Task) -> None:
+        task()
+
+    def replace(self) -> None:
+        pass  # the task is over when anybody could ask
+
+    def close(self) -> None:
+        pass
+
+
+class Periodic:
+    """A daemon thread that does ``task`` every ``interval`` seconds, and when woken, from now on until stopped.
+
+    The pauses vary by a tenth, so that many processes do not act in step. A task that raises is logged once in a row
+    and tried again after a growing pause. ``after`` is called on the thread when it ends.
+    """
+
+    def __init__(
+        self, name: str, interval: float, task: Callable[[], None], after: Callable[[], None] = lambda: None
+    ) -> None:
+        self._name, self.interval, self._task, self._after = name, interval, task, after
+        self._woken = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._stopped = False
+        self._failures = 0
+        self._since: float | None = None
+
+    @property
+    def busy(self) -> float:
+        """For how many seconds the task has been running; 0 between two runs. From any thread."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Do the task now, unless it failed the last time. From any thread."""
+        if not self._failures:
+            self._woken.set()
+
+    def stop(self) -> None:
+        """Let the thread end. Waits for nothing."""
+        self._stopped = True
+        self._woken.set()
+
+    def join(self, timeout: float) -> None:
+        """Wait up to ``timeout`` seconds until the stopped thread has ended."""
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, timeout))
+
+    def _run(self) -> None:
+        while self._next():
+            self._since = time.monotonic()
+            try:
+                self._task()
+                self._failures = 0
+            except Exception as error:
+                self._failures += 1
+                if self._failures == 1:
+                    with suppress(Exception):  # a host's log handler that raises must not end the thread
+                        logger.error("%s failed and is tried again: %s", self._name, describe(error))
+            finally:
+                self._since = None
+        self._after()
+
+    def _next(self) -> bool:
+        """Wait until the task is due; False when stopped."""
+        self._woken.wait(self._pause())
+        self._woken.clear()
+        return not self._stopped
+
+    def _pause(self) -> float:
+        if self._failures:
+            return min(self.interval, pause_after(self._failures))
+        return self.interval * random.uniform(0.9, 1.1)
+
+
+class Handover:
+    """Between the thread that does a piece of work, and the one that may not want to wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._begun = self._at_work = self._left = False
+
+    # --- on the thread that works
+
+    def begin(self) -> bool:
+        """The thread is about to work; False when the work was withdrawn."""
+        with self._lock:
+            self._begun = self._at_work = not self._left
+            return self._at_work
+
+    def over(self) -> bool:
+        """The thread is through; whether another has taken its place."""
+        with self._lock:
+            self._at_work = False
+            return self._left
+
+    # --- on the other
+
+    def withdraw(self) -> bool:
+        """Let the work never begin; False when it has."""
+        with self._lock:
+            self._left = self._left or not self._begun
+            return not self._begun
+
+    def leave(self) -> bool:
+        """Let another thread take the place of the one that is at work; False when none is."""
+        with self._lock:
+            self._left = self._left or self._at_work
+            return self._at_work
+
+
+class Pool(Protocol):
+    #: Whether what is submitted may wait for a thread.
+    waits: bool
+
+    def submit(self, task: Task) -> None: ...
+    def replace(self) -> None: ...
+    def close(self) -> None: ...

@@ -1,0 +1,1 @@
+"""The host's engines and connections, and what SQLite and PostgreSQL say differently."""

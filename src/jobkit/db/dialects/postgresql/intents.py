@@ -1,0 +1,116 @@
+"""Keys that may hold an object without a live row, on PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from jobkit.db.dialects.base import DUE, Document, Due, Sql
+from jobkit.tables import UtcDateTime
+
+INTEND = Sql(
+    """
+INSERT INTO {s}asset_intents (id, company_id, provider, object_key, not_before)
+SELECT id, company, provider, key, clock_timestamp() + make_interval(secs => :grace)
+FROM jsonb_to_recordset(CAST(:intents AS jsonb)) AS i(id uuid, company text, provider text, key text)
+ON CONFLICT (provider, object_key) DO NOTHING
+""",
+    intents=sa.Text(),
+    grace=sa.Float(),
+)
+
+# A key belongs to its row's company alone, so the company is part of the match: it is what the index begins with. And
+# clock_timestamp(), which may change between two rows, cannot be compared by index.
+_SWEEPABLE = """i.provider = :provider AND i.state = :state
+    AND i.not_before <= statement_timestamp() + make_interval(secs => :early)
+    AND NOT EXISTS (
+        SELECT FROM {s}assets a
+        WHERE a.company_id = i.company_id AND a.object_key = i.object_key AND a.provider = i.provider
+    )"""
+
+DUE_INTENTS = Sql(
+    f"""
+SELECT i.company_id, i.object_key, i.not_before FROM {{s}}asset_intents i
+WHERE i.not_before >= :after AND {_SWEEPABLE}
+ORDER BY i.not_before LIMIT :limit
+""",
+    *DUE,
+    provider=sa.Text(),
+    state=sa.Text(),
+    early=sa.Float(),
+    after=UtcDateTime(),
+    limit=sa.Integer(),
+)
+
+# As an array the keys are looked up one by one; as a join, one plan compares each with every key of the provider.
+_KEYS = "ANY (ARRAY(SELECT jsonb_array_elements_text(CAST(:keys AS jsonb))))"
+
+# SKIP LOCKED leaves out a key that another sweep, or the transaction that gives it its row, is at just now.
+CLAIM_INTENTS = Sql(
+    f"""
+WITH due AS MATERIALIZED (
+    SELECT i.object_key FROM {{s}}asset_intents i
+    WHERE i.object_key = {_KEYS} AND {_SWEEPABLE}
+    FOR UPDATE OF i SKIP LOCKED
+)
+UPDATE {{s}}asset_intents i SET state = 'collected', not_before = clock_timestamp() + make_interval(secs => :hold)
+FROM due WHERE i.provider = :provider AND i.object_key = due.object_key
+RETURNING i.object_key
+""",
+    sa.column("object_key", sa.Text()),
+    keys=sa.Text(),
+    provider=sa.Text(),
+    state=sa.Text(),
+    early=sa.Float(),
+    hold=sa.Float(),
+)
+
+DROP_INTENTS = Sql(
+    f"DELETE FROM {{s}}asset_intents WHERE provider = :provider AND object_key = {_KEYS} AND state = 'collected'",
+    keys=sa.Text(),
+    provider=sa.Text(),
+)
+
+POSTPONE_INTENTS = Sql(
+    f"""
+UPDATE {{s}}asset_intents i
+SET state = 'tombstone', attempts = i.attempts + 1, last_error = f.error,
+    not_before = clock_timestamp() + make_interval(secs => 60 << least(i.attempts, 10))
+FROM jsonb_to_recordset(CAST(:failures AS jsonb)) AS f(key text, error text)
+WHERE i.provider = :provider AND i.object_key = f.key AND i.object_key = {_KEYS} AND i.state = 'collected'
+""",
+    failures=sa.Text(),
+    keys=sa.Text(),
+    provider=sa.Text(),
+)
+
+
+class Intents:
+    """``jobkit._dialects.base.IntentStatements`` for PostgreSQL."""
+
+    def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
+        connection.execute(INTEND(connection), {"intents": json.dumps(intents), "grace": grace})
+
+    def due_intents(
+        self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
+    ) -> Iterator[Due]:
+        values = {"provider": provider, "state": state, "early": early, "after": after, "limit": limit}
+        for row in connection.execute(DUE_INTENTS(connection), values):
+            yield Due(*row)
+
+    def claim_intents(
+        self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float
+    ) -> list[str]:
+        values = {"keys": json.dumps(keys), "provider": provider, "state": state, "early": early, "hold": hold}
+        return list(connection.execute(CLAIM_INTENTS(connection), values).scalars())
+
+    def drop_intents(self, connection: sa.Connection, keys: Sequence[str], *, provider: str) -> None:
+        connection.execute(DROP_INTENTS(connection), {"keys": json.dumps(keys), "provider": provider})
+
+    def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
+        keys = json.dumps([failure["key"] for failure in failures])
+        values = {"failures": json.dumps(failures), "keys": keys, "provider": provider}
+        connection.execute(POSTPONE_INTENTS(connection), values)

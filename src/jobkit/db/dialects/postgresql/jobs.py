@@ -1,0 +1,421 @@
+"""Claims: taken, prolonged, ended, rescued, on PostgreSQL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit.db.dialects import base as shared
+from jobkit.db.dialects.base import (
+    ADVANCED,
+    CLAIMED,
+    EVENT,
+    HELD,
+    JOB_PARAMETERS,
+    MANY_PARAMETERS,
+    TOLD,
+    WAITING,
+    Claimed,
+    Document,
+    EventRow,
+    Held,
+    RescueTerms,
+    Sql,
+    Terms,
+    Told,
+)
+from jobkit.tables import UtcDateTime
+
+# Each way to pick jobs ends in the same claim. MATERIALIZED fixes the candidates: as a plain subquery, one plan claims
+# more rows than LIMIT says.
+_CLAIM = """, claimed AS (
+    UPDATE {s}content_jobs j
+    SET status = 'running', fence = j.fence + 1, attempt = j.attempt + 1, event_seq = j.event_seq + 1,
+        worker_id = :worker_id, lease_until = clock_timestamp() + make_interval(secs => :lease),
+        started_at = :now, updated_at = :now
+    FROM picked WHERE j.id = picked.id
+    RETURNING j.id, j.company_id, j.job_type, j.input, j.source_task_id, j.fence, j.attempt, j.event_seq
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT company_id, id, event_seq, 'content_job.running', jsonb_build_object('jobId', id), :now FROM claimed
+    RETURNING id, job_id
+)
+SELECT claimed.*, told.id AS event_id FROM claimed JOIN told ON told.job_id = claimed.id
+"""
+
+_CLAIM_PARAMETERS: dict[str, Any] = {
+    "limit": sa.Integer(),
+    "worker_id": sa.Text(),
+    "lease": sa.Float(),
+    "now": UtcDateTime(),
+}
+
+CLAIM = Sql(
+    """
+WITH picked AS MATERIALIZED (
+    SELECT id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL
+    ORDER BY company_id, priority DESC, created_at, id LIMIT :limit FOR UPDATE SKIP LOCKED
+)"""
+    + _CLAIM,
+    *CLAIMED,
+    **_CLAIM_PARAMETERS,
+)
+
+CLAIM_OF = Sql(
+    """
+WITH picked AS MATERIALIZED (
+    SELECT x.id FROM jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(company) CROSS JOIN LATERAL (
+        SELECT id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL AND company_id = c.company
+        ORDER BY company_id, priority DESC, created_at, id LIMIT :each FOR UPDATE SKIP LOCKED
+    ) x LIMIT :limit
+)"""
+    + _CLAIM,
+    *CLAIMED,
+    **_CLAIM_PARAMETERS,
+    companies=sa.Text(),
+    each=sa.Integer(),
+)
+
+CLAIM_THESE = Sql(
+    """
+WITH picked AS MATERIALIZED (
+    SELECT j.id FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) WITH ORDINALITY AS w(id, n)
+    JOIN {s}content_jobs j ON j.id = CAST(w.id AS uuid)
+    WHERE j.status = 'queued' AND (j.run_at IS NULL OR j.run_at <= :now)
+    ORDER BY w.n LIMIT :limit FOR UPDATE OF j SKIP LOCKED
+)"""
+    + _CLAIM,
+    *CLAIMED,
+    **_CLAIM_PARAMETERS,
+    ids=sa.Text(),
+)
+
+FINISH = Sql(
+    """
+WITH f AS (
+    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb))
+    AS f(job uuid, fence bigint, status text, asset uuid, error text, type text, payload jsonb, run_at timestamptz,
+         refund int)
+), a AS (
+    SELECT * FROM jsonb_to_recordset(CAST(:files AS jsonb))
+    AS a(id uuid, job uuid, company text, provider text, key text, content_type text, size bigint, sha256 text,
+         filename text, task text, position int)
+), won AS (
+    UPDATE {s}content_jobs j
+    SET status = f.status, result_asset_id = f.asset, error_message = f.error, event_seq = j.event_seq + 1,
+        lease_until = NULL, worker_id = NULL, attempt = j.attempt - f.refund, updated_at = :now,
+        rescues = CASE f.status WHEN 'queued' THEN 0 ELSE j.rescues END,
+        run_at = CASE f.status WHEN 'queued' THEN f.run_at ELSE j.run_at END,
+        started_at = CASE f.status WHEN 'queued' THEN NULL ELSE j.started_at END,
+        finished_at = CASE f.status WHEN 'queued' THEN NULL ELSE CAST(:now AS timestamptz) END,
+        progress = CASE WHEN f.status = 'done' AND j.progress IS NOT NULL THEN 1 ELSE j.progress END
+    FROM f WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+        AND (f.status <> 'queued' OR j.cancel_requested_at IS NULL)
+    RETURNING j.id, j.company_id, j.event_seq, f.type, f.payload
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT company_id, id, event_seq, type, payload, :now FROM won
+    RETURNING id, job_id, seq
+), kept AS (
+    INSERT INTO {s}assets (id, company_id, provider, object_key, content_type, byte_size, sha256, original_filename,
+        source_task_id, job_id, position, created_at, updated_at)
+    SELECT a.id, a.company, a.provider, a.key, a.content_type, a.size, a.sha256, a.filename,
+        a.task, a.job, a.position, :now, :now
+    FROM a JOIN won ON won.id = a.job
+), gone AS (
+    DELETE FROM {s}asset_intents i USING a JOIN won ON won.id = a.job
+    WHERE i.provider = a.provider AND i.object_key = a.key AND i.state = 'pending'
+    RETURNING 1
+)
+SELECT job_id, id, seq, (SELECT count(*) FROM gone) AS gone FROM told
+""",
+    *TOLD,
+    sa.column("gone", sa.BigInteger()),
+    jobs=sa.Text(),
+    files=sa.Text(),
+    now=UtcDateTime(),
+)
+
+RENEW = Sql(
+    """
+UPDATE {s}content_jobs j SET lease_until = clock_timestamp() + make_interval(secs => :lease)
+FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint)
+WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+RETURNING j.id, j.cancel_requested_at IS NOT NULL
+""",
+    *HELD,
+    jobs=sa.Text(),
+    lease=sa.Float(),
+)
+
+LOOK = Sql(
+    """
+SELECT j.id, j.cancel_requested_at IS NOT NULL
+FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint)
+JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+""",
+    *HELD,
+    jobs=sa.Text(),
+)
+
+ADVANCE = Sql(
+    """
+WITH f AS (
+    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint, progress float8, message text)
+), moved AS (
+    UPDATE {s}content_jobs j
+    SET progress = GREATEST(j.progress, f.progress), progress_message = f.message, event_seq = j.event_seq + 1,
+        lease_until = clock_timestamp() + make_interval(secs => :lease), updated_at = :now
+    FROM f WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+    RETURNING j.id, j.company_id, j.event_seq, j.progress, j.progress_message,
+        j.cancel_requested_at IS NOT NULL AS cancelled
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT company_id, id, event_seq, 'content_job.progress',
+        jsonb_build_object('jobId', id, 'progress', progress, 'message', progress_message), :now
+    FROM moved
+    RETURNING id, job_id, seq, company_id, type, payload
+)
+SELECT told.id, CAST(0 AS bigint), told.seq, told.company_id, told.type, told.job_id, CAST(:now AS timestamptz),
+    told.payload, moved.cancelled
+FROM told JOIN moved ON moved.id = told.job_id
+""",
+    *ADVANCED,
+    jobs=sa.Text(),
+    lease=sa.Float(),
+    now=UtcDateTime(),
+)
+
+RESCUE = Sql(
+    """
+WITH lost AS MATERIALIZED (
+    SELECT id, attempt FROM {s}content_jobs WHERE status = 'running' AND lease_until < clock_timestamp()
+    ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+), freed AS (
+    UPDATE {s}content_jobs j
+    SET status = CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled'
+            WHEN j.rescues >= :max_rescues THEN 'failed' ELSE 'queued' END,
+        attempt = CASE WHEN j.cancel_requested_at IS NULL AND j.rescues < :max_rescues THEN j.attempt - 1
+            ELSE j.attempt END,
+        started_at = CASE WHEN j.cancel_requested_at IS NULL AND j.rescues < :max_rescues THEN NULL
+            ELSE j.started_at END,
+        finished_at = CASE WHEN j.cancel_requested_at IS NULL AND j.rescues < :max_rescues THEN NULL
+            ELSE CAST(:now AS timestamptz) END,
+        error_message = CASE WHEN j.cancel_requested_at IS NOT NULL THEN NULL
+            WHEN j.rescues >= :max_rescues THEN CAST(:stopped AS text) ELSE CAST(:reason AS text) END,
+        rescues = j.rescues + 1, event_seq = j.event_seq + 1, run_at = NULL, lease_until = NULL, worker_id = NULL,
+        updated_at = :now
+    FROM lost WHERE j.id = lost.id
+    RETURNING j.id, j.company_id, j.event_seq, j.status, j.error_message, lost.attempt
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT company_id, id, event_seq,
+        CASE status WHEN 'queued' THEN 'content_job.retrying' ELSE 'content_job.' || status END,
+        CASE status WHEN 'cancelled' THEN jsonb_build_object('jobId', id)
+            WHEN 'failed' THEN jsonb_build_object('jobId', id, 'errorMessage', error_message)
+            ELSE jsonb_build_object('jobId', id, 'attempt', attempt, 'errorMessage', error_message,
+                'runAt', CAST(:run_at AS text)) END,
+        :now
+    FROM freed
+    RETURNING id, job_id, seq, company_id, type, payload
+)
+SELECT id, CAST(0 AS bigint), seq, company_id, type, job_id, CAST(:now AS timestamptz), payload FROM told
+""",
+    *EVENT,
+    limit=sa.Integer(),
+    max_rescues=sa.Integer(),
+    stopped=sa.Text(),
+    reason=sa.Text(),
+    run_at=sa.Text(),
+    now=UtcDateTime(),
+)
+
+EXPIRED = Sql(
+    "SELECT EXISTS (SELECT FROM {s}content_jobs WHERE status = 'running' AND lease_until < clock_timestamp())"
+)
+
+
+class Claims:
+    """``jobkit._dialects.base.ClaimStatements`` for PostgreSQL."""
+
+    claim_locks = False
+
+    def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
+        return [Claimed(*row) for row in connection.execute(CLAIM(connection), terms._asdict())]
+
+    def claim_of(
+        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: Terms
+    ) -> list[Claimed]:
+        values = {**terms._asdict(), "companies": json.dumps(companies), "each": each}
+        return [Claimed(*row) for row in connection.execute(CLAIM_OF(connection), values)]
+
+    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: Terms) -> list[Claimed]:
+        values = {**terms._asdict(), "ids": json.dumps([job_id.hex for job_id in job_ids])}
+        return [Claimed(*row) for row in connection.execute(CLAIM_THESE(connection), values)]
+
+    def finish(
+        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
+    ) -> tuple[list[Told], int]:
+        values = {"jobs": json.dumps(jobs), "files": json.dumps(files), "now": now}
+        rows = connection.execute(FINISH(connection), values).all()
+        return [Told(*row[:3]) for row in rows], rows[0].gone if rows else 0
+
+    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
+        rows = connection.execute(RENEW(connection), {"jobs": json.dumps(jobs), "lease": lease})
+        return [Held(*row) for row in rows]
+
+    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
+        return [Held(*row) for row in connection.execute(LOOK(connection), {"jobs": json.dumps(jobs)})]
+
+    def advance(
+        self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
+    ) -> list[tuple[EventRow, bool]]:
+        values = {"jobs": json.dumps(jobs), "lease": lease, "now": now}
+        return [(EventRow(*row[:-1]), row.cancelled) for row in connection.execute(ADVANCE(connection), values)]
+
+    def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
+        values = {**terms._asdict(), "run_at": terms.now.isoformat()}
+        return [EventRow(*row) for row in connection.execute(RESCUE(connection), values)]
+
+    def has_expired(self, connection: sa.Connection) -> bool:
+        return bool(connection.execute(EXPIRED(connection)).scalar())
+
+
+_INSERT = """
+WITH job AS (
+    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority,
+        idempotency_key, event_seq, created_at, updated_at)
+    VALUES (:id, :company_id, :job_type, CAST(:input AS jsonb), :source_task_id, :run_at, :priority, :key, 1, :now,
+        :now)
+    {unless}
+    RETURNING id
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT :company_id, id, 1, 'content_job.queued', CAST(:payload AS jsonb), :now FROM job
+    RETURNING id
+)
+"""
+
+_UNLESS = """
+    ON CONFLICT (company_id, job_type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"""
+
+# One notification without a payload: PostgreSQL folds equal ones of a transaction into one, and it is only a hint.
+_NOTIFY = "SELECT id, pg_notify('jobkit', '') FROM told"
+
+INSERT_NOTIFY = Sql(_INSERT.replace("{unless}", "") + _NOTIFY, **JOB_PARAMETERS)
+INSERT = Sql(_INSERT.replace("{unless}", "") + "SELECT id FROM told", **JOB_PARAMETERS)
+INSERT_ONCE_NOTIFY = Sql(_INSERT.replace("{unless}", _UNLESS) + _NOTIFY, **JOB_PARAMETERS)
+INSERT_ONCE = Sql(_INSERT.replace("{unless}", _UNLESS) + "SELECT id FROM told", **JOB_PARAMETERS)
+
+_INSERT_MANY = """
+WITH r AS (
+    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb))
+    AS r(id uuid, type text, input jsonb, task text, run_at timestamptz, priority int)
+), job AS (
+    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority, event_seq,
+        created_at, updated_at)
+    SELECT id, :company_id, type, input, task, run_at, priority, 1, :now, :now FROM r
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT :company_id, id, 1, 'content_job.queued', jsonb_build_object('jobId', id), :now FROM r
+)
+"""
+
+INSERT_MANY_NOTIFY = Sql(_INSERT_MANY + "SELECT pg_notify('jobkit', '')", **MANY_PARAMETERS)
+INSERT_MANY = Sql(_INSERT_MANY + "SELECT 1", **MANY_PARAMETERS)
+
+
+class Jobs:
+    """``jobkit._dialects.base.JobStatements`` for PostgreSQL."""
+
+    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
+        plain, once = (INSERT_NOTIFY, INSERT_ONCE_NOTIFY) if notify else (INSERT, INSERT_ONCE)
+        statement = plain if values["key"] is None else once
+        row = connection.execute(statement(connection), values).one_or_none()
+        return None if row is None else int(row[0])
+
+    def insert_jobs(
+        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
+    ) -> None:
+        statement = INSERT_MANY_NOTIFY if notify else INSERT_MANY
+        connection.execute(statement(connection), {"company_id": company_id, "jobs": jobs, "now": now})
+
+
+# One look at each priority, however many jobs wait for a later time.
+_LEVELS = """
+WITH RECURSIVE level(priority) AS (
+    (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+  UNION ALL
+    SELECT (SELECT priority FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+    FROM level WHERE level.priority IS NOT NULL
+)"""
+
+DUE_JOBS = Sql(
+    _LEVELS
+    + """, turn AS (
+    SELECT x.*, row_number() OVER (PARTITION BY x.company_id ORDER BY x.priority DESC, x.run_at, x.id) AS n
+    FROM level CROSS JOIN LATERAL (
+        SELECT id, company_id, priority, run_at FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now
+        ORDER BY priority DESC, run_at, id LIMIT :window
+    ) x
+)
+SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run_at, id LIMIT :limit
+""",
+    *WAITING,
+    window=sa.Integer(),
+    limit=sa.Integer(),
+    now=UtcDateTime(),
+)
+
+HEADS = Sql(
+    """
+SELECT x.* FROM jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(company) CROSS JOIN LATERAL (
+    SELECT id, company_id, priority, created_at FROM {s}content_jobs
+    WHERE status = 'queued' AND run_at IS NULL AND company_id = c.company
+    ORDER BY company_id, priority DESC, created_at, id LIMIT :each
+) x
+""",
+    *WAITING,
+    companies=sa.Text(),
+    each=sa.Integer(),
+)
+
+COMPANIES = Sql(
+    """
+WITH RECURSIVE c(company_id, n) AS (
+    (SELECT company_id, 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL ORDER BY company_id LIMIT 1)
+  UNION ALL
+    SELECT (SELECT company_id FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NULL AND company_id > c.company_id ORDER BY company_id LIMIT 1), c.n + 1
+    FROM c WHERE c.company_id IS NOT NULL AND c.n < :limit
+)
+SELECT company_id FROM c WHERE company_id IS NOT NULL
+""",
+    limit=sa.Integer(),
+)
+
+HAS_QUEUED = Sql(
+    _LEVELS
+    + """
+SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
+    OR EXISTS (SELECT 1 FROM level WHERE EXISTS (
+        SELECT 1 FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now))
+""",
+    now=UtcDateTime(),
+)
+
+
+class Queue(shared.Queue):
+    """``jobkit._dialects.base.QueueStatements`` for PostgreSQL."""
+
+    _due, _heads, _companies, _has_queued = DUE_JOBS, HEADS, COMPANIES, HAS_QUEUED

@@ -1,0 +1,122 @@
+"""Deleting old jobs that are over, on PostgreSQL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit.db.dialects import base as shared
+from jobkit.db.dialects.base import MARK, PRUNED, Position, Pruned, Sql, these
+from jobkit.tables import UtcDateTime
+
+# A job that was ended by hand may have no time of its end.
+_OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
+_JOBS = "ANY (ARRAY(SELECT CAST(jsonb_array_elements_text(CAST(:jobs AS jsonb)) AS uuid)))"
+_ID = sa.column("id", sa.Uuid())
+
+# A page of the table at a time, by its key: what a look reads is bounded, however few of its jobs are over.
+OVER = Sql(
+    f"""
+WITH page AS MATERIALIZED (
+    SELECT id, {_OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
+)
+SELECT id, over FROM page WHERE over OR id = (SELECT id FROM page ORDER BY id DESC LIMIT 1) ORDER BY id
+""",
+    _ID,
+    sa.column("over", sa.Boolean()),
+    before=UtcDateTime(),
+    after=sa.Uuid(),
+    limit=sa.Integer(),
+)
+
+WEIGH = Sql(
+    f"""
+SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id = {_JOBS}),
+    (SELECT count(*) FROM {{s}}assets WHERE job_id = {_JOBS} AND provider = :provider)
+""",
+    jobs=sa.Text(),
+    provider=sa.Text(),
+)
+
+LOCK = Sql(
+    f"SELECT id FROM {{s}}content_jobs WHERE id = {_JOBS} AND {_OVER} FOR UPDATE SKIP LOCKED",
+    _ID,
+    jobs=sa.Text(),
+    before=UtcDateTime(),
+)
+
+# The jobs with an asset that somebody is changing: waiting for it could end in a deadlock with a host.
+BUSY = Sql(
+    f"""
+WITH held AS MATERIALIZED (
+    SELECT id FROM {{s}}assets WHERE job_id = {_JOBS} AND provider = :provider FOR UPDATE SKIP LOCKED
+)
+SELECT DISTINCT job_id AS id FROM {{s}}assets
+WHERE job_id = {_JOBS} AND provider = :provider AND id NOT IN (SELECT id FROM held)
+""",
+    _ID,
+    jobs=sa.Text(),
+    provider=sa.Text(),
+)
+
+# After the locks, and not in one statement with them: this one sees every event that was committed before them.
+DELETE = Sql(
+    f"""
+WITH gone AS (
+    DELETE FROM {{s}}content_jobs WHERE id = {_JOBS}
+), told AS (
+    DELETE FROM {{s}}content_job_events WHERE job_id = {_JOBS} RETURNING COALESCE(xid, 0) AS xid, id
+), files AS (
+    DELETE FROM {{s}}assets WHERE job_id = {_JOBS} AND provider = :provider
+    RETURNING company_id, provider, object_key
+), buried AS (
+    INSERT INTO {{s}}asset_intents (id, company_id, provider, object_key, state, not_before)
+    SELECT gen_random_uuid(), company_id, provider, object_key, 'tombstone', now() FROM files
+    ON CONFLICT (provider, object_key) DO NOTHING
+)
+SELECT (SELECT count(*) FROM told), (SELECT count(*) FROM files), last.xid, last.id
+FROM (SELECT) AS one LEFT JOIN (SELECT xid, id FROM told ORDER BY xid DESC, id DESC LIMIT 1) AS last ON true
+""",
+    jobs=sa.Text(),
+    provider=sa.Text(),
+)
+
+# One row of the log, that belongs to no job: up to where events were removed.
+MARK_PRUNED = Sql(
+    f"""
+INSERT INTO {{s}}content_job_events AS e (id, xid, company_id, job_id, seq, type, payload)
+VALUES (0, 0, '', '{MARK}', 0, '{PRUNED}',
+    jsonb_build_object('xid', CAST(:xid AS bigint), 'id', CAST(:id AS bigint)))
+ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
+WHERE (CAST(e.payload->>'xid' AS bigint), CAST(e.payload->>'id' AS bigint)) < (:xid, :id)
+""",
+    xid=sa.BigInteger(),
+    id=sa.BigInteger(),
+)
+
+
+class Prune(shared.Prune):
+    """``jobkit._dialects.base.PruneStatements`` for PostgreSQL."""
+
+    one_writer = False
+
+    _over, _weigh = OVER, WEIGH
+
+    def prune(
+        self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
+    ) -> Pruned:
+        locked = list(connection.execute(LOCK(connection), these(jobs, before=before)).scalars())
+        if provider is not None:
+            busy = set(connection.execute(BUSY(connection), these(locked, provider=provider)).scalars())
+            locked = [job for job in locked if job not in busy]
+        events, files, *upto = connection.execute(DELETE(connection), these(locked, provider=provider)).one()
+        if events:
+            # Last, because other prunes wait for the mark.
+            self.mark_pruned(connection, Position(*upto))
+        return Pruned(locked, events, files)
+
+    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
+        connection.execute(MARK_PRUNED(connection), upto._asdict())

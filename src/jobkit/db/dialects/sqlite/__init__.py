@@ -1,0 +1,14 @@
+"""SQLite 3.35 and newer: one writer at a time, so a step is a few statements under ``BEGIN IMMEDIATE``, the first of
+them a write.
+"""
+
+from __future__ import annotations
+
+from jobkit.db.dialects.sqlite.events import Events
+from jobkit.db.dialects.sqlite.intents import Intents
+from jobkit.db.dialects.sqlite.jobs import Claims, Jobs, Queue
+from jobkit.db.dialects.sqlite.prune import Prune
+
+
+class Sqlite(Jobs, Queue, Claims, Intents, Events, Prune):
+    """``jobkit._dialects.base.Statements`` for SQLite."""

@@ -1,0 +1,141 @@
+"""The event log: appended to and read, on SQLite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from jobkit.db.dialects.base import EVENT, MARK, TOLD, Document, EventRow, Position, Sql, Start, Told
+from jobkit.tables import UtcDateTime
+
+APPEND = Sql(
+    """
+INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+VALUES (:company_id, :job_id, :seq, :type, :payload, :now)
+RETURNING id
+""",
+    company_id=sa.Text(),
+    job_id=sa.Uuid(),
+    seq=sa.Integer(),
+    type=sa.Text(),
+    payload=sa.Text(),
+    now=UtcDateTime(),
+)
+
+TELL = Sql(
+    """
+INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+SELECT json_extract(value, '$.company'), json_extract(value, '$.job'), json_extract(value, '$.seq'),
+    json_extract(value, '$.type'), json_extract(value, '$.payload'), :now
+FROM json_each(:events) WHERE true
+RETURNING job_id, id, seq
+""",
+    *TOLD,
+    events=sa.Text(),
+    now=UtcDateTime(),
+)
+
+START = Sql("SELECT COALESCE((SELECT seq FROM {s}sqlite_sequence WHERE name = 'content_job_events'), 0)")
+_COLUMNS = "id, 0 AS xid, seq, company_id, type, job_id, created_at, payload"
+
+SCAN = Sql(
+    f"SELECT {_COLUMNS} FROM {{s}}content_job_events WHERE id > :id AND seq > 0 ORDER BY id LIMIT :limit",
+    *EVENT,
+    id=sa.BigInteger(),
+    limit=sa.Integer(),
+)
+
+OF_COMPANY = Sql(
+    f"""
+SELECT {_COLUMNS} FROM {{s}}content_job_events
+WHERE id > :id AND company_id = :company AND seq > 0 ORDER BY id LIMIT :limit
+""",
+    *EVENT,
+    id=sa.BigInteger(),
+    company=sa.Text(),
+    limit=sa.Integer(),
+)
+
+EARLIER = Sql(
+    """
+SELECT e.id, 0 AS xid, e.seq, e.company_id, e.type, e.job_id, e.created_at, e.payload
+FROM json_each(:jobs) AS f
+JOIN {s}content_job_events e ON e.job_id = json_extract(f.value, '$.job') AND e.seq < json_extract(f.value, '$.seq')
+WHERE e.id > :id
+    OR json_extract(f.value, '$.queued') AND e.type = 'content_job.queued'
+        AND e.seq = json_extract(f.value, '$.seq') - 1
+ORDER BY e.job_id, e.seq
+""",
+    *EVENT,
+    jobs=sa.Text(),
+    id=sa.BigInteger(),
+)
+
+# The mark is a row of the log that belongs to no job, and that no scan gives.
+LOG_BEGINS = Sql(
+    f"""
+SELECT json_extract(payload, '$.id') AS id FROM {{s}}content_job_events
+WHERE job_id = '{MARK.hex}' AND seq = 0
+""",
+    sa.column("id", sa.BigInteger()),
+)
+
+
+class Events:
+    """``jobkit._dialects.base.EventStatements`` for SQLite."""
+
+    channels: tuple[str, ...] = ()
+
+    def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
+        return append(connection, values)
+
+    def version(self, connection: sa.Connection) -> int:
+        # Past SQLAlchemy, because a feed asks a hundred times a second.
+        driver: Any = connection.connection.driver_connection
+        return int(driver.execute("PRAGMA data_version").fetchone()[0])
+
+    def log_file(self, connection: sa.Connection) -> str | None:
+        # SQLite says where its file is, whatever the URL was and the working directory is now.
+        driver: Any = connection.connection.driver_connection
+        files = {name: file for _, name, file in driver.execute("PRAGMA database_list")}
+        return f"{files['main']}-wal" if files.get("main") else None
+
+    def start(self, connection: sa.Connection) -> Start:
+        return Start(Position(0, connection.execute(START(connection)).scalar_one()), "")
+
+    def start_after(self, after: Position) -> Start:
+        return Start(after, "")
+
+    def log_begins(self, connection: sa.Connection) -> Position:
+        row = connection.execute(LOG_BEGINS(connection)).one_or_none()
+        return Position(0, 0) if row is None else Position(0, row.id)
+
+    def scan(
+        self, connection: sa.Connection, after: Position, start: Start, limit: int
+    ) -> tuple[list[EventRow], Position]:
+        events = [EventRow(*row) for row in connection.execute(SCAN(connection), {"id": after.id, "limit": limit})]
+        return events, Position(0, events[-1].id) if events else after
+
+    def of_company(
+        self, connection: sa.Connection, after: Position, start: Start, company_id: str, limit: int
+    ) -> tuple[list[EventRow], Position]:
+        values = {"id": after.id, "company": company_id, "limit": limit}
+        horizon = self.start(connection).position
+        return [EventRow(*row) for row in connection.execute(OF_COMPANY(connection), values)], horizon
+
+    def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
+        values = {"jobs": json.dumps(jobs), "id": after.id}
+        return [EventRow(*row) for row in connection.execute(EARLIER(connection), values)]
+
+
+def append(connection: sa.Connection, values: Mapping[str, Any]) -> int:
+    return int(connection.execute(APPEND(connection), values).scalar_one())
+
+
+def tell(connection: sa.Connection, events: Document, now: datetime) -> list[Told]:
+    rows = connection.execute(TELL(connection), {"events": json.dumps(events), "now": now})
+    return [Told(*row) for row in rows]

@@ -1,0 +1,114 @@
+"""Keys that may hold an object without a live row, on SQLite."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+
+import sqlalchemy as sa
+
+from jobkit.db.dialects.base import DUE, Document, Due, Sql
+from jobkit.tables import SQLITE_TIME, UtcDateTime, sqlite_in
+
+INTEND = Sql(
+    f"""
+INSERT INTO {{s}}asset_intents (id, company_id, provider, object_key, not_before)
+SELECT json_extract(value, '$.id'), json_extract(value, '$.company'), json_extract(value, '$.provider'),
+    json_extract(value, '$.key'), {sqlite_in(":grace")}
+FROM json_each(:intents) WHERE true
+ON CONFLICT (provider, object_key) DO NOTHING
+""",
+    intents=sa.Text(),
+    grace=sa.Text(),
+)
+
+# A key belongs to its row's company alone, so the company is part of the match: it is what the index begins with.
+# The plus signs keep the planner from reading every key of the provider rather than those that are due.
+_SWEEPABLE = f"""+i.provider = :provider AND i.state = :state AND i.not_before <= {sqlite_in(":early")}
+    AND NOT EXISTS (
+        SELECT 1 FROM {{s}}assets a
+        WHERE a.company_id = i.company_id AND a.object_key = i.object_key AND a.provider = i.provider
+    )"""
+
+DUE_INTENTS = Sql(
+    f"""
+SELECT i.company_id, i.object_key, i.not_before FROM {{s}}asset_intents i
+WHERE i.not_before >= :after AND {_SWEEPABLE}
+ORDER BY i.not_before LIMIT :limit
+""",
+    *DUE,
+    provider=sa.Text(),
+    state=sa.Text(),
+    early=sa.Text(),
+    after=UtcDateTime(),
+    limit=sa.Integer(),
+)
+
+CLAIM_INTENTS = Sql(
+    f"""
+UPDATE {{s}}asset_intents AS i SET state = 'collected', not_before = {sqlite_in(":hold")}
+WHERE i.provider = :provider AND i.object_key IN (SELECT value FROM json_each(:keys))
+    AND {_SWEEPABLE.replace("i.not_before", "+i.not_before")}
+RETURNING object_key
+""",
+    sa.column("object_key", sa.Text()),
+    keys=sa.Text(),
+    provider=sa.Text(),
+    state=sa.Text(),
+    early=sa.Text(),
+    hold=sa.Text(),
+)
+
+DROP_INTENTS = Sql(
+    """
+DELETE FROM {s}asset_intents
+WHERE provider = :provider AND object_key IN (SELECT value FROM json_each(:keys)) AND state = 'collected'
+""",
+    keys=sa.Text(),
+    provider=sa.Text(),
+)
+
+POSTPONE_INTENTS = Sql(
+    f"""
+UPDATE {{s}}asset_intents AS i
+SET state = 'tombstone', attempts = attempts + 1, last_error = json_extract(f.value, '$.error'),
+    not_before = strftime({SQLITE_TIME}, 'now', (60 << min(attempts, 10)) || ' seconds')
+FROM json_each(:failures) AS f
+WHERE i.provider = :provider AND i.object_key = json_extract(f.value, '$.key') AND i.state = 'collected'
+""",
+    failures=sa.Text(),
+    provider=sa.Text(),
+)
+
+
+class Intents:
+    """``jobkit._dialects.base.IntentStatements`` for SQLite."""
+
+    def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
+        connection.execute(INTEND(connection), {"intents": json.dumps(intents), "grace": str(grace)})
+
+    def due_intents(
+        self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
+    ) -> Iterator[Due]:
+        values = {"provider": provider, "state": state, "early": str(early), "after": after, "limit": limit}
+        for row in connection.execute(DUE_INTENTS(connection), values):
+            yield Due(*row)
+
+    def claim_intents(
+        self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float
+    ) -> list[str]:
+        values = {
+            "keys": json.dumps(keys),
+            "provider": provider,
+            "state": state,
+            "early": str(early),
+            "hold": str(hold),
+        }
+        return list(connection.execute(CLAIM_INTENTS(connection), values).scalars())
+
+    def drop_intents(self, connection: sa.Connection, keys: Sequence[str], *, provider: str) -> None:
+        connection.execute(DROP_INTENTS(connection), {"keys": json.dumps(keys), "provider": provider})
+
+    def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
+        connection.execute(POSTPONE_INTENTS(connection), {"failures": json.dumps(failures), "provider": provider})

@@ -1,0 +1,103 @@
+"""Deleting old jobs that are over, on SQLite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit.db.dialects import base as shared
+from jobkit.db.dialects.base import MARK, PRUNED, Position, Pruned, Sql, these
+from jobkit.tables import SQLITE_NOW, UtcDateTime
+
+# A job that was ended by hand may have no time of its end.
+_OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
+_JOBS = "IN (SELECT value FROM json_each(:jobs))"
+_ID = sa.column("id", sa.Uuid())
+
+# A page of the table at a time, by its key: what a look reads is bounded, however few of its jobs are over.
+OVER = Sql(
+    f"""
+WITH page AS MATERIALIZED (
+    SELECT id, {_OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
+)
+SELECT id, over FROM page WHERE over OR id = (SELECT max(id) FROM page) ORDER BY id
+""",
+    _ID,
+    sa.column("over", sa.Boolean()),
+    before=UtcDateTime(),
+    after=sa.Uuid(),
+    limit=sa.Integer(),
+)
+
+WEIGH = Sql(
+    f"""
+SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id {_JOBS}),
+    (SELECT count(*) FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider)
+""",
+    jobs=sa.Text(),
+    provider=sa.Text(),
+)
+
+# The first statement, because it is a write: from here on nobody else changes anything.
+DELETE = Sql(
+    f"DELETE FROM {{s}}content_jobs WHERE id {_JOBS} AND {_OVER} RETURNING id",
+    _ID,
+    jobs=sa.Text(),
+    before=UtcDateTime(),
+)
+
+EVENTS = Sql(f"SELECT count(*), max(id) FROM {{s}}content_job_events WHERE job_id {_JOBS}", jobs=sa.Text())
+DELETE_EVENTS = Sql(f"DELETE FROM {{s}}content_job_events WHERE job_id {_JOBS}", jobs=sa.Text())
+
+BURY = Sql(
+    f"""
+INSERT INTO {{s}}asset_intents (id, company_id, provider, object_key, state, not_before)
+SELECT lower(hex(randomblob(16))), company_id, provider, object_key, 'tombstone', {SQLITE_NOW}
+FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider
+ON CONFLICT (provider, object_key) DO NOTHING
+""",
+    jobs=sa.Text(),
+    provider=sa.Text(),
+)
+DELETE_FILES = Sql(
+    f"DELETE FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider", jobs=sa.Text(), provider=sa.Text()
+)
+
+# One row of the log, that belongs to no job: up to where events were removed.
+MARK_PRUNED = Sql(
+    f"""
+INSERT INTO {{s}}content_job_events (id, company_id, job_id, seq, type, payload)
+VALUES (0, '', '{MARK.hex}', 0, '{PRUNED}', json_object('xid', 0, 'id', :id))
+ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
+WHERE json_extract(payload, '$.id') < :id
+""",
+    id=sa.BigInteger(),
+)
+
+
+class Prune(shared.Prune):
+    """``jobkit._dialects.base.PruneStatements`` for SQLite."""
+
+    one_writer = True
+
+    _over, _weigh = OVER, WEIGH
+
+    def prune(
+        self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
+    ) -> Pruned:
+        gone = list(connection.execute(DELETE(connection), these(jobs, before=before)).scalars())
+        theirs, files = these(gone), 0
+        events, upto = connection.execute(EVENTS(connection), theirs).one()
+        if events:
+            connection.execute(DELETE_EVENTS(connection), theirs)
+            self.mark_pruned(connection, Position(0, upto))
+        if provider is not None:
+            connection.execute(BURY(connection), {**theirs, "provider": provider})
+            files = connection.execute(DELETE_FILES(connection), {**theirs, "provider": provider}).rowcount
+        return Pruned(gone, events, files)
+
+    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
+        connection.execute(MARK_PRUNED(connection), {"id": upto.id})

@@ -1,0 +1,118 @@
+"""Which engines jobkit's own threads can use."""
+
+from __future__ import annotations
+
+import os
+from inspect import iscoroutinefunction
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from jobkit.base.text import asked_company
+from jobkit.db.sqlite import is_memory, require_configured
+from jobkit.errors import ConfigurationError, SchemaOutOfDate
+from jobkit.tables import content_jobs, metadata
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session, scoped_session
+
+
+NEEDED = "a Runner, Relay or AssetStore needs a synchronous Engine, not"
+
+
+def sync_engine(engine: object) -> sa.Engine:
+    """``engine`` when jobkit's threads can use it; ``ConfigurationError`` with what helps otherwise."""
+    if hasattr(engine, "sync_engine") or (isinstance(engine, sa.Engine) and engine.dialect.is_async):
+        raise ConfigurationError(
+            f"{NEEDED} AsyncEngine: make one with create_engine(), on the same URL; postgresql+psycopg:// serves both "
+            "kinds"
+        )
+    if not isinstance(engine, sa.Engine):
+        raise ConfigurationError(f"{NEEDED} {type(engine).__name__}")
+    require_configured(engine)
+    return engine
+
+
+def leave_connections(engine: sa.Engine) -> None:
+    """Use none of the connections in ``engine``'s pool, and close none: called in a child, for an engine that threads
+    of the parent use.
+    """
+    # The connections in it are the parent's: used by two processes, each would read the other's answers.
+    engine.dispose(close=False)
+
+
+def refuse_inherited(engine: sa.Engine, used: bool) -> None:
+    """``ConfigurationError`` in a child whose parent ``used`` this SQLite database on other threads when it forked.
+
+    What the parent's connections had locked at that moment stays locked in the child's memory: see "Carrying an open
+    database connection across a fork()" in SQLite's How To Corrupt An SQLite Database File.
+    """
+    if used and engine.dialect.name == "sqlite":
+        raise ConfigurationError(
+            "this process was forked while its parent's runner or relay used the same SQLite database, which SQLite "
+            "forbids: fork first and call start() in each process, or spawn instead of forking"
+        )
+
+
+if TYPE_CHECKING:
+    Host = Session | scoped_session[Session] | sa.Connection
+
+
+def connection_of(session: Host) -> sa.Connection:
+    """The connection of the host's transaction. ``TypeError`` for anything but a Session or Connection."""
+    if isinstance(session, sa.Connection):
+        return session
+    if hasattr(session, "sync_connection") or iscoroutinefunction(getattr(session, "connection", None)):
+        raise TypeError("an asynchronous session: await session.run_sync(lambda s: JobStore(s).create(...))")
+    if not hasattr(session, "connection"):
+        raise TypeError(f"expected a Session, scoped_session or Connection, not {type(session).__name__}")
+    return session.connection(bind_arguments={"clause": content_jobs})
+
+
+def page_size(limit: int | None) -> int | None:
+    """``limit`` when it is None or a count, at most what a database can count to; ``ValueError`` otherwise."""
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
+        raise ValueError(f"limit must be a count, not {limit!r}")
+    return min(limit, (1 << 63) - 1)
+
+
+def of_company(column: sa.Column[str], company_id: object) -> sa.ColumnElement[bool]:
+    """The rows of this company; none for what cannot be a company."""
+    owner = asked_company(company_id)
+    return sa.false() if owner is None else column == owner
+
+
+def log_key(engine: sa.Engine) -> str:
+    """What the log of ``engine``'s database is known by in this process."""
+    url, kind = engine.url, engine.dialect.name
+    schema = (engine.get_execution_options().get("schema_translate_map") or {}).get(None)
+    if is_memory(engine) or not (url.host or url.database or url.query):  # the latter: create_engine(creator=...)
+        return f"{kind}:{id(engine.dialect)}:{schema}"
+    if kind == "sqlite":
+        return f"{kind}:{os.path.realpath(url.database or '')}:{schema}"
+    return f"{kind}:{url.host}:{url.port}:{url.database}:{sorted(url.query.items())}:{schema}"
+
+
+# PostgreSQL's undefined_table, undefined_column and invalid_schema_name.
+_ABSENT = ("42P01", "42703", "3F000")
+
+
+def require_schema(engine: sa.Engine) -> None:
+    """Return when every table has every column; ``SchemaOutOfDate`` naming what is missing and what to call. Reads no
+    row. ``ConfigurationError`` when SQLite's connections commit by themselves.
+    """
+    with engine.connect() as connection:
+        require_configured(connection)
+        for table in metadata.sorted_tables:
+            try:
+                connection.execute(sa.select(table).limit(0))
+            except (sa.exc.ProgrammingError, sa.exc.OperationalError) as error:
+                reason = str(error.orig).splitlines()[0]
+                state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+                if state not in _ABSENT and not reason.startswith("no such"):
+                    raise
+                raise SchemaOutOfDate(
+                    f"{reason}: call jobkit.migrations.upgrade(engine), or run jobkit migrate"
+                ) from None

@@ -1,0 +1,1 @@
+"""What was committed becomes signals, and streams."""

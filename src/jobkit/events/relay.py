@@ -1,0 +1,141 @@
+"""Relay: committed events become signals in this process. One feed per database, shared and counted."""
+
+from __future__ import annotations
+
+import threading
+from types import TracebackType
+from typing import Self
+
+import sqlalchemy as sa
+
+from jobkit import signals
+from jobkit.base.forks import forget_in_children
+from jobkit.db.dialects.base import EventRow, Position
+from jobkit.db.host import leave_connections, log_key, refuse_inherited, require_schema, sync_engine
+from jobkit.db.sqlite import is_memory
+from jobkit.errors import ConfigurationError
+from jobkit.events.feed import Feed
+from jobkit.events.log import Memory, event_of, require_whole
+
+
+class _Shared:
+    """What the relays and runners of a process share: the feeds, each with its number of users, and what was told."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.feeds: dict[str, tuple[Feed, int]] = {}
+        self.memory = Memory()
+        forget_in_children(self)
+
+    def _after_fork(self) -> None:
+        """No feed runs in a child, and a lock that another thread held at the fork is held there for ever."""
+        self.lock, self.memory = threading.RLock(), Memory()
+        self.feeds.clear()
+
+
+_shared = _Shared()
+
+
+class Relay:
+    """Signals in a process that renders nothing; a started ``Runner`` has its own.
+
+    However many relays and runners of one database are started, the process has one thread that reads its event log,
+    and each receiver is called once per event. ``start`` and ``stop`` in any order and number; safe from any thread.
+
+    ``after``: the ``cursor`` of an event that another process, or an earlier life of this one, was told: everything
+    since is told first, once there is a receiver. It repeats a few events, which ``JobEvent.id`` tells, and skips none.
+    Within a replay the events of one job keep their order; where another relay or runner of this process was started
+    before, later ones may have been told already. ``ValueError`` for what is not a cursor.
+    """
+
+    def __init__(self, engine: sa.Engine, *, after: str | None = None) -> None:
+        self.engine = sync_engine(engine)
+        self._after = None if after is None else Position.parse(after)
+        self._held = self._inherited = False
+        forget_in_children(self)
+
+    def start(self) -> Self:
+        """Signals for whatever is committed from now on, by any process; with ``after`` also for what was committed
+        since that cursor and was not told in this process. Raises when the database or its tables are not there, and
+        ``EventsPruned`` when some of those events are gone.
+        """
+        refuse_inherited(self.engine, self._inherited)
+        with _shared.lock:
+            if not self._held:
+                acquire(self.engine, self._after)
+                self._held = True
+        return self
+
+    def stop(self, timeout: float = 5.0) -> None:
+        """No more signals, unless another relay or runner of this database is started. Waits for the receiver that runs
+        now.
+        """
+        with _shared.lock:
+            held, self._held = self._held, False
+        if held:
+            release(self.engine, timeout)
+
+    def _after_fork(self) -> None:
+        """Be as if never started: called in a forked child, whose ``start`` then begins anew."""
+        leave_connections(self.engine)
+        self._inherited, self._held = self._held or self._inherited, False
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
+    """The started feed of ``engine``'s database, counted once more. ``after``: it replays what follows this."""
+    if is_memory(engine):
+        raise ConfigurationError("an SQLite database in memory cannot be shared by threads: use a file")
+    if isinstance(engine.pool, sa.StaticPool | sa.SingletonThreadPool):
+        raise ConfigurationError(
+            f"{type(engine.pool).__name__} gives one connection to several users at once, who would commit each "
+            "other's transactions: leave poolclass= out of create_engine"
+        )
+    key = log_key(engine)
+    with _shared.lock:
+        feed, count = _shared.feeds.get(key, (None, 0))
+        if feed is None:
+            require_schema(engine)
+            require_whole(engine, after)
+            feed = Feed(engine, _shared.memory, key)
+            feed.start(after)
+        elif after is not None:
+            require_whole(engine, after)
+            feed.replay(after)
+        _shared.feeds[key] = feed, count + 1
+        return feed
+
+
+def release(engine: sa.Engine, timeout: float) -> None:
+    """Count once less; the last one ends the feed. What was offered to it was delivered, or ``timeout`` is over."""
+    key = log_key(engine)
+    with _shared.lock:
+        feed, count = _shared.feeds[key]
+        last = count == 1
+        if last:
+            del _shared.feeds[key]
+        else:
+            _shared.feeds[key] = feed, count - 1
+    if last:
+        feed.close(timeout)
+    else:
+        feed.flush(timeout)
+
+
+def running_feed(engine: sa.Engine) -> Feed | None:
+    """The feed of ``engine``'s database, when this process has one."""
+    with _shared.lock:
+        found = _shared.feeds.get(log_key(engine))
+    return found[0] if found else None
+
+
+def deliver_here(engine: sa.Engine, rows: list[EventRow], cursor: Position) -> None:
+    """Signals for events this process just committed while it has no feed, in the calling thread."""
+    signals.deliver((event_of(row, cursor) for row in _shared.memory.add(rows)), log_key(engine))

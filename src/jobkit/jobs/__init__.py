@@ -1,0 +1,1 @@
+"""A job is a row: created, claimed, ended, in the caller's transaction."""

@@ -1,0 +1,59 @@
+"""What follows a failed attempt: the job ends, or it goes back into the queue and when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from jobkit.errors import Discard, JobCancelled, LeaseLost, Retry, Snooze
+from jobkit.types import JobStatus
+
+# Seconds before the second attempt; each further pause is twice as long, up to the longest.
+FIRST_PAUSE = 5.0
+LONGEST_PAUSE = 3600.0
+
+
+def verdict(
+    failure: BaseException,
+    message: str,
+    *,
+    attempt: int,
+    max_attempts: int,
+    interrupted: bool,
+    now: datetime,
+    jitter: Callable[[], float] = random.random,
+) -> Verdict:
+    """How a job goes on whose renderer raised ``failure`` in its ``attempt``-th run of at most ``max_attempts``.
+
+    ``interrupted``: whether it was asked to stop; one that raises ``JobCancelled`` unasked has simply failed.
+    """
+    if isinstance(failure, JobCancelled) and interrupted:
+        return Verdict(JobStatus.CANCELLED)
+    if (
+        isinstance(failure, LeaseLost) and interrupted
+    ):  # should the claim hold after all, the next runner begins at once
+        return Verdict(JobStatus.QUEUED, charged=False)
+    if isinstance(failure, Snooze):
+        return Verdict(JobStatus.QUEUED, run_at=now + timedelta(seconds=failure.seconds), charged=False)
+    if isinstance(failure, Discard) or attempt >= max_attempts:
+        return Verdict(JobStatus.FAILED, error=message)
+    asked = failure.seconds if isinstance(failure, Retry) else None
+    pause = pause_before(attempt + 1, jitter) if asked is None else asked
+    return Verdict(JobStatus.QUEUED, error=message, run_at=now + timedelta(seconds=pause))
+
+
+def pause_before(attempt: int, jitter: Callable[[], float] = random.random) -> float:
+    """Seconds before the ``attempt``-th run: exponential, less a random part of up to a third that keeps many apart."""
+    return float(min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempt - 2, 20)) * (1 - jitter() / 3))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a job goes on after an attempt that gave no files. ``charged``: whether the attempt counts."""
+
+    status: JobStatus
+    error: str | None = None
+    run_at: datetime | None = None
+    charged: bool = True

@@ -1,0 +1,331 @@
+"""JobStore: rows of ``content_jobs`` in the caller's own transaction."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from datetime import datetime
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+import sqlalchemy as sa
+
+from jobkit.base.clock import Clock, aware, utcnow
+from jobkit.base.ids import parse_id
+from jobkit.base.text import asked_company, company, sanitise, storable
+from jobkit.db.dialects import statements_for
+from jobkit.db.host import connection_of, of_company, page_size
+from jobkit.db.sqlite import require_configured
+from jobkit.errors import ConfigurationError, IdempotencyConflict, InvalidTransition, JobNotFound
+from jobkit.jobs import outbox
+from jobkit.jobs.creation import MAX_INPUT_BYTES, Chunk, Draft, checked, checked_many, chunks, prefetched
+from jobkit.tables import content_jobs
+from jobkit.types import Job, JobRequest, JobStatus
+
+if TYPE_CHECKING:
+    from jobkit.db.host import Host
+
+
+_PATCHABLE = frozenset({"status", "result_asset_id", "error_message", "source_task_id", "started_at", "finished_at"})
+_c = content_jobs.c
+
+
+class JobStore:
+    """Create, read and change jobs inside the transaction of ``session``: a Session, scoped_session or Connection.
+
+    Never commits, never opens a transaction or connection of its own. As thread-safe as the session is: use one store
+    per session. ``notify`` sends one ``pg_notify`` without payload with a transaction that creates or changes jobs, on
+    PostgreSQL: a hint for idle runners and relays.
+    """
+
+    def __init__(
+        self, session: Host, *, max_input_bytes: int = MAX_INPUT_BYTES, notify: bool = True, clock: Clock = utcnow
+    ) -> None:
+        self._session = session
+        self._max_input_bytes = max_input_bytes
+        self._notify = notify
+        self._clock = clock
+
+    def create(
+        self,
+        company_id: object,
+        *,
+        job_type: str,
+        input: dict[str, Any] | None = None,
+        source_task_id: str | None = None,
+        run_at: datetime | None = None,
+        priority: int = 0,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Insert a queued job and its ``content_job.queued`` event; both go with the transaction, savepoints included.
+
+        ``run_at``: not before this time. ``priority``: higher first, within the company. ``idempotency_key``: unique
+        for the company and job type as long as the row exists; a repeat gets the same job back, whatever its status,
+        with no second event, and ``IdempotencyConflict`` when its input is another.
+
+        ``input`` is copied. ``ValueError`` naming the field, with nothing written, for: a blank or missing company, a
+        blank job type, an input that is not a JSON object both databases can store (see ``jobkit.payload``), text
+        with NUL or lone surrogates, a naive ``run_at``. ``ConfigurationError`` for a connection in AUTOCOMMIT, and for
+        an SQLite engine without ``configure_sqlite``.
+        """
+        request = JobRequest(job_type, input, source_task_id, run_at, priority, idempotency_key)
+        return self.insert(company_id, request)[0]
+
+    def insert(self, company_id: object, request: JobRequest) -> tuple[Job, int | None]:
+        """``create``, with the id of the event it appended: None when the job was there already."""
+        owner = company(company_id)
+        wanted = checked(request, self._max_input_bytes)
+        return self._insert(self._writable(), wanted.draft(owner, self._clock()))
+
+    def create_many(self, company_id: object, requests: Iterable[JobRequest]) -> list[Job]:
+        """Insert many queued jobs of one company, each with its event; return them in the order of ``requests``.
+
+        All of them or none: every request is checked before the first is written, and a ``ValueError`` says which one
+        and which field. One statement for a thousand jobs, and the next thousand is made ready on a thread meanwhile:
+        far faster than ``create`` in a loop. Requests with an ``idempotency_key`` are inserted one by one.
+        """
+        owner = company(company_id)
+        wanted = checked_many(requests, self._max_input_bytes)
+        count = len(wanted)
+        pieces = chunks(wanted, owner, now := self._clock())
+        first = next(pieces, None)
+        connection = self._writable()
+        if first is None:
+            return []
+        made: list[Job] = []
+        keyed: list[Draft] = []
+        whole = len(first.jobs) == count
+        # A host may catch the error of a later statement and commit; the savepoint takes the earlier ones back.
+        one = whole and first.statements == 1
+        savepoint: AbstractContextManager[object] = nullcontext() if one else connection.begin_nested()
+        rest: AbstractContextManager[Iterator[Chunk]] = nullcontext(iter(())) if whole else prefetched(pieces)
+        with savepoint, rest as others:
+            for chunk in chain([first], others):
+                made += chunk.jobs
+                keyed += chunk.keyed
+                if chunk.array is not None:
+                    statements_for(connection).insert_jobs(connection, owner, chunk.array, now=now, notify=self._notify)
+            known = {draft.job.id: self._insert(connection, draft)[0] for draft in keyed}
+        return [known.get(job.id, job) for job in made] if known else made
+
+    def _insert(self, connection: sa.Connection, draft: Draft) -> tuple[Job, int | None]:
+        while True:
+            event_id = statements_for(connection).insert_job(connection, draft.values(), notify=self._notify)
+            if event_id is not None:
+                return draft.job, event_id
+            row = connection.execute(_same_key(draft.job)).one_or_none()
+            if row is None:  # it was deleted just now
+                continue
+            job = job_of(row)
+            # As text, because Python takes 1, 1.0 and True for equal. PostgreSQL does not keep the order of keys.
+            if json.dumps(job.input, sort_keys=True) != json.dumps(draft.job.input, sort_keys=True):
+                raise IdempotencyConflict(job.id, draft.job.idempotency_key or "")
+            return job, None
+
+    def get_by_id(self, job_id: UUID | str, *, company_id: object = None) -> Job | None:
+        """The job, or None: unknown, malformed, or another company's when ``company_id`` is given."""
+        parsed = parse_id(job_id)
+        if parsed is None:
+            return None
+        query = sa.select(content_jobs).where(_c.id == parsed)
+        if company_id is not None:
+            query = query.where(of_company(_c.company_id, company_id))
+        row = self._connection().execute(query).one_or_none()
+        return None if row is None else job_of(row)
+
+    def list_by_company(
+        self,
+        company_id: object,
+        *,
+        status: JobStatus | str | None = None,
+        job_type: str | None = None,
+        limit: int | None = None,
+        before: Job | UUID | str | None = None,
+    ) -> list[Job]:
+        """A company's jobs, newest first, ties broken by id; all of them unless ``limit`` says how many.
+
+        ``before`` is the last job of the page before this one. ``JobNotFound`` when it is none of the company's.
+        """
+        query = sa.select(content_jobs).where(of_company(_c.company_id, company_id))
+        if status is not None:
+            query = query.where(_c.status == _status(status).value)
+        if job_type is not None:
+            query = query.where(_c.job_type == storable(job_type, "job_type", blank=True))
+        if before is not None:
+            last = before if isinstance(before, Job) else self.get_by_id(before, company_id=company_id)
+            if last is None or last.company_id != asked_company(company_id):
+                raise JobNotFound(before.id if isinstance(before, Job) else before)
+            query = query.where(sa.tuple_(_c.created_at, _c.id) < sa.tuple_(*_position(last)))
+        query = query.order_by(_c.created_at.desc(), _c.id.desc()).limit(page_size(limit))
+        return [job_of(row) for row in self._connection().execute(query)]
+
+    def transition(
+        self, /, job_id: UUID | str, *, expect: JobStatus | str | Iterable[JobStatus | str] | None = None, **patch: Any
+    ) -> Job:
+        """Change a job by hand; return it as it then is. A change of status appends that status' event.
+
+        ``patch`` takes ``status``, ``result_asset_id``, ``error_message``, ``source_task_id``, ``started_at`` and
+        ``finished_at``, nothing else (``TypeError``); ``updated_at`` is set. Entering ``running`` is a claim by hand:
+        fence + 1, no lease, never rescued. Leaving ``running`` ends a runner's claim, whose late writes then change
+        nothing. ``JobNotFound``; ``InvalidTransition`` when the status is not among ``expect``, or when a terminal
+        status would be left and ``expect`` does not name it.
+        """
+        values = _checked(patch)
+        expected = _statuses(expect)
+        parsed = parse_id(job_id)
+        connection = self._writable()
+        # Compare and set: the row may change between the read and the write, and the write then counts no row.
+        while True:
+            row = parsed and connection.execute(sa.select(content_jobs).where(_c.id == parsed)).one_or_none()
+            if not row:
+                raise JobNotFound(job_id)
+            job = job_of(row)
+            changed = self._move(connection, job, values, expected)
+            if changed is not None:
+                return changed
+
+    def cancel(self, job_id: UUID | str, *, company_id: object = None) -> Job:
+        """Stop a job; return it as it then is. A cancelled job is returned as it is.
+
+        A queued job is cancelled at once, with its event. A running one is asked to stop: ``cancel_requested_at`` is
+        set, its renderer's next ``ctx.check()`` raises ``JobCancelled``, and it may still finish first.
+        ``JobNotFound``, also for another company's; ``InvalidTransition`` when the job is done or failed.
+        """
+        return self._settle(job_id, company_id, self._cancel)
+
+    def retry(self, job_id: UUID | str, *, company_id: object = None) -> Job:
+        """Put a failed or cancelled job back into the queue, as new, and append ``content_job.queued``.
+
+        Clears ``error_message``, ``result_asset_id``, ``started_at``, ``finished_at``, ``attempt``, ``rescues`` and
+        ``run_at``; ``fence`` and ``event_seq`` go on. ``JobNotFound``; ``InvalidTransition`` for any other status.
+        """
+        return self._settle(job_id, company_id, self._retry)
+
+    def _settle(
+        self, job_id: UUID | str, company_id: object, change: Callable[[sa.Connection, Job], Job | None]
+    ) -> Job:
+        """Change a job by compare and set, looking again as long as others change it first."""
+        connection = self._writable()
+        while True:
+            job = self.get_by_id(job_id, company_id=company_id)
+            if job is None:
+                raise JobNotFound(job_id)
+            changed = change(connection, job)
+            if changed is not None:
+                return changed
+
+    def _cancel(self, connection: sa.Connection, job: Job) -> Job | None:
+        now = self._clock()
+        if job.status is JobStatus.RUNNING:
+            return self._set(connection, job, {"cancel_requested_at": job.cancel_requested_at or now})
+        if job.status is JobStatus.QUEUED:
+            return self._set(connection, job, {"status": JobStatus.CANCELLED, "finished_at": now, "updated_at": now})
+        if job.status is JobStatus.CANCELLED:
+            return job
+        raise InvalidTransition(job.id, job.status, "only a queued or running job can be cancelled")
+
+    def _retry(self, connection: sa.Connection, job: Job) -> Job | None:
+        if job.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
+            raise InvalidTransition(job.id, job.status, "only a failed or cancelled job can be retried")
+        cleared = dict.fromkeys(
+            ("error_message", "result_asset_id", "started_at", "finished_at", "run_at", "progress", "progress_message")
+        )
+        return self._set(connection, job, {**cleared, "status": JobStatus.QUEUED, "attempt": 0, "rescues": 0})
+
+    def _move(
+        self, connection: sa.Connection, job: Job, values: dict[str, Any], expected: frozenset[JobStatus] | None
+    ) -> Job | None:
+        status: JobStatus = values.get("status", job.status)
+        if expected is not None and job.status not in expected:
+            raise InvalidTransition(job.id, job.status, f"expected {', '.join(sorted(expected)) or 'nothing'}")
+        if status != job.status and job.status.terminal and expected is None:
+            raise InvalidTransition(job.id, job.status, f"name it in expect= to make it {status.value!r}")
+        return self._set(connection, job, values)
+
+    def _set(self, connection: sa.Connection, job: Job, values: dict[str, Any]) -> Job | None:
+        """Write ``values`` if the job's status and fence are still those of ``job``; with a new status, its event."""
+        status: JobStatus = values.get("status", job.status)
+        update = content_jobs.update().where(_c.id == job.id, _c.status == job.status.value, _c.fence == job.fence)
+        update = update.values({"updated_at": self._clock(), **values, "status": status.value})
+        if status != job.status:
+            update = update.values(
+                event_seq=_c.event_seq + 1, lease_until=None, worker_id=None, cancel_requested_at=None
+            )
+            if status is JobStatus.RUNNING:
+                update = update.values(fence=_c.fence + 1)
+        row = connection.execute(update.returning(content_jobs)).one_or_none()
+        if row is None:
+            return None
+        changed = job_of(row)
+        if status != job.status:
+            outbox.append(connection, changed, notify=self._notify)
+        return changed
+
+    def _connection(self) -> sa.Connection:
+        return connection_of(self._session)
+
+    def _writable(self) -> sa.Connection:
+        connection = self._connection()
+        require_configured(connection)
+        # Some drivers have no such attribute; those never commit by themselves here.
+        if connection.dialect.name != "sqlite" and getattr(connection.connection, "autocommit", False) is True:
+            raise ConfigurationError(
+                "this connection is in AUTOCOMMIT: jobkit needs a transaction that the host commits or rolls back; "
+                'use a connection without isolation_level="AUTOCOMMIT"'
+            )
+        return connection
+
+
+def job_of(row: sa.Row[Any]) -> Job:
+    """A row of ``content_jobs``, all columns in the table's order, as a Job."""
+    values = list(row)
+    values[3] = JobStatus(values[3])
+    return Job(*values)
+
+
+def _same_key(job: Job) -> sa.Select[Any]:
+    """The row that ``job`` cannot be inserted beside."""
+    return sa.select(content_jobs).where(
+        _c.company_id == job.company_id,
+        _c.job_type == job.job_type,
+        _c.idempotency_key == job.idempotency_key,
+    )
+
+
+def _position(job: Job) -> list[Any]:
+    return [sa.literal(job.created_at, _c.created_at.type), sa.literal(job.id, _c.id.type)]
+
+
+def _statuses(expect: JobStatus | str | Iterable[JobStatus | str] | None) -> frozenset[JobStatus] | None:
+    if expect is None:
+        return None
+    return frozenset(_status(status) for status in ([expect] if isinstance(expect, str) else expect))
+
+
+def _status(value: JobStatus | str) -> JobStatus:
+    try:
+        return JobStatus(value)
+    except ValueError:
+        raise ValueError(f"status must be one of {', '.join(JobStatus)}, not {value!r:.80}") from None
+
+
+def _checked(patch: dict[str, Any]) -> dict[str, Any]:
+    if unknown := sorted(patch.keys() - _PATCHABLE):
+        raise TypeError(f"transition cannot change {', '.join(unknown)}; it takes {', '.join(sorted(_PATCHABLE))}")
+    values = dict(patch)
+    if "status" in values:
+        values["status"] = _status(values["status"])
+    for name in ("started_at", "finished_at"):
+        if values.get(name) is not None:
+            values[name] = aware(values[name], name)
+    if values.get("error_message") is not None:
+        values["error_message"] = sanitise(str(values["error_message"]))
+    if values.get("source_task_id") is not None:
+        storable(values["source_task_id"], "source_task_id", blank=True)
+    if values.get("result_asset_id") is not None:
+        values["result_asset_id"] = parse_id(values["result_asset_id"])
+        if values["result_asset_id"] is None:
+            raise ValueError(f"result_asset_id is not a UUID: {patch['result_asset_id']!r:.80}")
+    return values

@@ -1,0 +1,65 @@
+"""The audit: reads every object that has a row, and tells which are not what their row says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from jobkit.assets.store import AssetStore
+from jobkit.base.text import describe
+from jobkit.tables import assets
+from jobkit.types import Asset
+
+PAGE = 500
+_c = assets.c
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """An asset whose object was read. ``problem``: what is wrong with it, None when nothing is."""
+
+    asset: Asset
+    problem: str | None
+
+
+def audit(engine: sa.Engine, store: AssetStore, *, company_id: str | None = None) -> Iterator[Finding]:
+    """Verify every asset of ``store``, in pages. No connection is held while objects are read."""
+    last: Asset | None = None
+    while page := _page(engine, store.provider, company_id, last):
+        for asset in page:
+            try:
+                store.verify(asset)
+            except Exception as error:  # whatever the storage raises: the others are read all the same
+                # Between the page and the object its row may have gone, and a sweep may have come.
+                if _exists(engine, asset):
+                    yield Finding(asset, describe(error))
+            else:
+                yield Finding(asset, None)
+        last = page[-1]
+
+
+def elsewhere(engine: sa.Engine, store: AssetStore, *, company_id: str | None = None) -> dict[str, int]:
+    """How many assets other storages have, by provider: ``store`` cannot read those."""
+    query = sa.select(_c.provider, sa.func.count()).where(_c.provider != store.provider).group_by(_c.provider)
+    if company_id is not None:
+        query = query.where(_c.company_id == company_id)
+    with engine.connect() as connection:
+        return {row[0]: row[1] for row in connection.execute(query)}
+
+
+def _page(engine: sa.Engine, provider: str, company_id: str | None, last: Asset | None) -> list[Asset]:
+    query = sa.select(assets).where(_c.provider == provider).order_by(_c.company_id, _c.object_key).limit(PAGE)
+    if company_id is not None:
+        query = query.where(_c.company_id == company_id)
+    if last is not None:
+        query = query.where(sa.tuple_(_c.company_id, _c.object_key) > sa.tuple_(last.company_id, last.object_key))
+    with engine.connect() as connection:
+        return [Asset(*row) for row in connection.execute(query)]
+
+
+def _exists(engine: sa.Engine, asset: Asset) -> bool:
+    same = (_c.company_id == asset.company_id, _c.object_key == asset.object_key, _c.provider == asset.provider)
+    with engine.connect() as connection:
+        return connection.execute(sa.select(_c.company_id).where(*same)).first() is not None

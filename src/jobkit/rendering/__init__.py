@@ -1,0 +1,1 @@
+"""A renderer turns a job's input into files; no statement here."""

@@ -1,0 +1,98 @@
+"""Renderers: functions that turn a job's input into files, kept by job type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from jobkit.base.clock import seconds
+from jobkit.base.loops import LoopThread
+from jobkit.base.text import storable
+from jobkit.errors import UnknownJobType
+from jobkit.rendering.attempt import render_alone
+from jobkit.rendering.context import Registration, RenderContext, Renderer
+from jobkit.types import Rendered
+
+__all__ = ["RenderContext", "Renderer", "Renderers"]
+
+R = TypeVar("R", bound=Callable[..., Any])
+
+
+class Renderers:
+    """Renderers by job type. Register all of them before the runner starts.
+
+    ``default`` renders job types that nobody registered; without one such a job fails with a message that names its
+    type. ``services`` is handed to every renderer as ``ctx.services``.
+    """
+
+    def __init__(self, *, default: Renderer | None = None, services: Any = None) -> None:
+        self.services = services
+        self._default = None if default is None else Registration(_checked(default))
+        self._by_type: dict[str, Registration] = {}
+
+    def register(
+        self, job_type: str, *, max_attempts: int = 1, timeout: timedelta | float | None = None, input: Any = None
+    ) -> Callable[[R], R]:
+        """A decorator that makes a function, plain or ``async``, the renderer of ``job_type``; the function stays as it
+        is.
+
+        ``max_attempts``: how often it may run before its error fails the job; the pauses between grow exponentially
+        from five seconds to an hour. A worker that is lost does not count. ``timeout``: how long a run may take, in
+        seconds or as timedelta; then the attempt fails with ``JobTimeout``. A thread cannot be killed: what a renderer
+        does that goes on, neither a coroutine nor calling ``ctx.check()``, changes nothing, and keeps its thread until
+        it ends, while another takes its place. ``input``: a pydantic model, msgspec struct,
+        dataclass or callable that turns the job's input into ``ctx.input``. ``ValueError`` when the type is blank or
+        taken.
+        """
+        storable(job_type, "job_type", limit=255)
+        if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
+            raise ValueError(f"max_attempts must be a count above zero, not {max_attempts!r}")
+
+        limit = None if timeout is None else seconds(timeout, "timeout")
+
+        def keep(renderer: R) -> R:
+            if job_type in self._by_type:
+                raise ValueError(f"job_type {job_type!r} has a renderer already")
+            self._by_type[job_type] = Registration(_checked(renderer), input, max_attempts, limit)
+            return renderer
+
+        return keep
+
+    def find(self, job_type: str) -> Registration:
+        """The registration for ``job_type``, or the default's; ``UnknownJobType``."""
+        found = self._by_type.get(job_type, self._default)
+        if found is None:
+            raise UnknownJobType(job_type)
+        return found
+
+    def render(self, job_type: str, input: dict[str, Any] | None = None) -> list[Rendered]:
+        """Render in this thread, without a database: the files, each with its body as ``bytes``. For tests and scripts.
+
+        Raises what the renderer raises, and what would fail the job. ``ctx.open_asset`` finds nothing.
+        """
+        registration = self.find(job_type)
+        with closing(LoopThread()) as loop:
+            return render_alone(registration, self.services, job_type, input, loop.start)
+
+
+def _checked(renderer: R) -> R:
+    if not callable(renderer):
+        raise TypeError(f"a renderer must be callable, {type(renderer).__name__} is not")
+    return renderer
+
+
+def registration_of(renderers: Renderers, job_type: str) -> Registration:
+    """How a job of this type is rendered; of an unknown type, by a renderer that says so."""
+    try:
+        return renderers.find(job_type)
+    except UnknownJobType as error:
+        return Registration(_raising(error))
+
+
+def _raising(error: UnknownJobType) -> Renderer:
+    def render(_: RenderContext) -> None:
+        raise error
+
+    return render

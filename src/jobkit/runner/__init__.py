@@ -1,0 +1,1 @@
+"""The loops and threads that run jobs: claim, render, store, finish."""

@@ -1,0 +1,341 @@
+"""Runner: takes queued jobs, renders them on its threads, stores their files and tells of it."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import sqlalchemy as sa
+
+from jobkit import signals
+from jobkit.assets.store import AssetStore
+from jobkit.base.clock import Clock, seconds, utcnow
+from jobkit.base.forks import forget_in_children
+from jobkit.base.ids import new_id
+from jobkit.base.threads import DaemonPool, InlinePool, Periodic
+from jobkit.db.connections import Link, SharedLink
+from jobkit.db.dialects import statements_for
+from jobkit.db.dialects.base import EventRow, Position, Start
+from jobkit.db.host import leave_connections, refuse_inherited, require_schema, sync_engine
+from jobkit.db.sqlite import is_memory, refuse_deadlock
+from jobkit.events import relay
+from jobkit.events.feed import Feed
+from jobkit.jobs.store import JobStore
+from jobkit.maintenance.rescue import Rescuer, RescueReport, rescue
+from jobkit.rendering.renderers import Renderers
+from jobkit.runner.leases import LeaseKeeper
+from jobkit.runner.pipeline import Pipeline
+from jobkit.runner.supervisor import Supervisor
+from jobkit.types import Job, JobRequest, RunnerMetrics
+
+PUBLISHERS = 4
+# How often a runner sweeps its storage, in seconds.
+SWEEP_INTERVAL = 3600.0
+# How long a caller waits for receivers of an event it caused, in seconds.
+DELIVERY_WAIT = 10.0
+
+logger = logging.getLogger("jobkit")
+
+
+class Runner:
+    """Renders the queued jobs of ``engine``'s database, up to ``concurrency`` at a time.
+
+    ``lease``: for how long a claim is its runner's, in seconds or as timedelta. ``poll_interval``: how often an idle
+    runner looks for jobs of other processes. ``db_timeout``: how long a call to the database may take; then its
+    connection is cut, and the work goes on with another.
+
+    At most four connections of ``engine`` are used, at any concurrency. Every method may be called from any thread; all
+    threads are daemons, and no signal handler is installed. In a forked child it is as if never started; with SQLite it
+    then refuses to work there. A started runner also rescues the jobs of lost workers every second, and every hour
+    removes from its storage what got no row within a day, or whose row was deleted.
+    """
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        assets: AssetStore,
+        renderers: Renderers,
+        *,
+        concurrency: int = 4,
+        lease: timedelta | float = 60.0,
+        poll_interval: timedelta | float = 1.0,
+        db_timeout: timedelta | float = 30.0,
+        clock: Clock = utcnow,
+    ) -> None:
+        if isinstance(concurrency, bool) or not isinstance(concurrency, int) or concurrency < 1:
+            raise ValueError(f"concurrency must be a count above zero, not {concurrency!r}")
+        self.engine = sync_engine(engine)
+        statements_for(engine)
+        if not isinstance(renderers, Renderers):
+            raise TypeError(f"renderers must be a jobkit.Renderers, not {type(renderers).__name__}")
+        if assets.engine is None:
+            assets.engine = self.engine
+        self.assets, self._assets, self._renderers = assets, assets, renderers
+        self._concurrency = concurrency
+        self._lease, self._poll_interval = seconds(lease, "lease"), seconds(poll_interval, "poll_interval")
+        self._db_timeout = seconds(db_timeout, "db_timeout")
+        self._clock = clock
+        self._lock = threading.RLock()
+        self._running: Supervisor | None = None
+        self._ending: Supervisor | None = None
+        self._past = RunnerMetrics()
+        self._inherited = self._warned = False
+        forget_in_children(self)
+
+    # --- creating
+
+    def submit(
+        self,
+        company_id: object,
+        *,
+        job_type: str,
+        input: dict[str, Any] | None = None,
+        source_task_id: str | None = None,
+        run_at: datetime | None = None,
+        priority: int = 0,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Create a job in a transaction of its own, commit, signal ``content_job.queued``, dispatch; return the job as
+        created.
+
+        Blocks on the database. Raises what ``JobStore.create`` raises, and ``ConfigurationError`` within an SQLite
+        transaction of this thread that has written: it would wait for itself; use ``JobStore.create`` there.
+        """
+        refuse_inherited(self.engine, self._inherited)
+        refuse_deadlock(self.engine, "submit", "use JobStore(session).create in it, then dispatch after the commit")
+        request = JobRequest(job_type, input, source_task_id, run_at, priority, idempotency_key)
+        position = Position(0, 0)
+        with self.engine.begin() as connection:
+            if relay.running_feed(self.engine) is None and signals.any_receivers():
+                position = statements_for(connection).start(connection).position
+            store = JobStore(connection, clock=self._clock)
+            job, event_id = store.insert(company_id, request)
+        if event_id is not None:
+            self._tell_queued(job, event_id, position)
+        self.dispatch(job)
+        return job
+
+    def _tell_queued(self, job: Job, event_id: int, position: Position) -> None:
+        payload = {"jobId": str(job.id)}
+        row = EventRow(event_id, 0, 1, job.company_id, "content_job.queued", job.id, job.created_at, payload)
+        feed = relay.running_feed(self.engine)  # one that began before the commit may have seen the event already
+        if feed is not None and feed.offer([row]):
+            feed.flush(DELIVERY_WAIT)
+        else:
+            relay.deliver_here(self.engine, [row], position)
+
+    def dispatch(self, job: Job) -> None:
+        """Ask for ``job`` to be rendered soon. Returns at once, never raises, no I/O in this thread.
+
+        A started runner looks for queued jobs now; one that was never started will when it is. Harmless for a job whose
+        transaction is not committed, for one that is dispatched twice, and for one that another runner has claimed.
+        """
+        running = self._running
+        if running is not None:
+            running.pipeline.wake()
+        elif self._inherited and not self._warned:
+            self._warned = True
+            logger.warning(
+                "this runner was started before its process was forked, and does not run in the child: call start() in "
+                "each worker process that shall render"
+            )
+
+    # --- running
+
+    def start(self) -> Self:
+        """Render jobs on threads of this process until ``stop``. Signals follow from now on. Started already: nothing
+        happens.
+
+        ``ConfigurationError`` for an SQLite database in memory; ``SchemaOutOfDate`` without the tables.
+        """
+        refuse_inherited(self.engine, self._inherited)
+        with self._lock:
+            if self._running is None:
+                self._running = self._supervisor(relay.acquire(self.engine))
+                self._running.start()
+        return self
+
+    def stop(self, timeout: timedelta | float = 30.0) -> None:
+        """Claim nothing more, let the jobs in flight end, deliver their events. Not started: nothing happens.
+
+        What has not ended after ``timeout`` goes back to the queue at once, the attempt not charged; a renderer that
+        goes on nevertheless changes nothing. Returns within ``timeout`` and a few seconds, whatever renderers and
+        database do. A second call, from another thread, with a shorter ``timeout`` cuts the first one short.
+        """
+        limit = seconds(timeout, "timeout", positive=False)
+        with self._lock:
+            running, self._running = self._running, None
+            ending = self._ending
+            if running is not None:
+                self._ending = running
+        if running is None:
+            if ending is not None:
+                ending.stop(limit)
+            return
+        try:
+            running.stop(limit)
+        finally:
+            with self._lock:
+                self._ending = None
+                self._past += running.metrics()
+            relay.release(self.engine, DELIVERY_WAIT)
+
+    def metrics(self) -> RunnerMetrics:
+        """What this runner counted since it was made, over every start and stop."""
+        with self._lock:
+            present = self._running or self._ending
+            return self._past if present is None else self._past + present.metrics()
+
+    def _after_fork(self) -> None:
+        """Be as if never started: called in a forked child, whose ``start`` then begins anew."""
+        leave_connections(self.engine)
+        self._inherited = self._inherited or self._running is not None
+        self._lock = threading.RLock()
+        self._running = self._ending = None
+        self._past = RunnerMetrics()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def run_until_idle(self, timeout: timedelta | float | None = None) -> int:
+        """Render what is queued, and what that creates, until nothing is left; return how many jobs ended.
+
+        Needs no ``start``: for scripts and tests. The events were delivered when this returns. ``TimeoutError`` when
+        jobs are still in flight after ``timeout``; unless the runner is started, they go back to the queue.
+        """
+        refuse_inherited(self.engine, self._inherited)
+        limit = None if timeout is None else seconds(timeout, "timeout", positive=False)
+        with self._lock:
+            started, feed = self._running, relay.running_feed(self.engine)
+        if started is not None and feed is not None:
+            return _until_idle(started, feed, limit, before=started.metrics().ended)
+        if is_memory(self.engine):
+            return self._run_here()
+        feed = relay.acquire(self.engine)
+        try:
+            with feed.catching_up():
+                self._rescue(feed)
+                mine = self._supervisor(feed)
+                mine.start()
+                try:
+                    return _until_idle(mine, feed, limit, before=0)
+                finally:
+                    mine.stop(0.0)
+                    with self._lock:
+                        self._past += mine.metrics()
+        finally:
+            relay.release(self.engine, DELIVERY_WAIT)
+
+    def rescue(self) -> RescueReport:
+        """Take the jobs of lost workers, whose leases are over, back into the queue; blocks on the database.
+
+        A started runner does so every second by itself. The attempt is not charged; a job that lost its worker six
+        times in a row has failed instead, and one that was asked to stop is cancelled.
+        """
+        refuse_inherited(self.engine, self._inherited)
+        feed = relay.acquire(self.engine)
+        try:
+            report = self._rescue(feed)
+        finally:
+            relay.release(self.engine, DELIVERY_WAIT)
+        running = self._running
+        if report.queued and running is not None:
+            running.pipeline.wake()
+        return report
+
+    def _rescue(self, feed: Feed) -> RescueReport:
+        link = Link(self.engine)
+        with closing(link):
+            return rescue(link, statements_for(self.engine), clock=self._clock, on_commit=feed.offer)
+
+    def _run_here(self) -> int:
+        """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""
+        require_schema(self.engine)
+
+        def record() -> None:
+            keeper.record()
+
+        pipeline = self._pipeline(None, SharedLink(self.engine, 0.0), record)
+        keeper = LeaseKeeper(self.engine, math.inf, pipeline.attempts, clock=self._clock, on_commit=self._deliver_here)
+        pipeline.ask()
+        pipeline.run(until_idle=True)
+        self._past += pipeline.metrics()
+        return pipeline.ended
+
+    def _supervisor(self, feed: Feed) -> Supervisor:
+        engine, lease, clock = self.engine, self._lease, self._clock
+        feed.hurry(self._db_timeout)
+        shared = SharedLink(engine, self._db_timeout / 2)
+        # Where there is one writer at a time, a renewal may have to wait longer than a short lease, and does answer.
+        waits_for_writers = statements_for(engine).claim_locks
+        return Supervisor(
+            pipeline=lambda progressed: self._pipeline(feed, shared, progressed),
+            keeper=lambda attempts: LeaseKeeper(engine, lease, attempts, clock=clock, on_commit=feed.offer),
+            rescuer=lambda wake: Rescuer(
+                engine, lease=lease, clock=clock, shared=shared, on_commit=feed.offer, wake=wake
+            ),
+            sweeper=Periodic("jobkit-sweep", SWEEP_INTERVAL, lambda: self._assets._sweep(engine, shared.use)),
+            listen=feed.on_jobs,
+            shared=shared,
+            db_timeout=self._db_timeout,
+            renewal_timeout=self._db_timeout if waits_for_writers else min(self._db_timeout, lease / 3),
+        )
+
+    def _pipeline(self, feed: Feed | None, shared: SharedLink, progressed: Callable[[], None]) -> Pipeline:
+        return Pipeline(
+            self.engine,
+            self._assets,
+            self._renderers,
+            slots=DaemonPool(self._concurrency, "jobkit-render") if feed else InlinePool(),
+            publishers=DaemonPool(PUBLISHERS, "jobkit-store") if feed else InlinePool(),
+            concurrency=self._concurrency if feed else 1,
+            lease=self._lease if feed else math.inf,
+            poll_interval=self._poll_interval,
+            worker_id=f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}",
+            clock=self._clock,
+            shared=shared,
+            on_commit=feed.offer if feed else self._deliver_here,
+            progressed=progressed,
+        )
+
+    def _deliver_here(self, rows: Sequence[EventRow]) -> None:
+        with self.engine.connect() as connection:
+            statements = statements_for(connection)
+            start: Start = statements.start(connection)
+            jobs = [{"job": row.job_id.hex, "seq": row.seq, "queued": True} for row in rows]
+            queued = [
+                row
+                for row in statements.earlier(connection, start.position, start, jobs)
+                if row.type.endswith("queued")
+            ]
+        relay.deliver_here(self.engine, [*queued, *rows], start.position)
+
+
+def _until_idle(supervisor: Supervisor, feed: Feed, timeout: float | None, *, before: int) -> int:
+    """Wait until a look found nothing and nothing was told meanwhile: receivers may create jobs, and run them
+    themselves.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while True:
+        ended, told = supervisor.metrics().ended, feed.told
+        if not supervisor.wait_idle(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise TimeoutError(
+                f"jobs are still in flight after {timeout} s; {supervisor.metrics().ended - before} ended"
+            )
+        feed.flush(DELIVERY_WAIT)
+        if (supervisor.metrics().ended, feed.told) == (ended, told):
+            return supervisor.metrics().ended - before

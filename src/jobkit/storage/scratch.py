@@ -1,0 +1,180 @@
+"""A private folder of this process for files that are being made; what dead processes left in theirs is removed.
+
+A process holds a lock on its folder (``flock``) as long as it lives: however it ends, the kernel lets go. So a folder
+whose lock can be had is that of a dead process, whatever pids and containers there are. That proves nothing about
+another machine, because network file systems keep such locks to themselves or have none: what another machine made is
+removed only when nothing in it has changed for a week.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobkit.base.forks import forget_in_children
+from jobkit.base.ids import new_id
+from jobkit.errors import ConfigurationError
+
+logger = logging.getLogger("jobkit")
+
+ABANDONED = 7 * 24 * 3600.0
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Scratch:
+    """A folder within ``base()``, made on first use and again in each forked child. Safe to share by threads."""
+
+    def __init__(self, base: Callable[[], Path]) -> None:
+        self._base = base
+        self._lock = threading.Lock()
+        self._held: _Held | None = None
+        forget_in_children(self)
+
+    def folder(self) -> Path:
+        """A folder that only this object uses; empty when it is new, and then what dead processes left is removed.
+
+        ``ConfigurationError`` when ``base`` is someone else's, or a symbolic link.
+        """
+        held = self._held
+        if held is None or not held.stands():
+            with self._lock:
+                held = self._held
+                if held is None or not held.stands():
+                    self._held = held = self._make()
+                    weakref.finalize(self, held.release)
+                    self.sweep()
+        return held.folder
+
+    def sweep(self) -> int:
+        """Remove what dead processes left; from how many. What cannot be removed is tried again another time."""
+        base, count = self._base(), 0
+        with suppress(OSError):
+            for folder in base.iterdir():
+                with suppress(OSError):
+                    count += _settle(folder)
+        if count:
+            logger.info("removed the unfinished files of %d ended processes from %s", count, base)
+        return count
+
+    def _make(self) -> _Held:
+        base = self._base()
+        base.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if base.is_symlink() or base.stat().st_uid != os.getuid():
+            raise ConfigurationError(
+                f"{base} is a symbolic link or belongs to someone else: remove it; or set TMPDIR to a folder of your "
+                "own, where it is in the one for temporary files"
+            )
+        while (held := _hold(base / f"{_machine()}.{new_id().hex}")) is None:
+            pass
+        return held
+
+    def _after_fork(self) -> None:
+        self._lock = threading.Lock()
+        if self._held is not None and self._held.holds():
+            os.close(self._held.descriptor)  # only a copy: the parent's lock stays
+        self._held = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A folder of this process, and the descriptor that holds its lock."""
+
+    folder: Path
+    descriptor: int
+    inode: tuple[int, int] | None
+    pid: int
+
+    def stands(self) -> bool:
+        """Whether it is there and locked still. A cleaner of temporary files may have come, or the program has closed
+        all descriptors to become a daemon, or has forked in a way that Python did not notice.
+        """
+        return self.pid == os.getpid() and self.inode == _inode(self.folder) and self.holds()
+
+    def holds(self) -> bool:
+        """Whether the descriptor is still that of the folder, and no other's."""
+        return self.inode == _inode(self.descriptor)
+
+    def release(self) -> None:
+        """Remove the folder if it is empty, and let go. What is in it goes when the next process comes."""
+        if self.pid != os.getpid():
+            return
+        with suppress(OSError):
+            self.folder.rmdir()
+        if self.holds():
+            os.close(self.descriptor)
+
+
+def _hold(folder: Path) -> _Held | None:
+    """Make and lock a folder. None when a sweep came in between and took it for a dead process's."""
+    folder.mkdir(mode=0o700)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    with suppress(OSError):  # a file system without locks: then only time tells
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    held = _Held(folder, descriptor, _inode(descriptor), os.getpid())
+    if held.stands():
+        return held
+    held.release()
+    return None
+
+
+def _settle(path: Path) -> bool:
+    """Remove what is in the base if its process has ended, as far as one can tell."""
+    if path.is_symlink() or not path.is_dir():
+        return _idle(path) > ABANDONED and _remove(path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            proved = path.name.startswith(f"{_machine()}.")
+        except BlockingIOError:
+            return False
+        except OSError:
+            proved = False
+        return (proved or _idle(path) > ABANDONED) and _remove(path)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> bool:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+    return not os.path.lexists(path)
+
+
+def _idle(path: Path) -> float:
+    """Seconds since something in ``path`` has changed; infinite when there is none."""
+    found = [path, *path.rglob("*")]
+    times = [os.lstat(one).st_mtime for one in found if os.path.lexists(one)]
+    return time.time() - max(times, default=-float("inf"))
+
+
+def _inode(file: Path | int) -> tuple[int, int] | None:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _machine() -> str:
+    """What all processes have in common whose locks the same kernel keeps."""
+    try:
+        return _BOOT_ID.read_text().strip().replace("-", "")
+    except OSError:
+        return hashlib.sha256(platform.node().encode()).hexdigest()[:32]
