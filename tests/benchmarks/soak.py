@@ -27,9 +27,8 @@ from queue import SimpleQueue
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import AssetStore, Runner, aio, signals
+from jobkit import AssetStore, Runner, aio, signals, sse
 from jobkit.events.log import REMEMBERED_EVENTS, REMEMBERED_JOBS
-from jobkit.sse import streams as sse
 from tests.benchmarks.daily import until
 from tests.benchmarks.databases import database
 from tests.benchmarks.mixture import COMPANIES, Account, Host, by_status, renderers

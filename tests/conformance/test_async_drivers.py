@@ -15,13 +15,21 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from jobkit.testing.conformance import JobStoreConformance
-from tests import test_cancel, test_claims, test_create_many, test_idempotency, test_jobs, test_order, test_retry
+from tests.jobs import (
+    test_cancel,
+    test_claims,
+    test_create_many,
+    test_fairness,
+    test_idempotency,
+    test_retry,
+    test_store,
+)
+from tests.jobs.test_store import clock, jobs  # noqa: F401
 from tests.support.asynchronous import DRIVERS, Lane
 from tests.support.databases import PostgresDatabase, SqliteDatabase
 from tests.support.shared import empty
-from tests.test_jobs import clock, jobs  # noqa: F401
 
-MODULES = (test_jobs, test_create_many, test_idempotency, test_retry, test_cancel, test_claims, test_order)
+MODULES = (test_store, test_create_many, test_idempotency, test_retry, test_cancel, test_claims, test_fairness)
 # What a test may need here. Those that start runners, threads or processes ask for more.
 FIXTURES = {"engine", "session", "jobs", "clock", "create", "monkeypatch", "request"}
 # Not about statements: how many processes, rows or bytes it takes.

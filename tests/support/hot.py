@@ -16,7 +16,7 @@ from jobkit.base.clock import utcnow
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import Due, Position, Start, Statements, Terms
 from jobkit.events import log
-from jobkit.events.hub import _hub
+from jobkit.events.hub import subscribers
 from jobkit.events.watch import Watcher
 from jobkit.jobs import claims
 from jobkit.jobs.claims import Completion, Report
@@ -86,12 +86,12 @@ def watched(host: Host) -> Watcher:
 
 def look_for_watched(host: Host) -> None:
     watcher = watched(host)
-    _hub.add(watcher)
+    subscribers.add(watcher)
     try:
-        _hub._looked.clear()
-        _hub.look(host.engine, watcher.log)
+        subscribers._looked.clear()
+        subscribers.look(host.engine, watcher.log)
     finally:
-        _hub.remove(watcher)
+        subscribers.remove(watcher)
 
 
 def due(host: Host, state: str) -> list[Due]:

@@ -17,8 +17,7 @@ import sqlalchemy as sa
 import uvicorn
 from werkzeug.serving import make_server
 
-from jobkit import JobNotFound
-from jobkit.sse import streams as sse
+from jobkit import JobNotFound, sse
 from tests.support.runners import until
 
 DEADLINE = 60.0

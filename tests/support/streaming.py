@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 
 import jobkit
-from jobkit.sse import streams as sse
+from jobkit import sse
 
 engine = sa.create_engine(os.environ["DATABASE_URL"])
 if engine.dialect.name == "sqlite":

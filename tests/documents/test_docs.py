@@ -32,12 +32,11 @@ from sybil.parsers.markdown import CodeBlockParser
 from sybil.parsers.rest import DocTestParser
 
 import jobkit
-from jobkit import aio, errors, signals, testing
+from jobkit import aio, errors, signals, sse, testing
 from jobkit.assets.limits import VARIABLES as LIMIT_VARIABLES
 from jobkit.cli import URL_VARIABLE
-from jobkit.sse import streams as sse
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PYTHON_FILES = sorted((ROOT / "src").rglob("*.py"))
 REFERENCE = "\n".join(path.read_text("utf-8") for path in sorted((ROOT / "docs/reference").glob("*.md")))

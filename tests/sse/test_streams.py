@@ -15,14 +15,14 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import AssetStore, Job, JobNotFound, JobStore, Runner, prune, signals
+from jobkit import AssetStore, Job, JobNotFound, JobStore, Runner, prune, signals, sse
 from jobkit.base.clock import utcnow
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import Position
 from jobkit.events import hub
 from jobkit.events.follow import Follower
 from jobkit.events.watch import Watcher
-from jobkit.sse import streams as sse
+from jobkit.sse import streams
 from jobkit.tables import content_job_events, content_jobs
 from tests.support.databases import Database
 from tests.support.garbage import collected
@@ -36,7 +36,7 @@ Create = Callable[..., Job]
 def nothing_left() -> Iterator[None]:
     with collected():
         yield
-    until(lambda: not sse._sessions and not hub.subscribers._watchers, "the end of every stream", 60)
+    until(lambda: not streams._sessions and not hub.subscribers._watchers, "the end of every stream", 60)
     assert not signals.any_receivers()
 
 
@@ -359,7 +359,7 @@ def resyncs(engine: sa.Engine, last: str) -> bool:
 # --- nothing is missed between what is read and what is heard
 
 POINTS = {
-    "before the first step": (sse._Session, "open", True),
+    "before the first step": (streams._Session, "open", True),
     "before it hears of a company": (Follower, "subscribe", True),
     "after it hears of a company": (Follower, "subscribe", False),
     "before it reads of a company": (Follower, "_page", True),

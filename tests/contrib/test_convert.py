@@ -416,7 +416,7 @@ def test_a_job_reads_an_asset_of_its_own_company_and_no_other(
     deleted, broken = keep("acme", source), keep("acme", source[:300])
     with Session(engine) as session, session.begin():
         assets.delete(session, deleted)
-    unknown = jobkit.ids.new_id()
+    unknown = jobkit.base.ids.new_id()
     wanted = [own.id, str(own.id).upper(), mislabelled.id, foreign.id, unknown, deleted.id, "nope", "../a", broken.id]
     jobs = [create("convert", input={"sourceAssetId": str(id), "targetFormat": "webp"}) for id in wanted]
     assert jobkit.Runner(engine, assets, RENDERERS, concurrency=4).run_until_idle(timeout=60) == len(jobs)

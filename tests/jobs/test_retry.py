@@ -17,9 +17,9 @@ from jobkit.jobs import claims
 from jobkit.jobs.claims import Claim
 from jobkit.jobs.fairness import Rotation
 from jobkit.tables import content_jobs
+from tests.jobs.test_cancel import told
 from tests.support.recorder import Recorder
 from tests.support.runners import Gate, only, seen
-from tests.test_cancel import told
 
 Create = Callable[..., jobkit.Job]
 CLEARED = (

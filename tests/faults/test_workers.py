@@ -32,7 +32,7 @@ class Worker:
     def __init__(self, database: Database, folder: Path, concurrency: int) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.worker", database.url, str(folder), str(LEASE), str(concurrency)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
         )  # fmt: skip
 
     def line(self) -> list[str]:

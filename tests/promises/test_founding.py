@@ -103,7 +103,7 @@ def test_4_1_statuses_are_the_seeds_four_in_order_then_cancelled() -> None:
 
 
 def test_4_1_a_row_that_the_host_inserts_gets_the_seeds_defaults(engine: sa.Engine) -> None:
-    job_id = jobkit.ids.new_id()
+    job_id = jobkit.base.ids.new_id()
     with engine.begin() as connection:
         values = {"id": job_id, "company_id": COMPANY, "job_type": "diagram"}
         connection.execute(sa.insert(content_jobs).values(values))
@@ -124,7 +124,7 @@ def test_4_2_object_keys_are_unique_in_a_company_and_sizes_pass_four_gigabytes(
         found = assets.get_by_id(connection, asset.id)
         assert found is not None
         assert (found.byte_size, found.source_task_id) == (5 << 30, "task-7")
-        row = dict(connection.execute(sa.select(assets_table)).mappings().one()) | {"id": jobkit.ids.new_id()}
+        row = dict(connection.execute(sa.select(assets_table)).mappings().one()) | {"id": jobkit.base.ids.new_id()}
     with pytest.raises(sa.exc.IntegrityError), engine.begin() as connection:
         connection.execute(assets_table.insert(), row)
 
@@ -218,7 +218,7 @@ def test_4_5_transition_patches_only_the_seeds_columns_sets_updated_at_and_retur
     with pytest.raises(ValueError, match="nonsense"):
         jobs.transition(job.id, expect="failed", status="nonsense")
     with pytest.raises(jobkit.JobNotFound):
-        jobs.transition(jobkit.ids.new_id(), status="failed")
+        jobs.transition(jobkit.base.ids.new_id(), status="failed")
     with pytest.raises(jobkit.InvalidTransition):
         jobs.transition(job.id, status="queued")
 

@@ -33,7 +33,7 @@ from jobkit.tables import assets, content_job_events, content_jobs
 from tests.support.databases import Database
 from tests.support.invariants import violations
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEADLINE = 60.0
 T = TypeVar("T")
 TEXT = "Three teapots were sold.\n\n- one blue\n- two green\n"

@@ -1,5 +1,5 @@
-"""``python -m tests.plans``: write anew how each hot statement reads tables. Look at what has changed before you keep
-it.
+"""``python -m tests.costs.plans``: write anew how each hot statement reads tables. Look at what has changed before you
+keep it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from jobkit import migrations
-from tests.plans import kept
+from tests.costs.plans import kept
 from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
 from tests.support.hot import paths, told
 from tests.support.postgres import start_server

@@ -21,12 +21,12 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import Job, JobRequest, JobStore, signals
+from jobkit import Job, JobRequest, JobStore, signals, sse
 from jobkit.events import follow as following
 from jobkit.events import hub
 from jobkit.events import watch as watching
 from jobkit.events.follow import Follower
-from jobkit.sse import streams as sse
+from jobkit.sse import streams
 from jobkit.tables import content_job_events
 from tests.support.databases import Database, PostgresDatabase
 from tests.support.garbage import collected
@@ -36,7 +36,7 @@ from tests.support.sent import hearing
 from tests.support.sse import SERVERS, Client, Message, Parser, Site, parsed
 
 Create = Callable[..., Job]
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def released() -> bool:
-    return not (sse._sessions or hub.subscribers._watchers)
+    return not (streams._sessions or hub.subscribers._watchers)
 
 
 @pytest.fixture(params=SERVERS)

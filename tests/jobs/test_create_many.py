@@ -278,8 +278,8 @@ def test_a_chunk_that_the_database_refuses_takes_the_earlier_chunks_with_it(
     monkeypatch.setattr(requests_module, "MAX_CHUNK_JOBS", 2)
     with engine.begin() as connection:
         JobStore(connection).create(COMPANY, job_type="before")
-        first = jobkit.ids.new_id()
-        ids = iter([first, jobkit.ids.new_id(), jobkit.ids.new_id(), first])
+        first = jobkit.base.ids.new_id()
+        ids = iter([first, jobkit.base.ids.new_id(), jobkit.base.ids.new_id(), first])
         monkeypatch.setattr(requests_module, "new_number", lambda: next(ids).int)
         with pytest.raises(sa.exc.IntegrityError):
             JobStore(connection).create_many(COMPANY, [JobRequest("note")] * 4)

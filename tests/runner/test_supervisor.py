@@ -169,7 +169,7 @@ def test_a_runner_whose_thread_fails_goes_on_with_another(
     database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorder: Recorder
 ) -> None:
     """An error of jobkit itself, or a host's log handler that raises."""
-    planned = jobkit.pipeline.Pipeline._plan
+    planned = jobkit.runner.pipeline.Pipeline._plan
     failures: list[str] = []
 
     def plan(self: Any) -> Any:
@@ -178,7 +178,7 @@ def test_a_runner_whose_thread_fails_goes_on_with_another(
             raise RuntimeError("a mistake")
         return planned(self)
 
-    monkeypatch.setattr("jobkit.pipeline.Pipeline._plan", plan)
+    monkeypatch.setattr("jobkit.runner.pipeline.Pipeline._plan", plan)
     store = AssetStore(tmp_path / "assets")
     with Runner(database.engine, store, only(note), poll_interval=0.05) as runner:
         create(database)

@@ -20,10 +20,10 @@ from jobkit.cli.output import table
 from jobkit.contrib.renderers import spreadsheet
 from jobkit.tables import assets, content_jobs
 from jobkit.types import Rendered
+from tests.cli.test_commands import JOBKIT
+from tests.cli.test_jobs import here, url_of
 from tests.support.databases import Database
 from tests.support.runners import only, seen, statuses
-from tests.test_cli import JOBKIT
-from tests.test_cli_jobs import here, url_of
 
 __all__ = ["here"]  # a fixture
 Create = Callable[..., Job]

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from jobkit import AssetStore
-from tests.plans import kept
+from tests.costs.plans import kept
 from tests.support.hot import HOT, Host, paths, told
 from tests.support.plans import Paths, explained
 from tests.support.shared import shared_database
@@ -39,7 +39,7 @@ def test_every_hot_statement_reads_tables_as_it_did_when_somebody_looked(taken: 
     file = kept(taken.engine.dialect.name)
     before, now = file.read_text(encoding="utf-8"), told(taken.paths)
     changes = "".join(difflib.unified_diff(before.splitlines(True), now.splitlines(True), file.name, "now", n=3))
-    assert not changes, f"if this is better, keep it: python -m tests.plans\n{changes}"
+    assert not changes, f"if this is better, keep it: python -m tests.costs.plans\n{changes}"
 
 
 def test_no_hot_statement_reads_a_whole_table(taken: Taken) -> None:

@@ -23,12 +23,12 @@ from jobkit.db.dialects import statements_for
 from jobkit.maintenance import prune as pruning
 from jobkit.tables import assets, content_job_events, content_jobs
 from tests.benchmarks.many_jobs import record
+from tests.maintenance.test_prune import DAY, Create, ended, left, sums
 from tests.support.databases import Database
 from tests.support.files import intents, objects
 from tests.support.plans import explained
 from tests.support.runners import note, only, seen
 from tests.support.sweeping import collect
-from tests.test_pruning import DAY, Create, ended, left, sums
 
 DEADLINE = 60.0
 

@@ -13,7 +13,7 @@ from tests.board.bugs import BUGS
 from tests.board.mutant import Bug, Edit
 
 PACKAGE = Path(jobkit.__file__).parent
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
@@ -29,7 +29,7 @@ def test_a_bug_is_in_one_place_compiles_and_names_tests_that_exist(bug: Bug) -> 
 
 def exists(test: str) -> bool:
     file, _, function = test.partition("::")
-    tree = ast.parse((ROOT.parent / file).read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     return any(isinstance(node, ast.FunctionDef) and node.name == function for node in tree.body)
 
 

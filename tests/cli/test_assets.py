@@ -13,10 +13,10 @@ from jobkit import AssetStore
 from jobkit.cli import main
 from jobkit.maintenance import audit
 from jobkit.tables import assets as rows_of_assets
+from tests.cli.test_commands import APP, jobkit_command
 from tests.support.databases import Database
 from tests.support.files import intents, keep, objects, put
 from tests.support.sweeping import DAY, age, delete
-from tests.test_cli import APP, jobkit_command
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import jobkit
 from jobkit import AssetStore, Job, JobStore, Runner
 from jobkit.cli import main
 from jobkit.tables import content_jobs
+from tests.cli.test_commands import APP, jobkit_command
 from tests.support.databases import Database
 from tests.support.runners import note, only, seen, statuses
-from tests.test_cli import APP, jobkit_command
 
 Create = Callable[..., Job]
 Run = Callable[..., tuple[int, str, str]]

@@ -23,10 +23,10 @@ from jobkit.db.dialects.postgresql import Postgresql
 from jobkit.events import feed, relay
 from jobkit.events.log import Memory
 from jobkit.tables import content_job_events
+from tests.events.test_feed import ById, ByIdBelowTheHorizon, taking_a_number
 from tests.support.databases import Database, SqliteDatabase
 from tests.support.recorder import Recorder
 from tests.support.runners import until
-from tests.test_feed import ById, ByIdBelowTheHorizon, taking_a_number
 
 Create = Callable[..., jobkit.Job]
 BEGINNING = "0-0"
@@ -101,7 +101,7 @@ def lines(file: Path) -> list[list[str]]:
 def test_a_subscriber_that_is_killed_and_begins_again_at_its_cursor_hears_everything_in_order(
     database: Database, tmp_path: Path
 ) -> None:
-    file, script = tmp_path / "heard", Path(__file__).parent / "support" / "subscriber.py"
+    file, script = tmp_path / "heard", Path(__file__).parents[1] / "support" / "subscriber.py"
     chance, cursor, lives = random.Random(1), BEGINNING, 0
 
     def subscriber() -> subprocess.Popen[bytes]:
@@ -255,7 +255,7 @@ def test_a_replay_after_a_naive_cursor_is_seen_to_miss_what_committed_late(
     monkeypatch: pytest.MonkeyPatch,
     reborn: Callable[[], None],
 ) -> None:
-    monkeypatch.setitem(jobkit._dialects._KNOWN, "postgresql", statements())
+    monkeypatch.setitem(jobkit.db.dialects._KNOWN, "postgresql", statements())
     engine = postgres_database.engine
     with Session(engine) as old, Session(engine) as young:
         taking_a_number(old)
