@@ -20,7 +20,7 @@ from weakref import ref
 from blinker import ANY, NamedSignal
 from blinker.base import ANY_ID
 
-from jobkit.base.forks import hold_across
+from jobkit.base.forks import hold_during_fork
 from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
 
 Receiver = TypeVar("Receiver", bound=Callable[..., Any])
@@ -36,7 +36,7 @@ _delivering = threading.local()
 # Connecting, disconnecting and choosing receivers, one at a time: blinker's bookkeeping is not made for threads. An
 # RLock, because a weak receiver may be collected, and thereby disconnected, in the middle of any of them.
 _bookkeeping = threading.RLock()
-hold_across(_bookkeeping)
+hold_during_fork(_bookkeeping)
 
 
 class JobSignal(NamedSignal):

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import AssetNotFound, AssetStore
-from jobkit.assets.intents import Sweep
+from jobkit.assets.intents import GarbageCollector
 from jobkit.db.dialects import statements_for
 from jobkit.jobs import claims
 from tests.support import doomed_sweep
@@ -74,7 +74,7 @@ def sweeping(engines: list[sa.Engine], disk: AssetStore) -> Iterator[Counter[str
     def run(engine: sa.Engine) -> None:
         try:
             while not stopped.is_set():
-                report = Sweep(engine, disk._storage, older_than=SHORT, quarantine=QUARANTINE).run()
+                report = GarbageCollector(engine, disk._storage, older_than=SHORT, quarantine=QUARANTINE).run()
                 swept.update(abandoned=report.abandoned, deleted=report.deleted, settled=report.settled)
                 stopped.wait(0.001)
         except BaseException as error:

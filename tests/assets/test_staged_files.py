@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from jobkit.assets.spool import Draft, Limit
+from jobkit.assets.spool import Limit, StagedFile
 from jobkit.storage.local import LocalStorage
 
 LIMIT = Limit(100, "a test")
@@ -21,10 +21,10 @@ def storage(tmp_path: Path) -> LocalStorage:
 
 
 @pytest.fixture
-def draft(storage: LocalStorage) -> Callable[..., Draft]:
-    def draft(**changes: Any) -> Draft:
+def draft(storage: LocalStorage) -> Callable[..., StagedFile]:
+    def draft(**changes: Any) -> StagedFile:
         values = {"namespace": "generated", "filename": "a.txt", "content_type": "text/plain", **changes}
-        return Draft(storage, "acme", limit=LIMIT, at=datetime(2026, 1, 2, tzinfo=UTC), **values)
+        return StagedFile(storage, "acme", limit=LIMIT, at=datetime(2026, 1, 2, tzinfo=UTC), **values)
 
     return draft
 
@@ -46,7 +46,9 @@ def files(storage: LocalStorage) -> list[Path]:
         ("application/vnd.openxmlformats-officedocument.wordprocessingml.document",) * 2,
     ],
 )
-def test_a_content_type_is_trimmed_and_its_type_lowered(draft: Callable[..., Draft], given: str, kept: str) -> None:
+def test_a_content_type_is_trimmed_and_its_type_lowered(
+    draft: Callable[..., StagedFile], given: str, kept: str
+) -> None:
     made = draft(content_type=given)
     assert made.content_type == kept
     made.discard()
@@ -83,7 +85,7 @@ def test_a_content_type_is_trimmed_and_its_type_lowered(draft: Callable[..., Dra
     ],
 )
 def test_what_cannot_be_stored_is_refused_by_name_before_a_file_exists(
-    draft: Callable[..., Draft], storage: LocalStorage, change: dict[str, Any], error: type[Exception], field: str
+    draft: Callable[..., StagedFile], storage: LocalStorage, change: dict[str, Any], error: type[Exception], field: str
 ) -> None:
     with pytest.raises(error, match=field):
         draft(**change)
@@ -91,7 +93,7 @@ def test_what_cannot_be_stored_is_refused_by_name_before_a_file_exists(
 
 
 def test_nothing_is_under_the_key_before_publish_and_nothing_is_spooled_after(
-    draft: Callable[..., Draft], storage: LocalStorage
+    draft: Callable[..., StagedFile], storage: LocalStorage
 ) -> None:
     made = draft()
     made.spool.write(b"whole")
@@ -102,7 +104,7 @@ def test_nothing_is_under_the_key_before_publish_and_nothing_is_spooled_after(
     assert (storage.root / stored.object_key).read_bytes() == b"whole"
 
 
-def test_a_sealed_draft_takes_no_more_bytes(draft: Callable[..., Draft]) -> None:
+def test_a_sealed_draft_takes_no_more_bytes(draft: Callable[..., StagedFile]) -> None:
     made = draft()
     made.spool.write(b"whole")
     made.seal(recorded=True)
@@ -111,7 +113,7 @@ def test_a_sealed_draft_takes_no_more_bytes(draft: Callable[..., Draft]) -> None
     made.discard()
 
 
-def test_the_spool_file_is_gone_when_publishing_fails(draft: Callable[..., Draft], storage: LocalStorage) -> None:
+def test_the_spool_file_is_gone_when_publishing_fails(draft: Callable[..., StagedFile], storage: LocalStorage) -> None:
     made = draft()
     made.spool.write(b"whole")
     made.seal(recorded=True)
@@ -121,7 +123,7 @@ def test_the_spool_file_is_gone_when_publishing_fails(draft: Callable[..., Draft
     assert files(storage) == [storage.root / "acme"]
 
 
-def test_drafts_of_the_same_name_have_different_keys(draft: Callable[..., Draft]) -> None:
+def test_drafts_of_the_same_name_have_different_keys(draft: Callable[..., StagedFile]) -> None:
     made = [draft(filename="same.txt") for _ in range(50)]
     assert len({one.key for one in made}) == 50
     for one in made:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobkit.base.clock import aware, pause_after, seconds, utcnow
+from jobkit.base.clock import aware, backoff, seconds, utcnow
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -70,5 +70,5 @@ def test_what_is_no_duration_is_a_type_error(value: Any) -> None:
 def test_the_pause_after_failures_grows_to_five_seconds_and_is_never_the_same_for_all() -> None:
     for failures in range(1, 2_000):
         whole = min(5.0, 0.05 * 2.0 ** min(failures, 10))
-        assert whole / 2 <= pause_after(failures) <= whole
-    assert len({pause_after(3) for _ in range(100)}) > 50
+        assert whole / 2 <= backoff(failures) <= whole
+    assert len({backoff(3) for _ in range(100)}) > 50

@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobkit.base.text import MAX_ERROR_CHARACTERS, company, describe, sanitise, storable
+from jobkit.base.text import MAX_ERROR_CHARACTERS, error_message, require_company_id, sanitise, storable
 
 # Every code point, the halves of surrogate pairs too.
 ANYTHING = st.text(st.characters(exclude_categories=()), max_size=300)
@@ -56,7 +56,7 @@ def test_blank_text_is_storable_where_blank_is_allowed() -> None:
     [("acme", "acme"), (7, "7"), (UUID(int=7), "00000000-0000-0000-0000-000000000007"), (0, "0")],
 )
 def test_a_company_is_the_text_of_whatever_the_host_calls_it(value: object, expected: str) -> None:
-    assert company(value) == expected
+    assert require_company_id(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_company_is_the_text_of_whatever_the_host_calls_it(value: object, expe
 )
 def test_what_can_be_no_company_is_refused(value: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        company(value)
+        require_company_id(value)
 
 
 class Speechless(Exception):
@@ -110,7 +110,7 @@ class Rigged(Exception):
     ],
 )
 def test_a_failure_is_described_in_words_that_can_be_stored(error: BaseException, expected: str) -> None:
-    assert describe(error) == expected
+    assert error_message(error) == expected
 
 
 @pytest.mark.parametrize("length", [MAX_ERROR_CHARACTERS - 1, MAX_ERROR_CHARACTERS])
@@ -125,7 +125,7 @@ def test_a_longer_message_is_cut_and_says_so(length: int) -> None:
 
 @given(ANYTHING)
 def test_a_description_is_always_storable(message: str) -> None:
-    described = describe(ValueError(message))
+    described = error_message(ValueError(message))
     assert storable(described, "error_message", limit=MAX_ERROR_CHARACTERS) == described
     assert sanitise(described) == described
 

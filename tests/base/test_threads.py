@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit.base.threads import DaemonPool
-from jobkit.db.connections import Link
+from jobkit.db.connections import DedicatedConnection
 from tests.support.databases import Database
 
 Refuse = Callable[[str, int], None]
@@ -75,7 +75,7 @@ def test_a_job_ends_though_no_thread_can_be_started_for_it(
 
 def test_a_connection_whose_pool_was_disposed_of_meanwhile_is_closed(postgres_database: Database) -> None:
     engine = postgres_database.engine
-    link = Link(engine)
+    link = DedicatedConnection(engine)
     with link.use() as connection:
         driver = connection.connection.driver_connection
     engine.dispose()

@@ -37,7 +37,7 @@ print((memory("VmRSS") - before) / MIB)
 """
 
 
-def first_job(server: Server | None, kind: str) -> process.Told:
+def first_job(server: Server | None, kind: str) -> process.AppendedEvent:
     """What a worker of this kind told after its first job."""
     with fresh(server) as (engine, folder):
         queue(engine, 1)

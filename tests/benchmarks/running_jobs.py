@@ -18,7 +18,7 @@ import sqlalchemy as sa
 import jobkit
 from jobkit import JobRequest, JobStore
 from jobkit.base.clock import utcnow
-from jobkit.db.connections import Link
+from jobkit.db.connections import DedicatedConnection
 from jobkit.db.dialects import statements_for
 from jobkit.jobs import claims
 from jobkit.maintenance.rescue import INTERVAL, rescue
@@ -43,7 +43,7 @@ def main(count: int) -> None:
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
             connection.exec_driver_sql("VACUUM ANALYZE content_jobs")
         store = jobkit.AssetStore(tempfile.mkdtemp(), engine=engine)
-        link = Link(engine, autocommit=True)
+        link = DedicatedConnection(engine, autocommit=True)
         total = 0.0
         steps: list[tuple[str, float, Callable[[sa.Connection], object]]] = [
             ("renew", LEASE / 3, lambda connection: claims.renew(connection, held, lease=3600.0)),

@@ -218,8 +218,8 @@ CLAIMS = [
     bug(
         "a release that charges the attempt",
         "jobs/claims.py",
-        "RELEASED = Verdict(JobStatus.QUEUED, charged=False)",
-        "RELEASED = Verdict(JobStatus.QUEUED)",
+        "RELEASED = Outcome(JobStatus.QUEUED, charged=False)",
+        "RELEASED = Outcome(JobStatus.QUEUED)",
         "faults/test_kills.py::test_a_released_claim_is_not_charged_and_cannot_finish",
         "runner/test_runner.py::test_a_renderer_that_hangs_does_not_hold_stop_and_its_job_is_queued_again_uncharged",
     ),

@@ -13,11 +13,11 @@ import sqlalchemy as sa
 
 from jobkit import JobRequest, JobStore
 from jobkit.base.clock import utcnow
-from jobkit.db.connections import SharedLink
+from jobkit.db.connections import SharedConnection
 from jobkit.db.dialects import statements_for
 from jobkit.events import feed as feed_module
 from jobkit.events.feed import Feed
-from jobkit.events.log import Bookmark, Memory
+from jobkit.events.log import DeliveredEvents, ReadPosition
 from jobkit.jobs import fairness as rotation
 from jobkit.jobs.claims import RELEASED, Claim, Completion
 from jobkit.maintenance.rescue import rescue
@@ -149,12 +149,12 @@ def test_silence_costs_a_look_each(
     story: Story, database: Database, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed_module, "STALE", math.inf)
-    shared = SharedLink(story.engine, 60.0)
+    shared = SharedConnection(story.engine, 60.0)
     with story.costs_of("it looks for lost workers"):
         rescue(shared, statements_for(story.engine), clock=utcnow, on_commit=nothing)
-    feed = Feed(story.engine, Memory(), "log")
+    feed = Feed(story.engine, DeliveredEvents(), "log")
     with horizon_held(database.engine):
-        feed._place = Bookmark(feed._ask(feed._statements.start))
+        feed._place = ReadPosition(feed._ask(feed._statements.start))
         feed._scan()
         with story.costs_of("a relay looks in silence"):
             feed._scan()
@@ -195,7 +195,7 @@ def test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has(pos
     assert committing(one, Turn(limit=2)) == [False, False]
     other._unsure_until = math.inf  # what may have been claimed before is given back first
     assert set(committing(other, Turn(limit=2))) == {False}
-    assert committing(other, Turn(ends=[Completion(claim, verdict=RELEASED) for claim in held])) == [False]
+    assert committing(other, Turn(ends=[Completion(claim, outcome=RELEASED) for claim in held])) == [False]
     assert len(held) == 6
     for done in (one, other):
         done.link.close()

@@ -19,7 +19,7 @@ from jobkit.db.dialects.postgresql import Postgresql
 from jobkit.events import feed
 from jobkit.events import log as bookmark
 from jobkit.events.feed import Feed
-from jobkit.events.log import Bookmark, Memory
+from jobkit.events.log import DeliveredEvents, ReadPosition
 from jobkit.tables import content_job_events
 from tests.support.databases import Database
 from tests.support.recorder import Recorder
@@ -36,8 +36,8 @@ def pg(postgres_database: Database) -> sa.Engine:
 @pytest.fixture
 def by_hand(engine: sa.Engine) -> Iterator[Feed]:
     """A feed without its thread: the test says when it scans."""
-    made = Feed(engine, Memory(), "log")
-    made._place = Bookmark(made._ask(made._statements.start))
+    made = Feed(engine, DeliveredEvents(), "log")
+    made._place = ReadPosition(made._ask(made._statements.start))
     yield made
     made._link.close()
 
@@ -268,8 +268,8 @@ def test_an_event_that_the_scan_told_before_it_was_offered_comes_once(
 def test_where_nobody_notifies_jobs_of_others_are_looked_for_often_after_one_though_nobody_listens(
     sqlite_database: Database,
 ) -> None:
-    alone = Feed(sqlite_database.engine, Memory(), "log")
-    alone._place = Bookmark(alone._ask(alone._statements.start))
+    alone = Feed(sqlite_database.engine, DeliveredEvents(), "log")
+    alone._place = ReadPosition(alone._ask(alone._statements.start))
     alone._scan()
     assert alone._next_scan - alone._last_scan == pytest.approx(feed.IDLE_LOOK)
     with sqlite_database.connect().begin() as connection:

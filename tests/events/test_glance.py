@@ -13,7 +13,7 @@ import jobkit
 from jobkit import JobStore
 from jobkit.db.dialects import statements_for
 from jobkit.events import hints as glance
-from jobkit.events.hints import Glance
+from jobkit.events.hints import WalFile
 from tests.support.databases import Database
 from tests.support.runners import until
 
@@ -23,9 +23,9 @@ def commit(engine: sa.Engine) -> None:
         JobStore(connection).create("acme", job_type="note")
 
 
-def looking_at(engine: sa.Engine) -> Glance:
+def looking_at(engine: sa.Engine) -> WalFile:
     with engine.connect() as connection:
-        return Glance(statements_for(engine).log_file(connection))
+        return WalFile(statements_for(engine).log_file(connection))
 
 
 @pytest.fixture(autouse=True)
@@ -116,13 +116,13 @@ def test_what_has_no_log_may_always_have_changed(postgres_database: Database, tm
 
 def test_a_relay_in_silence_looks_and_asks_nothing(sqlite_database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     did: list[str] = []
-    watched, changed = sqlite_database.connect(), Glance.changed
+    watched, changed = sqlite_database.connect(), WalFile.changed
 
-    def looking(self: Glance) -> bool:
+    def looking(self: WalFile) -> bool:
         did.append("look")
         return changed(self)
 
-    monkeypatch.setattr(Glance, "changed", looking)
+    monkeypatch.setattr(WalFile, "changed", looking)
     sa.event.listen(watched, "connect", lambda driver, _: driver.set_trace_callback(did.append))
     heard: list[jobkit.JobEvent] = []
     end = jobkit.signals.subscribe("acme", heard.append)

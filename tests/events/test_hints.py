@@ -21,7 +21,7 @@ from jobkit.events import feed, relay
 from jobkit.events import hints as listener
 from jobkit.events.feed import Feed
 from jobkit.events.hints import Listener
-from jobkit.events.log import Memory
+from jobkit.events.log import DeliveredEvents
 from tests.support.databases import Database
 from tests.support.postgres import OwnServer, Server
 from tests.support.proxy import Proxy
@@ -256,7 +256,7 @@ def test_what_is_offered_here_is_hinted_at_elsewhere_and_not_here(
 
 
 def running_feed(engine: sa.Engine) -> Feed:
-    made = Feed(engine, Memory(), "log")
+    made = Feed(engine, DeliveredEvents(), "log")
     made.start()
     return made
 
@@ -397,7 +397,7 @@ def test_a_listening_connection_that_falls_silent_is_cut_and_holds_nothing_up(
     monkeypatch.setattr(listener, "HEARTBEAT", 0.1)
     with Proxy(pg.url.host or "", pg.url.port or 0) as proxy:
         far = sa.create_engine(pg.url.set(host="127.0.0.1", port=proxy.port), poolclass=sa.NullPool)
-        mine = Feed(pg, Memory(), "log")
+        mine = Feed(pg, DeliveredEvents(), "log")
         mine._listener = Listener(far, mine._statements.channels, mine._hint)
         mine.hurry(0.4)
         mine.start()

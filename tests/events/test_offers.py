@@ -6,7 +6,7 @@ from uuid import uuid4
 
 from jobkit.base.clock import utcnow
 from jobkit.db.dialects.base import EventRow
-from jobkit.events.feed import Offers
+from jobkit.events.feed import OwnEvents
 
 
 def row(number: int) -> EventRow:
@@ -14,14 +14,14 @@ def row(number: int) -> EventRow:
 
 
 def test_what_nobody_wants_is_through_at_once() -> None:
-    offers = Offers()
+    offers = OwnEvents()
     assert not offers.add([row(1), row(2)], wanted=False, room=True)
     assert offers.delivered(offers.accepted)
     assert not offers.ready
 
 
 def test_what_nobody_wants_does_not_count_for_what_is_being_delivered() -> None:
-    offers = Offers()
+    offers = OwnEvents()
     assert offers.add([row(1)], wanted=True, room=True)
     assert [taken.id for taken in offers.take()] == [1]
     offers.add([row(2)], wanted=False, room=True)  # the last receiver has gone, and is at work still
@@ -33,7 +33,7 @@ def test_what_nobody_wants_does_not_count_for_what_is_being_delivered() -> None:
 
 
 def test_what_nobody_wants_does_not_count_for_what_is_left_to_the_scan() -> None:
-    offers = Offers()
+    offers = OwnEvents()
     assert offers.add([row(1)], wanted=True, room=False)
     offers.add([row(2)], wanted=False, room=True)
     assert not offers.delivered(1)

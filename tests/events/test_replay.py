@@ -21,7 +21,7 @@ from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import Position
 from jobkit.db.dialects.postgresql import Postgresql
 from jobkit.events import feed, relay
-from jobkit.events.log import Memory
+from jobkit.events.log import DeliveredEvents
 from jobkit.tables import content_job_events
 from tests.events.test_feed import ById, ByIdBelowTheHorizon, taking_a_number
 from tests.support.databases import Database, SqliteDatabase
@@ -35,7 +35,7 @@ BEGINNING = "0-0"
 @pytest.fixture
 def reborn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """What follows happens in a process that knows nothing of what was told before."""
-    return lambda: monkeypatch.setattr(relay._shared, "memory", Memory())
+    return lambda: monkeypatch.setattr(relay._shared, "memory", DeliveredEvents())
 
 
 def cancel(engine: sa.Engine, job: jobkit.Job) -> None:

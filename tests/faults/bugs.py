@@ -15,8 +15,8 @@ import sqlalchemy as sa
 
 from jobkit import signals
 from jobkit.assets import intents
-from jobkit.assets.intents import Sweep
-from jobkit.assets.spool import Draft
+from jobkit.assets.intents import GarbageCollector
+from jobkit.assets.spool import StagedFile
 from jobkit.db.dialects.base import EventRow, Sql
 from jobkit.db.dialects.postgresql import jobs as postgresql
 from jobkit.db.dialects.sqlite import jobs as sqlite
@@ -93,14 +93,14 @@ def no_rescue() -> None:
 
 def no_intents() -> None:
     """A file is stored though nobody has recorded its key."""
-    seal = Draft.seal
-    Draft.seal = lambda draft, *, recorded: seal(draft, recorded=False)  # type: ignore[method-assign]
+    seal = StagedFile.seal
+    StagedFile.seal = lambda draft, *, recorded: seal(draft, recorded=False)  # type: ignore[method-assign]
     intents.record_intents = lambda *_: None
 
 
 def hasty_sweep() -> None:
     """A sweep takes the keys of files that are just being stored."""
-    Sweep._early = lambda sweep, state: intents.INTENT_GRACE if state == "pending" else 0.0  # type: ignore[method-assign]
+    GarbageCollector._early = lambda sweep, state: intents.INTENT_GRACE if state == "pending" else 0.0  # type: ignore[method-assign]
 
 
 def event_outside() -> None:

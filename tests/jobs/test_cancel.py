@@ -16,7 +16,7 @@ from jobkit.base.clock import utcnow
 from jobkit.base.ids import new_id
 from jobkit.jobs import claims
 from jobkit.jobs.claims import RELEASED, Claim, Completion
-from jobkit.jobs.outcomes import Verdict
+from jobkit.jobs.outcomes import Outcome
 from jobkit.tables import content_job_events, content_jobs
 from jobkit.types import StoredObject
 from tests.support.databases import Database
@@ -40,8 +40,8 @@ def take(connection: sa.Connection) -> Claim:
     return claims.claim(connection, limit=1, worker_id="w", lease=60.0, now=utcnow())[0][0]
 
 
-def ends(verdict: Verdict) -> Act:
-    return lambda connection, claim: claims.finish(connection, [Completion(claim, verdict=verdict)], now=utcnow())
+def ends(outcome: Outcome) -> Act:
+    return lambda connection, claim: claims.finish(connection, [Completion(claim, outcome=outcome)], now=utcnow())
 
 
 def done(connection: sa.Connection, claim: Claim) -> Any:
@@ -65,12 +65,12 @@ def by_hand(status: str) -> Act:
 LATER = utcnow() + timedelta(hours=1)
 ENDS: dict[str, Act] = {
     "done": done,
-    "failed": ends(Verdict(JobStatus.FAILED, "no")),
-    "retried": ends(Verdict(JobStatus.QUEUED, "no", LATER)),
-    "snoozed": ends(Verdict(JobStatus.QUEUED, None, LATER, charged=False)),
+    "failed": ends(Outcome(JobStatus.FAILED, "no")),
+    "retried": ends(Outcome(JobStatus.QUEUED, "no", LATER)),
+    "snoozed": ends(Outcome(JobStatus.QUEUED, None, LATER, charged=False)),
     "released": ends(RELEASED),
     "rescued": rescued,
-    "stopped": ends(Verdict(JobStatus.CANCELLED)),
+    "stopped": ends(Outcome(JobStatus.CANCELLED)),
     "done by hand": by_hand("done"),
     "queued by hand": by_hand("queued"),
 }
@@ -173,7 +173,7 @@ def test_an_attempt_that_ends_after_the_job_was_asked_to_stop(end: str, engine: 
         assert row.run_at is None
     with engine.begin() as connection:  # it has ended: nothing of that claim counts any more
         assert (
-            claims.finish(connection, [Completion(claim, verdict=Verdict(JobStatus.FAILED, "x"))], now=utcnow()) == []
+            claims.finish(connection, [Completion(claim, outcome=Outcome(JobStatus.FAILED, "x"))], now=utcnow()) == []
         )
 
 

@@ -13,7 +13,7 @@ import jobkit
 from jobkit import JobRequest, JobStore
 from jobkit.jobs import claims
 from jobkit.jobs.claims import Claim
-from jobkit.jobs.fairness import Rotation
+from jobkit.jobs.fairness import RoundRobin
 from tests.support.databases import Database
 from tests.support.plans import explained
 from tests.support.runners import note, only, seen
@@ -27,12 +27,12 @@ def hours(count: float) -> datetime:
 
 
 def take(
-    engine: sa.Engine, rotation: Rotation, limit: int = 1, *, thorough: bool = True, now: datetime = NOW
+    engine: sa.Engine, rotation: RoundRobin, limit: int = 1, *, check_scheduled: bool = True, now: datetime = NOW
 ) -> list[Claim]:
     with engine.begin() as connection:
         return claims.claim(
             connection, limit=limit, worker_id="w", lease=60.0, now=now,
-            pick=lambda c, terms: rotation.claim(c, terms, thorough=thorough),
+            pick=lambda c, terms: rotation.claim(c, terms, check_scheduled=check_scheduled),
         )[0]  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_within_a_company_priority_then_time_then_creation(limit: int, engine: s
             JobStore(connection, clock=lambda: next(created)).create(
                 "acme", job_type="note", input={"name": name}, **options
             )
-    rotation, order = Rotation(engine), []
+    rotation, order = RoundRobin(engine), []
     while found := take(engine, rotation, limit):
         order += [claim.input["name"] for claim in found] if limit == 1 else [frozenset(c.input["name"] for c in found)]
     expected = ["high", "high, due", "plain", "early, due", "second", "late, due", "low, due", "low"]
@@ -129,7 +129,7 @@ def test_a_company_with_a_long_queue_does_not_hold_up_others(
     fill(engine, "a", 500, **LONG[long])
     for company in ("b", "z"):
         fill(engine, company, 2, **LONG[short])
-    rotation, order = Rotation(engine), []
+    rotation, order = RoundRobin(engine), []
     while len(order) < 24:
         found = take(engine, rotation, limit)
         assert len(found) == limit
@@ -140,7 +140,7 @@ def test_a_company_with_a_long_queue_does_not_hold_up_others(
 def test_a_company_with_both_kinds_shares_its_turn_and_a_late_comer_gets_one(engine: sa.Engine) -> None:
     fill(engine, "a", 300)
     fill(engine, "a", 300, run_at=hours(-1))
-    rotation = Rotation(engine)
+    rotation = RoundRobin(engine)
     for _ in range(5):
         take(engine, rotation, 2)
     fill(engine, "late", 1)
@@ -154,7 +154,7 @@ def test_several_runners_take_every_job_once_and_go_round_the_companies(engine: 
     for company, count in (("a", 120), ("b", 4), ("c", 4)):
         fill(engine, company, count)
         fill(engine, company, count, run_at=hours(-1))
-    runners = [(database.connect(), Rotation(engine)) for _ in range(3)]
+    runners = [(database.connect(), RoundRobin(engine)) for _ in range(3)]
     order: list[Claim] = []
     while True:
         rounds = [claim for mine, rotation in runners for claim in take(mine, rotation, 4)]
@@ -168,9 +168,9 @@ def test_several_runners_take_every_job_once_and_go_round_the_companies(engine: 
 def test_neither_kind_starves_while_jobs_keep_coming(engine: sa.Engine) -> None:
     fill(engine, "a", 40)
     fill(engine, "b", 1, run_at=hours(-1))
-    rotation, order = Rotation(engine), []
+    rotation, order = RoundRobin(engine), []
     for _ in range(10):
-        order += [claim.company_id for claim in take(engine, rotation, 2, thorough=False)]
+        order += [claim.company_id for claim in take(engine, rotation, 2, check_scheduled=False)]
         fill(engine, "a", 2)
     assert "b" in order[:4]
 
@@ -207,7 +207,7 @@ def test_a_hundred_thousand_scheduled_jobs_are_never_read_or_sorted_by_a_claim(d
         fill(engine, "c4", 10, run_at=hours(-1))
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(sa.text("ANALYZE"))
-    rotation = Rotation(engine)
+    rotation = RoundRobin(engine)
     with explained(engine) as found:
         companies = [claim.company_id for _ in range(3) for claim in take(engine, rotation, 4)]
     assert set(companies) == ({"c3", "c4"} if due else {"c3"})
@@ -217,7 +217,7 @@ def test_a_hundred_thousand_scheduled_jobs_are_never_read_or_sorted_by_a_claim(d
     assert steps < 2_000
 
 
-def count_rows_read(engine: sa.Engine, rotation: Rotation) -> float:
+def count_rows_read(engine: sa.Engine, rotation: RoundRobin) -> float:
     """How much a claim reads: rows on PostgreSQL, hundreds of the virtual machine's instructions on SQLite."""
     if engine.dialect.name == "sqlite":
         steps = [0]
@@ -226,7 +226,7 @@ def count_rows_read(engine: sa.Engine, rotation: Rotation) -> float:
             driver.set_progress_handler(lambda: steps.__setitem__(0, steps[0] + 1), 100)
             try:
                 claims.claim(connection, limit=4, worker_id="w", lease=60.0, now=NOW,
-                             pick=lambda c, terms: rotation.claim(c, terms, thorough=True))  # fmt: skip
+                             pick=lambda c, terms: rotation.claim(c, terms, check_scheduled=True))  # fmt: skip
             finally:
                 driver.set_progress_handler(None, 0)
         return steps[0]
@@ -236,5 +236,5 @@ def count_rows_read(engine: sa.Engine, rotation: Rotation) -> float:
     )
     with engine.begin() as connection:
         claims.claim(connection, limit=4, worker_id="w", lease=60.0, now=NOW,
-                     pick=lambda c, terms: rotation.claim(c, terms, thorough=True))  # fmt: skip
+                     pick=lambda c, terms: rotation.claim(c, terms, check_scheduled=True))  # fmt: skip
         return float(connection.execute(query).scalar_one())

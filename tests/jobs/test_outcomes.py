@@ -9,22 +9,22 @@ import pytest
 
 import jobkit
 from jobkit import Discard, JobCancelled, LeaseLost, Retry, Snooze
-from jobkit.jobs import outcomes as policy
-from jobkit.jobs.outcomes import Verdict
+from jobkit.jobs import outcomes
+from jobkit.jobs.outcomes import Outcome
 from jobkit.types import JobStatus
 
 NOW = datetime(2030, 1, 1, tzinfo=UTC)
-FAILED = Verdict(JobStatus.FAILED, error="no")
+FAILED = Outcome(JobStatus.FAILED, error="no")
 
 
-def verdict(failure: BaseException, attempt: int = 1, most: int = 1, *, interrupted: bool = False) -> Verdict:
-    return policy.verdict(
+def outcome(failure: BaseException, attempt: int = 1, most: int = 1, *, interrupted: bool = False) -> Outcome:
+    return outcomes.decide(
         failure, "no", attempt=attempt, max_attempts=most, interrupted=interrupted, now=NOW, jitter=lambda: 0.0
     )
 
 
-def again(seconds: float, error: str | None = "no", *, charged: bool = True) -> Verdict:
-    return Verdict(JobStatus.QUEUED, error, NOW + timedelta(seconds=seconds), charged)
+def again(seconds: float, error: str | None = "no", *, charged: bool = True) -> Outcome:
+    return Outcome(JobStatus.QUEUED, error, NOW + timedelta(seconds=seconds), charged)
 
 
 @pytest.mark.parametrize(
@@ -50,38 +50,38 @@ def again(seconds: float, error: str | None = "no", *, charged: bool = True) -> 
     ],
 )
 def test_a_failure_is_repeated_while_attempts_are_left(
-    failure: BaseException, attempt: int, most: int, expected: Verdict
+    failure: BaseException, attempt: int, most: int, expected: Outcome
 ) -> None:
-    assert verdict(failure, attempt, most) == expected
+    assert outcome(failure, attempt, most) == expected
 
 
 @pytest.mark.parametrize(
     ("failure", "interrupted", "expected"),
     [
-        (JobCancelled(), True, Verdict(JobStatus.CANCELLED)),
+        (JobCancelled(), True, Outcome(JobStatus.CANCELLED)),
         (JobCancelled(), False, FAILED),  # nobody asked
-        (LeaseLost(), True, Verdict(JobStatus.QUEUED, charged=False)),
+        (LeaseLost(), True, Outcome(JobStatus.QUEUED, charged=False)),
         (LeaseLost(), False, FAILED),
         (ValueError(), True, FAILED),
         (Snooze(1), True, again(1, None, charged=False)),
     ],
 )
 def test_an_interruption_counts_only_when_it_was_asked_for(
-    failure: BaseException, interrupted: bool, expected: Verdict
+    failure: BaseException, interrupted: bool, expected: Outcome
 ) -> None:
-    assert verdict(failure, interrupted=interrupted) == expected
+    assert outcome(failure, interrupted=interrupted) == expected
 
 
 def test_pauses_double_from_five_seconds_to_an_hour_less_up_to_a_third() -> None:
-    longest = [policy.pause_before(attempt, lambda: 0.0) for attempt in range(2, 14)]
+    longest = [outcomes.pause_before(attempt, lambda: 0.0) for attempt in range(2, 14)]
     assert longest == [5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560, 3600, 3600]
-    shortest = [policy.pause_before(attempt, lambda: 1.0) for attempt in range(2, 14)]
+    shortest = [outcomes.pause_before(attempt, lambda: 1.0) for attempt in range(2, 14)]
     assert shortest == pytest.approx([2 / 3 * pause for pause in longest])
-    assert policy.pause_before(10**6, lambda: 0.0) == 3600
+    assert outcomes.pause_before(10**6, lambda: 0.0) == 3600
 
 
 def test_jobs_that_fail_together_do_not_come_back_together() -> None:
-    pauses = [policy.pause_before(2) for _ in range(200)]
+    pauses = [outcomes.pause_before(2) for _ in range(200)]
     assert len(set(pauses)) > 190
     assert min(pauses) > 10 / 3
     assert max(pauses) <= 5
@@ -112,7 +112,7 @@ def test_a_wait_that_is_none_is_refused_where_it_is_raised(make: Any, value: Any
 
 @pytest.mark.parametrize("made", [Retry, lambda: Retry(None), lambda: Retry(timedelta(days=3650))])
 def test_a_wait_may_be_left_out_or_long(made: Any) -> None:
-    verdict(made(), 1, 2)
+    outcome(made(), 1, 2)
 
 
 def test_a_subclass_that_does_not_call_its_base_is_as_one_without_arguments() -> None:
@@ -124,8 +124,8 @@ def test_a_subclass_that_does_not_call_its_base_is_as_one_without_arguments() ->
         def __init__(self) -> None:
             pass
 
-    assert verdict(Later(), 1, 2) == again(5)
-    assert verdict(NotYet()) == again(0, None, charged=False)
+    assert outcome(Later(), 1, 2) == again(5)
+    assert outcome(NotYet()) == again(0, None, charged=False)
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "3", None])

@@ -15,7 +15,7 @@ from jobkit.base.clock import utcnow
 from jobkit.base.ids import new_id
 from jobkit.jobs import claims
 from jobkit.jobs.claims import Claim
-from jobkit.jobs.fairness import Rotation
+from jobkit.jobs.fairness import RoundRobin
 from jobkit.tables import content_jobs
 from tests.jobs.test_cancel import told
 from tests.support.recorder import Recorder
@@ -59,8 +59,8 @@ def test_retry_makes_a_job_new_but_for_its_fence_and_events(status: str, engine:
 
 
 def take_due(connection: sa.Connection) -> Claim:
-    rotation = Rotation(connection.engine)
-    pick = lambda c, terms: rotation.claim(c, terms, thorough=True)  # noqa: E731
+    rotation = RoundRobin(connection.engine)
+    pick = lambda c, terms: rotation.claim(c, terms, check_scheduled=True)  # noqa: E731
     return claims.claim(connection, limit=1, worker_id="w", lease=60.0, now=utcnow(), pick=pick)[0][0]
 
 

@@ -25,7 +25,7 @@ from jobkit.base.clock import utcnow
 from jobkit.db.dialects import statements_for
 from jobkit.jobs import claims
 from jobkit.jobs.claims import Claim, Completion
-from jobkit.jobs.outcomes import Verdict
+from jobkit.jobs.outcomes import Outcome
 from jobkit.tables import content_jobs, metadata
 from jobkit.types import JobStatus, StoredObject
 from tests.support.model import Found, broken_laws, read
@@ -69,8 +69,8 @@ class Stage:
             return claims.finish(connection, [Completion(claim, (self.file,))], now=now)
 
         def put_off(connection: sa.Connection) -> Any:
-            verdict = Verdict(JobStatus.QUEUED, run_at=now + timedelta(hours=1), charged=False)
-            return claims.finish(connection, [Completion(claim, verdict=verdict)], now=now)
+            outcome = Outcome(JobStatus.QUEUED, run_at=now + timedelta(hours=1), charged=False)
+            return claims.finish(connection, [Completion(claim, outcome=outcome)], now=now)
 
         def sweep(connection: sa.Connection) -> Any:
             keys = [self.file.object_key]

@@ -33,11 +33,11 @@ from jobkit import AssetNotFound, IdempotencyConflict, InvalidTransition, JobNot
 from jobkit.assets import intents
 from jobkit.assets.intents import _ALL, _START, STATES, Intent, _Tally
 from jobkit.base.clock import utcnow
-from jobkit.db.dialects.base import Due, EventRow
+from jobkit.db.dialects.base import DueKey, EventRow
 from jobkit.jobs import claims
 from jobkit.jobs.claims import Claim, Completion
-from jobkit.jobs.fairness import Rotation
-from jobkit.jobs.outcomes import Verdict
+from jobkit.jobs.fairness import RoundRobin
+from jobkit.jobs.outcomes import Outcome
 from jobkit.tables import asset_intents, content_jobs
 from jobkit.types import JobStatus
 from tests.support.machine import File, Ground
@@ -60,7 +60,7 @@ looks = Bundle("looks")
 visits = Bundle("visits")
 
 
-Look = dict[str, list[Due]]  # what a sweep saw of each state
+Look = dict[str, list[DueKey]]  # what a sweep saw of each state
 
 
 class Machine(Ground):
@@ -140,7 +140,7 @@ class Machine(Ground):
         return multiple(*self._claim(commit, limit, fair))
 
     def _claim(self, commit: bool, limit: int, fair: bool) -> list[Claim]:
-        pick = partial(Rotation(self.engine).claim, thorough=True) if fair else None
+        pick = partial(RoundRobin(self.engine).claim, check_scheduled=True) if fair else None
         ready = [job for job in self.model.jobs.values() if job.may_run(self.now) and (fair or job.run_at is None)]
         with self.transaction(commit) as connection:
             taken, events = claims.claim(connection, limit=limit, worker_id="w", lease=3600.0, now=self.now, pick=pick)
@@ -239,14 +239,14 @@ class Machine(Ground):
             end = Completion(one, tuple(file.stored for file in self._published(one, swept)))
         else:
             later = self.now + timedelta(seconds=10)
-            verdict = {
-                "failed": Verdict(JobStatus.FAILED, error="boom"),
-                "retry": Verdict(JobStatus.QUEUED, error="boom", run_at=later),
-                "snooze": Verdict(JobStatus.QUEUED, run_at=later, charged=False),
+            outcome = {
+                "failed": Outcome(JobStatus.FAILED, error="boom"),
+                "retry": Outcome(JobStatus.QUEUED, error="boom", run_at=later),
+                "snooze": Outcome(JobStatus.QUEUED, run_at=later, charged=False),
                 "release": claims.RELEASED,
                 "cancelled": claims.CANCELLED,
             }[how]
-            end = Completion(one, verdict=verdict)
+            end = Completion(one, outcome=outcome)
         self._finish([end], commit)
         if again:  # the reply was lost, and the end is sent once more
             self._finish([end], True)
@@ -336,7 +336,7 @@ class Machine(Ground):
     def claim_what_was_seen(self, look: Look) -> Look:
         return {state: self._claim_keys(state, found) for state, found in look.items()}
 
-    def _claim_keys(self, state: str, seen: list[Due]) -> list[Due]:
+    def _claim_keys(self, state: str, seen: list[DueKey]) -> list[DueKey]:
         keys = [due.object_key for due in seen]
         early, hold = self.sweep._early(state), 900.0 if state == "collected" else 0.0
         with self.transaction() as connection:

@@ -13,11 +13,11 @@ import sqlalchemy as sa
 import jobkit
 from jobkit import AssetStore, Job, JobStore, Rendered, Renderers, RescueReport, Runner
 from jobkit.base.clock import utcnow
-from jobkit.db.connections import Link, SharedLink
+from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.db.dialects import statements_for
 from jobkit.jobs import claims
 from jobkit.jobs.claims import RELEASED
-from jobkit.jobs.outcomes import Verdict
+from jobkit.jobs.outcomes import Outcome
 from jobkit.maintenance.rescue import Rescuer
 from jobkit.maintenance.rescue import rescue as look
 from jobkit.tables import content_jobs
@@ -77,7 +77,7 @@ def test_whoever_was_frozen_does_not_rescue_before_its_keeper_could_renew(
     expire(engine, job)
     woken: list[bool] = []
     rescuer = Rescuer(
-        engine, lease=10, clock=utcnow, shared=SharedLink(engine, 1), on_commit=lambda rows: None,
+        engine, lease=10, clock=utcnow, shared=SharedConnection(engine, 1), on_commit=lambda rows: None,
         wake=lambda: woken.append(True),
     )  # fmt: skip
     monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 60)
@@ -149,8 +149,8 @@ def test_a_job_that_kills_its_workers_is_stopped_and_says_so(engine: sa.Engine, 
     assert failed.finished_at is not None
 
 
-@pytest.mark.parametrize("end", [RELEASED, Verdict(JobStatus.QUEUED, error="boom", run_at=utcnow())])
-def test_workers_lost_now_and_then_do_not_stop_a_job(engine: sa.Engine, create: Create, end: Verdict) -> None:
+@pytest.mark.parametrize("end", [RELEASED, Outcome(JobStatus.QUEUED, error="boom", run_at=utcnow())])
+def test_workers_lost_now_and_then_do_not_stop_a_job(engine: sa.Engine, create: Create, end: Outcome) -> None:
     job = create()
     for _ in range(claims.MAX_RESCUES):
         claim_one(engine, "lost")
@@ -158,7 +158,7 @@ def test_workers_lost_now_and_then_do_not_stop_a_job(engine: sa.Engine, create: 
         rescue(engine)
     claim = claim_one(engine, "well")
     with engine.begin() as connection:
-        assert claims.finish(connection, [claims.Completion(claim, verdict=end)], now=utcnow())
+        assert claims.finish(connection, [claims.Completion(claim, outcome=end)], now=utcnow())
         connection.execute(sa.update(content_jobs).values(run_at=None))
     claim_one(engine, "lost")
     expire(engine, job)
@@ -171,7 +171,7 @@ def test_a_rescue_is_told_after_its_commit(engine: sa.Engine, create: Create) ->
     claim_one(engine, "dead")
     expire(engine, job)
     told: list[str] = []
-    link = Link(engine)
+    link = DedicatedConnection(engine)
     look(link, statements_for(engine), clock=utcnow, on_commit=lambda rows: told.append(fresh(engine, job).status))
     link.close()
     assert told == ["queued"]

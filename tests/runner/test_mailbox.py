@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from jobkit.runner.mailbox import NEVER, Inbox
+from jobkit.runner.mailbox import NEVER, Mailbox
 from tests.support.runners import until
 
 
@@ -19,13 +19,13 @@ def reader() -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
-def asleep(inbox: Inbox[int], taking: Future[list[int]], least: int) -> None:
+def asleep(inbox: Mailbox[int], taking: Future[list[int]], least: int) -> None:
     until(lambda: inbox._least == least)
     assert not taking.done()
 
 
 def test_it_is_taken_whole_and_in_order_without_waiting_when_there_is_enough() -> None:
-    inbox: Inbox[int] = Inbox()
+    inbox: Mailbox[int] = Mailbox()
     for number in range(3):
         inbox.put(number)
     assert len(inbox) == 3
@@ -34,7 +34,7 @@ def test_it_is_taken_whole_and_in_order_without_waiting_when_there_is_enough() -
 
 
 def test_the_reader_is_woken_by_the_message_that_makes_it_enough(reader: ThreadPoolExecutor) -> None:
-    inbox: Inbox[int] = Inbox()
+    inbox: Mailbox[int] = Mailbox()
     taking = reader.submit(inbox.take, 60.0, 2)
     asleep(inbox, taking, 2)
     inbox.put(1)
@@ -44,13 +44,13 @@ def test_the_reader_is_woken_by_the_message_that_makes_it_enough(reader: ThreadP
 
 
 def test_too_few_are_taken_when_the_time_is_over() -> None:
-    inbox: Inbox[int] = Inbox()
+    inbox: Mailbox[int] = Mailbox()
     inbox.put(1)
     assert inbox.take(0.01, 2) == [1]
 
 
 def test_a_ring_wakes_the_reader_whatever_it_waits_for(reader: ThreadPoolExecutor) -> None:
-    inbox: Inbox[int] = Inbox()
+    inbox: Mailbox[int] = Mailbox()
     taking = reader.submit(inbox.take, 60.0, NEVER)
     asleep(inbox, taking, NEVER)
     inbox.put(1)
@@ -59,7 +59,7 @@ def test_a_ring_wakes_the_reader_whatever_it_waits_for(reader: ThreadPoolExecuto
 
 
 def test_a_ring_before_the_reader_sleeps_is_not_lost() -> None:
-    inbox: Inbox[int] = Inbox()
+    inbox: Mailbox[int] = Mailbox()
     inbox.ring()
     assert inbox.take(60.0, NEVER) == []
     inbox.put(1)
@@ -67,7 +67,7 @@ def test_a_ring_before_the_reader_sleeps_is_not_lost() -> None:
 
 
 def test_rings_that_are_left_over_do_not_count_as_messages() -> None:
-    inbox: Inbox[int] = Inbox()
+    inbox: Mailbox[int] = Mailbox()
     for _ in range(3):
         inbox._bell.put(None)
     inbox.put(1)
@@ -75,7 +75,7 @@ def test_rings_that_are_left_over_do_not_count_as_messages() -> None:
 
 
 def test_nothing_is_lost_and_nobody_sleeps_for_ever_among_many_threads() -> None:
-    inbox: Inbox[tuple[int, int]] = Inbox()
+    inbox: Mailbox[tuple[int, int]] = Mailbox()
     senders, each, found = 4, 2_000, []
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)

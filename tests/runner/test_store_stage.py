@@ -16,7 +16,7 @@ from jobkit.base.ids import new_id
 from jobkit.jobs.claims import Claim
 from jobkit.rendering.attempt import Attempt
 from jobkit.rendering.context import Registration
-from jobkit.runner.store_stage import MOST, Batch, batches
+from jobkit.runner.store_stage import MOST, StoreBatch, store_batches
 from tests.support.invariants import violations
 from tests.support.runners import only, seen, statuses
 
@@ -42,7 +42,7 @@ def test_an_attempt_that_is_over_is_gone_without_the_garbage_collector(disk: Ass
     gc.disable()
     try:
         made = attempt(disk, 10)
-        assert Batch([made]).publish() == {}
+        assert StoreBatch([made]).publish() == {}
         gone = weakref.ref(made)
         del made
         assert gone() is None
@@ -53,10 +53,10 @@ def test_an_attempt_that_is_over_is_gone_without_the_garbage_collector(disk: Ass
 def test_small_jobs_share_a_batch_and_each_large_one_has_its_own(disk: AssetStore) -> None:
     small, pair, large = attempt(disk, 10), attempt(disk, 5, 5), attempt(disk, 6, 5)
     try:
-        assert [batch.attempts for batch in batches([small, large, pair], 10)] == [(small, pair), (large,)]
-        assert [batch.attempts for batch in batches([small, pair], 0)] == [(small,), (pair,)]
-        assert [len(batch.attempts) for batch in batches([small] * (2 * MOST + 1), 10)] == [MOST, MOST, 1]
-        assert batches([], 10) == []
+        assert [batch.attempts for batch in store_batches([small, large, pair], 10)] == [(small, pair), (large,)]
+        assert [batch.attempts for batch in store_batches([small, pair], 0)] == [(small,), (pair,)]
+        assert [len(batch.attempts) for batch in store_batches([small] * (2 * MOST + 1), 10)] == [MOST, MOST, 1]
+        assert store_batches([], 10) == []
     finally:
         for made in (small, pair, large):
             made.discard()
@@ -72,7 +72,7 @@ def test_a_job_fails_with_any_of_its_files_and_the_spool_is_empty(
         return publish([uploads[0], uploads[2]]) | {uploads[1].key: error}
 
     monkeypatch.setattr(disk._storage, "publish", failing)
-    assert Batch([first, second]).publish() == {first: error}
+    assert StoreBatch([first, second]).publish() == {first: error}
     assert list(disk.spool_folder().iterdir()) == []
 
 
@@ -83,7 +83,7 @@ def test_what_a_storage_raises_fails_every_job_of_the_batch(disk: AssetStore, mo
         raise error
 
     monkeypatch.setattr(disk._storage, "publish", raises)
-    assert Batch([first, second]).publish() == {first: error, second: error}
+    assert StoreBatch([first, second]).publish() == {first: error, second: error}
     assert list(disk.spool_folder().iterdir()) == []
 
 
@@ -95,7 +95,7 @@ def test_a_spool_file_that_cannot_be_removed_harms_no_job_of_the_batch(
     path.unlink()
     path.mkdir()  # which unlink refuses
     monkeypatch.setattr(disk._storage, "publish", lambda uploads: publish(uploads[1:]) | {uploads[0].key: error})
-    assert Batch([first, second]).publish() == {first: error}
+    assert StoreBatch([first, second]).publish() == {first: error}
     assert list(disk.spool_folder().iterdir()) == [path]
     assert path.name in caplog.text
     path.rmdir()

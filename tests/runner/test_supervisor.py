@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, JobStore, Rendered, Runner
-from jobkit.db.connections import Link, SharedLink
+from jobkit.db.connections import DedicatedConnection, SharedConnection
 from tests.support.databases import Database
 from tests.support.invariants import violations
 from tests.support.proxy import Proxy
@@ -123,7 +123,7 @@ def test_stop_returns_in_time_when_the_database_answers_nobody(
 
 
 def test_a_statement_of_sqlite_that_goes_on_is_interrupted(sqlite_database: Database) -> None:
-    link, failed = Link(sqlite_database.engine), []
+    link, failed = DedicatedConnection(sqlite_database.engine), []
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n"
 
     def ask() -> None:
@@ -147,7 +147,7 @@ def test_a_statement_of_sqlite_that_goes_on_is_interrupted(sqlite_database: Data
 
 
 def test_a_thread_does_not_wait_for_ever_for_its_turn_of_a_shared_connection(database: Database) -> None:
-    shared, entered, let_go = SharedLink(database.engine, 0.05), threading.Event(), threading.Event()
+    shared, entered, let_go = SharedConnection(database.engine, 0.05), threading.Event(), threading.Event()
 
     def hold() -> None:
         with shared.use():

@@ -9,7 +9,7 @@ from typing import Any
 import sqlalchemy as sa
 
 import jobkit
-from jobkit.assets.intents import Sweep
+from jobkit.assets.intents import GarbageCollector
 from jobkit.db.dialects import statements_for
 from jobkit.storage.local import LocalStorage
 from tests.support.doomed import die, then_die
@@ -28,16 +28,16 @@ def when_state_is(state: str, owner: Any, name: str, *, after: bool) -> None:
 
 
 def in_visit(state: str, *, after: bool) -> None:
-    visit = Sweep._visit
+    visit = GarbageCollector._visit
 
-    def call(self: Sweep, tally: Any, visited: str, keys: Any) -> None:
+    def call(self: GarbageCollector, tally: Any, visited: str, keys: Any) -> None:
         if visited == state and not after:
             die()
         visit(self, tally, visited, keys)
         if visited == state:
             die()
 
-    Sweep._visit = call  # type: ignore[method-assign]
+    GarbageCollector._visit = call  # type: ignore[method-assign]
 
 
 def steps(statements: Any) -> dict[str, Callable[[], None]]:

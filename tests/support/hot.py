@@ -14,7 +14,7 @@ from jobkit.assets import intents
 from jobkit.assets.intents import Intent
 from jobkit.base.clock import utcnow
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import Due, Position, Start, Statements, Terms
+from jobkit.db.dialects.base import ClaimTerms, DueKey, Position, Start, Statements
 from jobkit.events import log
 from jobkit.events.hub import subscribers
 from jobkit.events.watch import Watcher
@@ -54,8 +54,8 @@ class Host:
         return Committer(self.engine, worker_id=WORKER, lease=60.0, clock=utcnow, holds=lambda claim: False)
 
 
-def terms() -> Terms:
-    return Terms(4, WORKER, 60.0, utcnow())
+def terms() -> ClaimTerms:
+    return ClaimTerms(4, WORKER, 60.0, utcnow())
 
 
 def place(host: Host) -> tuple[Position, Start]:
@@ -94,7 +94,7 @@ def look_for_watched(host: Host) -> None:
         subscribers.remove(watcher)
 
 
-def due(host: Host, state: str) -> list[Due]:
+def due(host: Host, state: str) -> list[DueKey]:
     always = datetime(1970, 1, 1, tzinfo=UTC)
     found = host.statements.due_intents
     return list(found(host.connection, provider="local_disk", state=state, early=0.0, after=always, limit=500))

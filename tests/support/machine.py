@@ -14,8 +14,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis.stateful import RuleBasedStateMachine, invariant
 
 import jobkit
-from jobkit.assets.intents import Sweep
-from jobkit.assets.spool import Draft
+from jobkit.assets.intents import GarbageCollector
+from jobkit.assets.spool import StagedFile
 from jobkit.base.clock import utcnow
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow
@@ -32,7 +32,7 @@ class File(NamedTuple):
     claim: Claim | None
     company: str
     stored: StoredObject
-    draft: Draft
+    draft: StagedFile
 
 
 class RolledBack(Exception):
@@ -49,7 +49,7 @@ class Ground(RuleBasedStateMachine):
         self.seen = seen
         self.engine, self.url = engine, url
         self.store = jobkit.AssetStore(url, engine=engine)
-        self.sweep = Sweep(engine, self.store._storage, older_than=0)
+        self.sweep = GarbageCollector(engine, self.store._storage, older_than=0)
         self.statements = statements_for(engine)
         self.now = datetime(2030, 1, 1, tzinfo=UTC)
         self.model = Model()

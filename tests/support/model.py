@@ -89,17 +89,17 @@ class ModelJob:
 
     def end(self, completion: Completion) -> None:
         """As the holder of its claim does."""
-        verdict = completion.verdict
-        if verdict.status == "queued" and self.asked:
+        outcome = completion.outcome
+        if outcome.status == "queued" and self.asked:
             self.become("cancelled")
             self.error = None
             return
-        self.become(verdict.status.value, completion.type.removeprefix("content_job."))
-        self.error = verdict.error
-        if verdict.status == "queued":
-            self.run_at, self.rescues = verdict.run_at, 0
-            self.attempt -= not verdict.charged
-        if verdict.status == "done":
+        self.become(outcome.status.value, completion.type.removeprefix("content_job."))
+        self.error = outcome.error
+        if outcome.status == "queued":
+            self.run_at, self.rescues = outcome.run_at, 0
+            self.attempt -= not outcome.charged
+        if outcome.status == "done":
             self.result = completion.asset_ids[0]
 
 

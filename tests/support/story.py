@@ -16,7 +16,7 @@ from jobkit.base.loops import LoopThread
 from jobkit.jobs.claims import Claim, Completion
 from jobkit.rendering.attempt import Attempt
 from jobkit.runner.leases import LeaseKeeper
-from jobkit.runner.store_stage import Batch
+from jobkit.runner.store_stage import StoreBatch
 from jobkit.runner.turns import Committer, Turn
 from tests.support.databases import Database
 from tests.support.runners import only, until
@@ -32,7 +32,7 @@ class Story:
         self._assets = AssetStore(folder, engine=self.engine)
         self._committer = Committer(self.engine, worker_id="w", lease=60.0, clock=utcnow, holds=lambda claim: True)
         # What it costs to open a connection, and to look for jobs that wait for a time, is not what this is about.
-        self.turn(limit=1, thorough=True)
+        self.turn(limit=1, check_scheduled=True)
         self.engine.connect().close()
 
     @contextmanager
@@ -81,7 +81,7 @@ def render(attempts: list[Attempt]) -> None:
 
 
 def publish(attempts: list[Attempt]) -> None:
-    assert Batch(attempts).publish() == {}
+    assert StoreBatch(attempts).publish() == {}
 
 
 @contextmanager

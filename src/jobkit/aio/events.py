@@ -18,7 +18,7 @@ import sqlalchemy as sa
 
 from jobkit import signals
 from jobkit.base.clock import seconds
-from jobkit.base.loops import OneAtATime
+from jobkit.base.loops import Serialized
 from jobkit.errors import SubscriberTooSlow
 from jobkit.events import hub
 from jobkit.events.watch import Watcher
@@ -46,7 +46,7 @@ class Subscription(AsyncIterator[JobEvent]):
     """
 
     def __init__(self, company_id: object, limit: int) -> None:
-        self._inbox = _Inbox(str(company_id), limit)
+        self._inbox = EventQueue(str(company_id), limit)
         unsubscribe = signals.subscribe(company_id, self._inbox.receive)
         self._inbox.on_overflow = unsubscribe
         # The signals hold the inbox, which does not hold the subscription.
@@ -70,7 +70,7 @@ class Subscription(AsyncIterator[JobEvent]):
         await self.aclose()
 
 
-class _Inbox:
+class EventQueue:
     """Events on their way from the thread that sends signals to the loop that reads them."""
 
     def __init__(self, company_id: str, limit: int) -> None:
@@ -143,7 +143,7 @@ async def watch(
             loop.call_soon_threadsafe(woken.set)
 
     watcher = Watcher(engine, job_id, company_id=company_id, wake=wake)
-    thread = OneAtATime(watcher.close)
+    thread = Serialized(watcher.close)
     try:
         yield await thread.call(watcher.open)
         while not watcher.over:

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from jobkit.assets.spool import CHUNK, Spool
 from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Clock, utcnow
-from jobkit.base.loops import OneAtATime, in_thread
+from jobkit.base.loops import Serialized, in_thread
 from jobkit.db.sqlite import refuse_deadlock
 from jobkit.jobs.creation import MAX_INPUT_BYTES
 from jobkit.jobs.store import JobStore
@@ -136,7 +136,7 @@ class AsyncAssetStore:
     async def stream(self, asset: Asset, *, start: int | None = None, end: int | None = None) -> AsyncIterator[bytes]:
         """The bytes ``[start, end)`` in pieces, as ``open`` has them; the file is closed with the iterator."""
         file = await self.open(asset, start=start, end=end)
-        reader = OneAtATime(file.close)
+        reader = Serialized(file.close)
         try:
             while chunk := await reader.call(file.read, CHUNK):
                 yield chunk
@@ -159,9 +159,9 @@ class AsyncAssetStore:
             yield out
             self._refuse_deadlock()  # the block may have written
         except BaseException as error:
-            await OneAtATime(functools.partial(made.__exit__, type(error), error, error.__traceback__)).close()
+            await Serialized(functools.partial(made.__exit__, type(error), error, error.__traceback__)).close()
             raise
-        await OneAtATime(functools.partial(made.__exit__, None, None, None)).close()
+        await Serialized(functools.partial(made.__exit__, None, None, None)).close()
 
     def _refuse_deadlock(self) -> None:
         engine = self._assets.engine

@@ -20,9 +20,9 @@ import sqlalchemy as sa
 from jobkit.assets.names import check_key
 from jobkit.base.clock import CENTURY
 from jobkit.base.ids import new_id
-from jobkit.base.text import describe
+from jobkit.base.text import error_message
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import Due
+from jobkit.db.dialects.base import DueKey
 from jobkit.db.host import sync_engine
 from jobkit.db.sqlite import refuse_deadlock
 from jobkit.storage.base import Storage
@@ -41,7 +41,7 @@ _START = datetime(1970, 1, 1, tzinfo=UTC)
 STATES = ("collected", "tombstone", "pending")
 
 
-class Sweep:
+class GarbageCollector:
     """Sweeps one storage by the records in one database.
 
     In seconds of the database's clock: a recorded key counts as abandoned after ``older_than``, and is in
@@ -107,7 +107,7 @@ class Sweep:
         last = found[-1].not_before
         return last if len(found) == BATCH and (claimed or last > after) else None
 
-    def _visit(self, tally: _Tally, state: str, keys: Sequence[Due]) -> None:
+    def _visit(self, tally: _Tally, state: str, keys: Sequence[DueKey]) -> None:
         """Remove the objects of claimed keys; no transaction is open meanwhile. Then record what failed, and at the
         second visit forget what did not.
         """
@@ -118,7 +118,7 @@ class Sweep:
                 size = self._size(due)
                 self._storage.remove(due.object_key)
             except (Exception, CancelledError) as error:  # storages run event loops, whose CancelledError is neither
-                failures.append({"key": due.object_key, "error": describe(error)})
+                failures.append({"key": due.object_key, "error": error_message(error)})
             else:
                 gone.append(due.object_key)
                 tally.count(state, due.object_key, size)
@@ -136,7 +136,7 @@ class Sweep:
                 *(len(failures), len(keys), failures[0]["key"], failures[0]["error"]),
             )
 
-    def _due(self, connection: sa.Connection, state: str, after: datetime, limit: int) -> Iterator[Due]:
+    def _due(self, connection: sa.Connection, state: str, after: datetime, limit: int) -> Iterator[DueKey]:
         return self._statements.due_intents(
             connection,
             provider=self._storage.provider,
@@ -150,7 +150,7 @@ class Sweep:
         # A key is recorded with a time that is INTENT_GRACE later. That is its age, whatever grace the caller wants.
         return INTENT_GRACE - self._grace if state == "pending" else 0.0
 
-    def _size(self, due: Due) -> int | None:
+    def _size(self, due: DueKey) -> int | None:
         check_key(due.company_id, due.object_key)
         return self._storage.size(due.object_key)
 

@@ -219,7 +219,7 @@ class Limit:
     source: str
 
 
-class Draft:
+class StagedFile:
     """One file on its way into a storage. Nothing of it is in the storage before ``publish``."""
 
     def __init__(
@@ -270,7 +270,7 @@ class Draft:
         self.spool.discard()
 
 
-def publish(drafts: Sequence[Draft]) -> dict[str, BaseException]:
+def publish(drafts: Sequence[StagedFile]) -> dict[str, BaseException]:
     """Store sealed files of one storage, each durably under its key; those that were not, by their keys, with the
     reason. The spool files are gone afterwards, whatever happened.
     """

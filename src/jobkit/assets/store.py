@@ -15,13 +15,13 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit.assets.intents import INTENT_GRACE, Intent, Sweep, record_intents
+from jobkit.assets.intents import INTENT_GRACE, GarbageCollector, Intent, record_intents
 from jobkit.assets.limits import LIMIT_SOURCE, MAX_GENERATED_ASSET_BYTES
 from jobkit.assets.names import check_key, content_disposition
-from jobkit.assets.spool import CHUNK, Draft, Limit, Spool
+from jobkit.assets.spool import CHUNK, Limit, Spool, StagedFile
 from jobkit.base.clock import Clock, seconds, utcnow
 from jobkit.base.ids import new_id, parse_id
-from jobkit.base.text import asked_company, company, storable
+from jobkit.base.text import company_id_or_none, require_company_id, storable
 from jobkit.db.host import connection_of, of_company, page_size, sync_engine
 from jobkit.db.sqlite import refuse_deadlock, require_configured
 from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError
@@ -121,7 +121,7 @@ class AssetStore:
         """
         self._refuse_deadlock()
         draft = self.draft(
-            company(company_id), namespace=namespace, filename=original_filename, content_type=content_type
+            require_company_id(company_id), namespace=namespace, filename=original_filename, content_type=content_type
         )
         try:
             yield draft.spool
@@ -133,9 +133,9 @@ class AssetStore:
         finally:
             draft.discard()
 
-    def draft(self, company_id: str, *, namespace: str, filename: str | None, content_type: str) -> Draft:
+    def draft(self, company_id: str, *, namespace: str, filename: str | None, content_type: str) -> StagedFile:
         """A file of this storage to be made; its key is decided, nothing is recorded or stored. For runners."""
-        return Draft(
+        return StagedFile(
             self._storage,
             company_id,
             namespace=namespace,
@@ -162,7 +162,7 @@ class AssetStore:
         ``AssetKeyRefused`` for another company's key; ``AssetNotFound`` when the sweep was faster, or it has a row
         already.
         """
-        owner = company(company_id)
+        owner = require_company_id(company_id)
         _check_stored(stored)
         check_key(owner, stored.object_key)
         _count(position, "position", most=2**31 - 1)
@@ -223,7 +223,7 @@ class AssetStore:
         query = sa.select(assets).where(of_company(_c.company_id, company_id))
         if before is not None:
             last = before if isinstance(before, Asset) else self.get_by_id(session, before, company_id=company_id)
-            if last is None or last.company_id != asked_company(company_id):
+            if last is None or last.company_id != company_id_or_none(company_id):
                 raise AssetNotFound(f"no asset {last.id if last else before}")
             after = (sa.literal(last.created_at, _c.created_at.type), sa.literal(last.id, _c.id.type))
             query = query.where(sa.tuple_(*place) < sa.tuple_(*after))
@@ -312,7 +312,7 @@ class AssetStore:
         chosen = self.engine if engine is None else engine
         if chosen is None:
             raise ConfigurationError(f"{self!r} has no engine: pass collect_garbage(engine=) the one with its records")
-        sweep = Sweep(chosen, self._storage, older_than=grace)
+        sweep = GarbageCollector(chosen, self._storage, older_than=grace)
         if dry_run:
             return sweep.look()
         self._storage.scratch.sweep()
@@ -323,7 +323,7 @@ class AssetStore:
     ) -> None:
         """As ``collect_garbage`` after its usual time, on the connections that a runner gives it."""
         self._storage.scratch.sweep()
-        Sweep(engine, self._storage, older_than=INTENT_GRACE, connect=connect).run()
+        GarbageCollector(engine, self._storage, older_than=INTENT_GRACE, connect=connect).run()
 
     def _check(self, asset: Asset) -> None:
         """``AssetError`` for an asset of another storage, ``AssetKeyRefused`` for a key that is not its company's."""
@@ -341,7 +341,7 @@ class AssetStore:
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             raise AssetCorrupt(f"asset {asset.id} has no object in storage {asset.provider!r}") from None
 
-    def _record(self, draft: Draft, engine: sa.Engine | None) -> None:
+    def _record(self, draft: StagedFile, engine: sa.Engine | None) -> None:
         if engine is None:
             if not self._warned:
                 logger.warning("%r has no engine: objects of a process that dies are found by nobody", self)

@@ -30,7 +30,7 @@ def aware(value: datetime, field: str) -> datetime:
         raise ValueError(f"{field} is out of range in UTC: {value!r}") from None
 
 
-def pause_after(failures: int) -> float:
+def backoff(failures: int) -> float:
     """Seconds to wait after so many failures in a row: doubling up to 5, less a random part that keeps many apart."""
     return min(5.0, 0.05 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1)
 

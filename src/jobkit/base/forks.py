@@ -11,22 +11,22 @@ from weakref import WeakSet
 logger = logging.getLogger("jobkit")
 
 
-class Forgetful(Protocol):
+class ForkAware(Protocol):
     """Has threads, locks, files or counts that a forked child does not have."""
 
     def _after_fork(self) -> None:
         """Be as if new. Called in the child, where no other thread runs."""
 
 
-_known: WeakSet[Forgetful] = WeakSet()
+_known: WeakSet[ForkAware] = WeakSet()
 
 
-def forget_in_children(thing: Forgetful) -> None:
+def reset_in_children(thing: ForkAware) -> None:
     """From now on let ``thing`` forget in each forked child, as long as somebody holds it."""
     _known.add(thing)
 
 
-def hold_across(lock: threading.Lock | threading.RLock) -> None:
+def hold_during_fork(lock: threading.Lock | threading.RLock) -> None:
     """Fork only while no other thread holds ``lock``, so that no child inherits it locked."""
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 

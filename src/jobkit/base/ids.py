@@ -7,11 +7,11 @@ import threading
 import time
 from uuid import UUID
 
-from jobkit.base.forks import hold_across
+from jobkit.base.forks import hold_during_fork
 
 _lock = threading.Lock()
 _last = 0
-hold_across(_lock)
+hold_during_fork(_lock)
 
 
 def new_id() -> UUID:

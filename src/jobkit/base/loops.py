@@ -32,7 +32,7 @@ def _drop(task: asyncio.Future[Any]) -> None:
         task.result().close()
 
 
-class OneAtATime:
+class Serialized:
     """Calls on something that is no good for two threads at once, and its end: after any call that a cancelled task has
     left behind, and before any other.
     """

@@ -36,27 +36,27 @@ def storable(value: str, field: str, *, blank: bool = False, limit: int | None =
     return value
 
 
-def company(value: object) -> str:
+def require_company_id(value: object) -> str:
     """``str(value)`` when it can be a company id: not None, not blank, no NUL, at most 255 characters."""
     if value is None:
         raise ValueError("company_id is missing")
     return storable(str(value), "company_id", limit=255)
 
 
-def asked_company(value: object) -> str | None:
+def company_id_or_none(value: object) -> str | None:
     """The company of a question, None when no row can have it: whatever is asked of such a one is not found.
 
     ``ValueError`` for None, which is no id but a forgotten argument.
     """
     try:
-        return company(value)
+        return require_company_id(value)
     except ValueError:
         if value is None:
             raise
         return None
 
 
-def describe(error: BaseException) -> str:
+def error_message(error: BaseException) -> str:
     """What to write on a job that failed with ``error``: its message, or its class name when it has none or cannot say.
 
     Never raises; at most 2,000 characters; no traceback; characters that a database or terminal would trip over are

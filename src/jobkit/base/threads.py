@@ -11,8 +11,8 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Protocol
 
-from jobkit.base.clock import pause_after
-from jobkit.base.text import describe
+from jobkit.base.clock import backoff
+from jobkit.base.text import error_message
 
 # True when the thread that ran it was replaced meanwhile, and should end.
 Task = Callable[[], bool | None]
@@ -160,7 +160,7 @@ class Periodic:
                 self._failures += 1
                 if self._failures == 1:
                     with suppress(Exception):  # a host's log handler that raises must not end the thread
-                        logger.error("%s failed and is tried again: %s", self._name, describe(error))
+                        logger.error("%s failed and is tried again: %s", self._name, error_message(error))
             finally:
                 self._since = None
         self._after()
@@ -173,11 +173,11 @@ class Periodic:
 
     def _pause(self) -> float:
         if self._failures:
-            return min(self.interval, pause_after(self._failures))
+            return min(self.interval, backoff(self._failures))
         return self.interval * random.uniform(0.9, 1.1)
 
 
-class Handover:
+class TaskState:
     """Between the thread that does a piece of work, and the one that may not want to wait for it."""
 
     def __init__(self) -> None:

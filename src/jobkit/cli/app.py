@@ -15,7 +15,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from jobkit.base.text import describe
+from jobkit.base.text import error_message
 from jobkit.db.host import require_schema
 from jobkit.db.sqlite import configure_sqlite, is_memory
 from jobkit.errors import ConfigurationError
@@ -141,7 +141,7 @@ def broken(what: str, error: Exception) -> ConfigurationError:
     """One line that says ``what`` went wrong in the host's own code, how, and in which line of which file."""
     libraries = ("<", PACKAGE, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
     own = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(libraries)]
-    place, message = (f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""), describe(error)
+    place, message = (f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""), error_message(error)
     if isinstance(error, SyntaxError):
         place, message = f"{error.filename}, line {error.lineno}: ", error.msg
     return ConfigurationError(f"{what}: {place}{type(error).__name__}: {' '.join(message.split())}")

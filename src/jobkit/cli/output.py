@@ -12,7 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit.base.text import describe, printable
+from jobkit.base.text import error_message, printable
 
 
 def table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -62,7 +62,7 @@ def complain(what: str | BaseException) -> None:
     """One line on standard error."""
     if isinstance(what, sa.exc.DBAPIError) and what.orig is not None:
         what = what.orig  # without the statement, and without the address of a page about it
-    told = describe(what) if isinstance(what, BaseException) else what
+    told = error_message(what) if isinstance(what, BaseException) else what
     print(f"jobkit: {printable(' '.join(told.split()))}", file=sys.stderr)
 
 

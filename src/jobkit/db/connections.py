@@ -16,7 +16,7 @@ import sqlalchemy as sa
 GIVE_UP = 2.0
 
 
-class Link:
+class DedicatedConnection:
     """The connection of one thread, opened when it is needed, closed after whatever goes wrong on it.
 
     ``waiting`` and ``cut`` are for other threads; the rest is for the one.
@@ -85,20 +85,20 @@ class Link:
         return self._connection
 
 
-class SharedLink:
+class SharedConnection:
     """Short uses by several threads, one at a time, each with a connection of its own: so they need one together."""
 
     def __init__(self, engine: sa.Engine, patience: float) -> None:
         """After ``patience`` seconds a thread no longer waits for the one before it, whose call may never answer."""
         self._engine, self._patience = engine, patience
         self._turn = threading.Lock()
-        self._links: dict[Link, None] = {}
+        self._links: dict[DedicatedConnection, None] = {}
 
     @contextmanager
     def use(self) -> Iterator[sa.Connection]:
         """A connection, for as long as the ``with`` lasts."""
         mine = self._turn.acquire(timeout=self._patience)
-        link = Link(self._engine)
+        link = DedicatedConnection(self._engine)
         self._links[link] = None
         try:
             with link.use() as connection:
@@ -121,7 +121,7 @@ class SharedLink:
 
 
 @contextmanager
-def each_by_itself(connection: sa.Connection) -> Iterator[None]:
+def autocommitting(connection: sa.Connection) -> Iterator[None]:
     """Begun without a transaction: within it each statement commits by itself, in one round trip instead of the three
     of BEGIN, statement and COMMIT. Only with psycopg; not where the host has a hook for BEGIN, whose ``SET LOCAL``
     would be forgotten, nor where one has left a transaction open.
@@ -146,7 +146,7 @@ def each_by_itself(connection: sa.Connection) -> Iterator[None]:
     driver.autocommit = False
 
 
-def end_overdue(link: Link | SharedLink, limit: float) -> bool:
+def abort_overdue(link: DedicatedConnection | SharedConnection, limit: float) -> bool:
     """Cut a use that has lasted more than ``limit`` seconds. True when even that has not ended it: another thread then
     has to take the place of the one that waits.
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from jobkit.base.text import asked_company
+from jobkit.base.text import company_id_or_none
 from jobkit.db.sqlite import is_memory, require_configured
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.tables import content_jobs, metadata
@@ -80,7 +80,7 @@ def page_size(limit: int | None) -> int | None:
 
 def of_company(column: sa.Column[str], company_id: object) -> sa.ColumnElement[bool]:
     """The rows of this company; none for what cannot be a company."""
-    owner = asked_company(company_id)
+    owner = company_id_or_none(company_id)
     return sa.false() if owner is None else column == owner
 
 

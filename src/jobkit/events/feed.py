@@ -19,18 +19,18 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from jobkit import signals
-from jobkit.base.clock import pause_after
-from jobkit.base.text import describe
+from jobkit.base.clock import backoff
+from jobkit.base.text import error_message
 from jobkit.base.threads import Periodic
-from jobkit.db.connections import Link, end_overdue
+from jobkit.db.connections import DedicatedConnection, abort_overdue
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Position
-from jobkit.events.hints import Glance, Listener
+from jobkit.events.hints import Listener, WalFile
 from jobkit.events.log import (
     REMEMBERED_STRETCHES,
-    Bookmark,
-    Memory,
-    Stretch,
+    DeliveredEvents,
+    DeliveredRange,
+    ReadPosition,
     cursors,
     event_of,
     in_order,
@@ -66,27 +66,27 @@ class _Replaced(BaseException):
 class Feed:
     """Signals of one database in this process. ``start`` and ``close`` once; the rest from any thread."""
 
-    def __init__(self, engine: sa.Engine, memory: Memory, log: str) -> None:
+    def __init__(self, engine: sa.Engine, memory: DeliveredEvents, log: str) -> None:
         """``log``: what ``memory`` knows the log of ``engine``'s database by."""
         self._engine, self._memory, self._log = engine, memory, log
         self._statements = statements_for(engine)
         # AUTOCOMMIT: no snapshot stays open between two looks, which would hold back vacuum and other feeds.
-        self._link = Link(engine, autocommit=True)
+        self._link = DedicatedConnection(engine, autocommit=True)
         self._listener: Listener | None = None
         if self._statements.channels and Listener.possible(engine):
             self._listener = Listener(engine, self._statements.channels, self._hint)
         self._db_timeout = DB_TIMEOUT
         self._watch = Periodic("jobkit-relay-watch", 1.0, self._look)
         self._wake = threading.Condition()
-        self._place: Bookmark
+        self._place: ReadPosition
         # What this process told before. A feed that begins now cannot come upon it; one that goes back can.
-        self._past: tuple[Stretch, ...] | None = None
+        self._past: tuple[DeliveredRange, ...] | None = None
         # Whether the place is kept until somebody listens, because a replay was asked for.
         self._owed = False
-        self._replays: deque[Bookmark] = deque()
+        self._replays: deque[ReadPosition] = deque()
         self._version: int | None = None
-        self._glance = Glance(None)
-        self._offers = Offers()
+        self._glance = WalFile(None)
+        self._offers = OwnEvents()
         self._hinted = self._closing = False
         self._told = self._catching_up = 0
         self._thread: threading.Thread | None = None
@@ -100,11 +100,11 @@ class Feed:
         ``after``: begin there instead, once anybody listens.
         """
         if after is None:
-            self._place = Bookmark(self._ask(self._statements.start))
+            self._place = ReadPosition(self._ask(self._statements.start))
         else:
-            self._place, self._owed = Bookmark(self._statements.start_after(after)), True
+            self._place, self._owed = ReadPosition(self._statements.start_after(after)), True
             self._recall()
-        self._glance = Glance(self._ask(self._statements.log_file))
+        self._glance = WalFile(self._ask(self._statements.log_file))
         self._last_scan = time.monotonic()
         self._active_until = self._last_scan + ACTIVE_FOR
         self._spawn()
@@ -132,7 +132,7 @@ class Feed:
     def replay(self, after: Position) -> None:
         """Tell also what lies between ``after`` and where this feed began, as far as this process has not told it."""
         with self._wake:
-            self._replays.append(Bookmark(self._statements.start_after(after)))
+            self._replays.append(ReadPosition(self._statements.start_after(after)))
             self._owed = True
             self._wake.notify_all()
 
@@ -201,11 +201,11 @@ class Feed:
 
     def _look(self) -> None:
         if self._listener is not None:
-            end_overdue(self._listener.link, self._db_timeout)
-        if end_overdue(self._link, self._db_timeout) and not self._closing:
+            abort_overdue(self._listener.link, self._db_timeout)
+        if abort_overdue(self._link, self._db_timeout) and not self._closing:
             logger.error("the database does not answer the relay's thread; another takes its place")
             with self._wake:
-                self._link = Link(self._engine, autocommit=True)
+                self._link = DedicatedConnection(self._engine, autocommit=True)
                 self._offers.put_back()
                 self._version = None
             self._spawn()
@@ -220,7 +220,7 @@ class Feed:
             if link is not self._link:
                 raise _Replaced
 
-    def _run(self, link: Link) -> None:
+    def _run(self, link: DedicatedConnection) -> None:
         with suppress(_Replaced):
             self._work()
             self._memory.keep(self._log, self._place.stretch())
@@ -287,9 +287,9 @@ class Feed:
     def _trouble(self, error: Exception) -> None:
         self._failures += 1
         if self._failures == 1:
-            logger.error("the event log could not be read; signals are late: %s", describe(error))
+            logger.error("the event log could not be read; signals are late: %s", error_message(error))
         self._version = None
-        self._next_scan = time.monotonic() + pause_after(self._failures)
+        self._next_scan = time.monotonic() + backoff(self._failures)
 
     # --- events of this process
 
@@ -318,7 +318,7 @@ class Feed:
                 self._offers.hold_back()
             return not self._closing
 
-    def _earlier(self, place: Bookmark, rows: Sequence[EventRow]) -> list[EventRow]:
+    def _earlier(self, place: ReadPosition, rows: Sequence[EventRow]) -> list[EventRow]:
         """The events of the same jobs that come before ``rows`` or between them, and were not delivered yet."""
         gaps = place.gaps(rows)
         if not gaps:
@@ -367,7 +367,7 @@ class Feed:
             return ACTIVE_POLL
         return IDLE_POLL if told or not signals.any_receivers() else UNTOLD_POLL
 
-    def _read(self, place: Bookmark) -> bool:
+    def _read(self, place: ReadPosition) -> bool:
         """Deliver the next batch; whether it was the last one for now."""
         rows, position = self._ask(self._statements.scan, place.cursor, place.start, BATCH)
         fresh = [row for row in rows if row.id not in place.ahead and self._untold(row)]
@@ -385,7 +385,7 @@ class Feed:
         """Nobody listens, so what was committed until now is owed to no one. False, and nothing is skipped, when
         somebody has come meanwhile, to whom the last of it is owed.
         """
-        here = Bookmark(self._ask(self._statements.start))
+        here = ReadPosition(self._ask(self._statements.start))
         if signals.any_receivers():
             return False
         former, self._place = self._place, here
@@ -395,7 +395,7 @@ class Feed:
             self._wanted()
         return True
 
-    def _keep(self, stretch: Stretch | None) -> None:
+    def _keep(self, stretch: DeliveredRange | None) -> None:
         self._memory.keep(self._log, stretch)
         if self._past is not None and stretch is not None:
             self._past = (*self._past, stretch)[-2 * REMEMBERED_STRETCHES :]
@@ -441,7 +441,7 @@ class Feed:
         if begins > self._place.cursor:
             logger.error("events were removed from the log before this process told them, up to %s", begins)
 
-    def _deliver(self, place: Bookmark, rows: Sequence[EventRow], scanned: Sequence[EventRow] = ()) -> None:
+    def _deliver(self, place: ReadPosition, rows: Sequence[EventRow], scanned: Sequence[EventRow] = ()) -> None:
         """Send in the order given, except that the events of one job follow their ``seq``."""
         ordered = in_order(rows)
         place.tell(ordered)
@@ -455,7 +455,7 @@ class Feed:
 MOST = 10_000
 
 
-class Offers:
+class OwnEvents:
     """What a feed was offered. Not safe to share by threads: whoever calls anything here holds the feed's lock."""
 
     def __init__(self) -> None:

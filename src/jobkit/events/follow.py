@@ -12,12 +12,12 @@ from dataclasses import replace
 
 import sqlalchemy as sa
 
-from jobkit.base.text import company, describe
+from jobkit.base.text import error_message, require_company_id
 from jobkit.db.connections import is_outage
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Position
 from jobkit.events.hub import PAGE, Subscriber
-from jobkit.events.log import Bookmark, event_of, in_order, require_whole
+from jobkit.events.log import ReadPosition, event_of, in_order, require_whole
 from jobkit.events.relay import running_feed
 from jobkit.types import JobEvent
 
@@ -31,9 +31,9 @@ class Follower(Subscriber):
 
     def __init__(self, engine: sa.Engine, company_id: object, *, wake: Callable[[], object]) -> None:
         super().__init__(engine, None, wake)
-        self._company = company(company_id)
+        self._company = require_company_id(company_id)
         self.key = self.log, self._company
-        self._place: Bookmark
+        self._place: ReadPosition
         self._safe: Position
         self._horizon: Position | None = None
         self._missed, self._reading = True, False
@@ -53,7 +53,7 @@ class Follower(Subscriber):
                 start = statements.start(connection)
         else:
             start = statements.start_after(after)
-        self._place, self._safe = Bookmark(start), start.position
+        self._place, self._safe = ReadPosition(start), start.position
 
     def take(self) -> list[JobEvent]:
         """The next events, each with a cursor from which nothing after it is missed; of a great many the first. Empty
@@ -67,7 +67,7 @@ class Follower(Subscriber):
             except Exception as error:
                 if not is_outage(error):
                     raise
-                logger.warning("the log could not be read, and will be again: %s", describe(error))
+                logger.warning("the log could not be read, and will be again: %s", error_message(error))
                 self._miss()
                 return []
             if found:

@@ -19,9 +19,9 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit.base.clock import pause_after
-from jobkit.base.text import describe
-from jobkit.db.connections import Link
+from jobkit.base.clock import backoff
+from jobkit.base.text import error_message
+from jobkit.db.connections import DedicatedConnection
 
 logger = logging.getLogger("jobkit")
 
@@ -48,7 +48,7 @@ class Listener:
     """
 
     def __init__(self, engine: sa.Engine, channels: tuple[str, ...], heard: Callable[[bool], object]) -> None:
-        self.link = Link(engine, autocommit=True)
+        self.link = DedicatedConnection(engine, autocommit=True)
         self._jobs, self._log = channels
         self._heard = heard
         self._stopped = threading.Event()
@@ -107,8 +107,8 @@ class Listener:
                 except Exception as error:
                     failures = 1 if time.monotonic() - began > HEARTBEAT else failures + 1
                     if failures == 1:
-                        logger.info("the listening connection was lost; meanwhile polling: %s", describe(error))
-                    pause = pause_after(failures)
+                        logger.info("the listening connection was lost; meanwhile polling: %s", error_message(error))
+                    pause = backoff(failures)
                 finally:
                     self.listening = False
                     self.link.close()
@@ -119,7 +119,7 @@ class Listener:
     def _listen(self) -> None:
         with ExitStack() as stack:
             with self.link.use() as connection:
-                inbox = _Inbox(connection.connection.driver_connection)
+                inbox = NotifyReader(connection.connection.driver_connection)
                 # It is this thread's for good: the pool may open another in its place, and will not close this one.
                 connection.detach()
                 stack.callback(inbox.close)
@@ -127,7 +127,7 @@ class Listener:
                     connection.exec_driver_sql(f"LISTEN {channel}")
             self._attend(inbox, stack.enter_context(selectors.DefaultSelector()))
 
-    def _attend(self, inbox: _Inbox, selector: selectors.BaseSelector) -> None:
+    def _attend(self, inbox: NotifyReader, selector: selectors.BaseSelector) -> None:
         self._check()  # at once: until it fails, polling is seldom
         self.listening = True
         self._heard(True)  # what was committed before is not notified again
@@ -164,7 +164,7 @@ class Listener:
                 raise Futile
 
 
-class _Inbox:
+class NotifyReader:
     """The notifications of a psycopg connection. Those that come while it executes something go to its handler, the
     others are read here.
     """
@@ -210,7 +210,7 @@ SETTLED = 2_000_000_000
 BELIEVED = 1.0
 
 
-class Glance:
+class WalFile:
     """Used by one thread."""
 
     def __init__(self, log: str | None) -> None:

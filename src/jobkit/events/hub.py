@@ -12,8 +12,8 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit import signals
-from jobkit.base.forks import forget_in_children
-from jobkit.base.text import describe
+from jobkit.base.forks import reset_in_children
+from jobkit.base.text import error_message
 from jobkit.db.connections import is_outage
 from jobkit.db.host import log_key
 from jobkit.events.relay import Relay
@@ -150,10 +150,10 @@ class Hub:
         except Exception as error:
             if not is_outage(error):
                 raise
-            logger.warning("jobs that are watched could not be looked at: %s", describe(error))
+            logger.warning("jobs that are watched could not be looked at: %s", error_message(error))
         finally:
             self._looking.release()
 
 
 subscribers = Hub()
-forget_in_children(subscribers)
+reset_in_children(subscribers)

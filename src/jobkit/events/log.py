@@ -25,7 +25,7 @@ REMEMBERED_EVENTS = 10_000
 REMEMBERED_STRETCHES = 20
 
 
-class Stretch(NamedTuple):
+class DeliveredRange(NamedTuple):
     """A part of the log that was told: beyond ``start`` and up to ``end``, and single events beyond that."""
 
     start: Start
@@ -42,7 +42,7 @@ class Stretch(NamedTuple):
         return self.start.position < position <= self.end and not _visible(row.xid, self.start.snapshot)
 
 
-class Memory:
+class DeliveredEvents:
     """Which events this process told, as far as a later reader of the same log could come upon them again.
 
     Single events are known by job and seq, of any database: event ids begin anew when a database is made anew.
@@ -51,7 +51,7 @@ class Memory:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._seen: OrderedDict[tuple[UUID, int], None] = OrderedDict()
-        self._stretches: dict[str, deque[Stretch]] = defaultdict(lambda: deque(maxlen=REMEMBERED_STRETCHES))
+        self._stretches: dict[str, deque[DeliveredRange]] = defaultdict(lambda: deque(maxlen=REMEMBERED_STRETCHES))
 
     def __contains__(self, row: EventRow) -> bool:
         return (row.job_id, row.seq) in self._seen
@@ -65,19 +65,19 @@ class Memory:
                 self._seen.popitem(last=False)
         return fresh
 
-    def keep(self, log: str, stretch: Stretch | None) -> None:
+    def keep(self, log: str, stretch: DeliveredRange | None) -> None:
         """Remember what an ended reader of ``log`` told."""
         if stretch is not None:
             with self._lock:
                 self._stretches[log].append(stretch)
 
-    def told(self, log: str) -> tuple[Stretch, ...]:
+    def told(self, log: str) -> tuple[DeliveredRange, ...]:
         """What ended readers of ``log`` told."""
         with self._lock:
             return tuple(self._stretches.get(log, ()))
 
 
-class Bookmark:
+class ReadPosition:
     """The place of one reader in the log. For one thread."""
 
     def __init__(self, start: Start) -> None:
@@ -118,11 +118,11 @@ class Bookmark:
         self.cursor = cursor
         self.ahead.difference_update(row.id for row in scanned)
 
-    def stretch(self) -> Stretch | None:
+    def stretch(self) -> DeliveredRange | None:
         """What was told so far; None for nothing."""
         if self.witness is None:
             return None
-        return Stretch(self.start, self.cursor, frozenset(sorted(self.ahead)[-REMEMBERED_EVENTS:]), self.witness)
+        return DeliveredRange(self.start, self.cursor, frozenset(sorted(self.ahead)[-REMEMBERED_EVENTS:]), self.witness)
 
 
 def by_seq(rows: Iterable[EventRow]) -> list[EventRow]:

@@ -9,13 +9,13 @@ from typing import Self
 import sqlalchemy as sa
 
 from jobkit import signals
-from jobkit.base.forks import forget_in_children
+from jobkit.base.forks import reset_in_children
 from jobkit.db.dialects.base import EventRow, Position
 from jobkit.db.host import leave_connections, log_key, refuse_inherited, require_schema, sync_engine
 from jobkit.db.sqlite import is_memory
 from jobkit.errors import ConfigurationError
 from jobkit.events.feed import Feed
-from jobkit.events.log import Memory, event_of, require_whole
+from jobkit.events.log import DeliveredEvents, event_of, require_whole
 
 
 class _Shared:
@@ -24,12 +24,12 @@ class _Shared:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.feeds: dict[str, tuple[Feed, int]] = {}
-        self.memory = Memory()
-        forget_in_children(self)
+        self.memory = DeliveredEvents()
+        reset_in_children(self)
 
     def _after_fork(self) -> None:
         """No feed runs in a child, and a lock that another thread held at the fork is held there for ever."""
-        self.lock, self.memory = threading.RLock(), Memory()
+        self.lock, self.memory = threading.RLock(), DeliveredEvents()
         self.feeds.clear()
 
 
@@ -52,7 +52,7 @@ class Relay:
         self.engine = sync_engine(engine)
         self._after = None if after is None else Position.parse(after)
         self._held = self._inherited = False
-        forget_in_children(self)
+        reset_in_children(self)
 
     def start(self) -> Self:
         """Signals for whatever is committed from now on, by any process; with ``after`` also for what was committed

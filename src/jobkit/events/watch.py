@@ -17,7 +17,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.base.clock import seconds
-from jobkit.base.text import describe
+from jobkit.base.text import error_message
 from jobkit.db.connections import is_outage
 from jobkit.db.dialects import statements_for
 from jobkit.errors import JobNotFound
@@ -177,7 +177,9 @@ class Watcher(Subscriber):
         except Exception as error:
             if not is_outage(error):
                 raise
-            logger.warning("the log of job %s could not be read, and will be again: %s", self.job_id, describe(error))
+            logger.warning(
+                "the log of job %s could not be read, and will be again: %s", self.job_id, error_message(error)
+            )
             self._miss()
             return []
         if len(rows) == hub.PAGE:

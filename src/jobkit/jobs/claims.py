@@ -16,18 +16,18 @@ import sqlalchemy as sa
 
 from jobkit.base.ids import new_id
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import Claimed, EventRow, RescueTerms, Terms, Told
+from jobkit.db.dialects.base import AppendedEvent, ClaimedRow, ClaimTerms, EventRow, RescueTerms
 from jobkit.errors import AssetNotFound
-from jobkit.jobs.outcomes import Verdict
+from jobkit.jobs.outcomes import Outcome
 from jobkit.types import JobStatus, StoredObject
 
-Pick = Callable[[sa.Connection, Terms], list[Claimed]]
+Pick = Callable[[sa.Connection, ClaimTerms], list[ClaimedRow]]
 # How often a job may lose its worker before it is taken for what kills workers.
 MAX_RESCUES = 5
 
-DONE = Verdict(JobStatus.DONE)
-CANCELLED = Verdict(JobStatus.CANCELLED)
-RELEASED = Verdict(JobStatus.QUEUED, charged=False)
+DONE = Outcome(JobStatus.DONE)
+CANCELLED = Outcome(JobStatus.CANCELLED)
+RELEASED = Outcome(JobStatus.QUEUED, charged=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Completion:
 
     claim: Claim
     files: tuple[StoredObject, ...] = ()
-    verdict: Verdict = DONE
+    outcome: Outcome = DONE
     asset_ids: tuple[UUID, ...] = field(default=(), init=False)
 
     def __post_init__(self) -> None:
@@ -58,27 +58,27 @@ class Completion:
     @property
     def type(self) -> str:
         """The event that tells of it."""
-        if self.verdict.status is JobStatus.QUEUED and self.verdict.error is not None:
+        if self.outcome.status is JobStatus.QUEUED and self.outcome.error is not None:
             return "content_job.retrying"
-        return f"content_job.{self.verdict.status.value}"
+        return f"content_job.{self.outcome.status.value}"
 
     @property
     def payload(self) -> dict[str, Any]:
         told: dict[str, Any] = {"jobId": str(self.claim.job_id)}
-        if self.verdict.status is JobStatus.DONE:
+        if self.outcome.status is JobStatus.DONE:
             told["assetId"] = str(self.asset_ids[0])
         if self.type == "content_job.retrying":
             told["attempt"] = self.claim.attempt
-        if self.verdict.error is not None:
-            told["errorMessage"] = self.verdict.error
+        if self.outcome.error is not None:
+            told["errorMessage"] = self.outcome.error
         if self.type == "content_job.retrying":
-            told["runAt"] = None if self.verdict.run_at is None else self.verdict.run_at.isoformat()
+            told["runAt"] = None if self.outcome.run_at is None else self.outcome.run_at.isoformat()
         return told
 
 
 def failed(claim: Claim, message: str) -> Completion:
     """The end of an attempt that is not repeated."""
-    return Completion(claim, verdict=Verdict(JobStatus.FAILED, error=message))
+    return Completion(claim, outcome=Outcome(JobStatus.FAILED, error=message))
 
 
 def claim(
@@ -87,7 +87,7 @@ def claim(
     """Take up to ``limit`` queued jobs: running, fence + 1, attempt + 1, leased for ``lease`` seconds; with their
     events. ``pick`` chooses which; without it those of any company.
     """
-    terms = Terms(limit, worker_id, lease, now)
+    terms = ClaimTerms(limit, worker_id, lease, now)
     taken = pick(connection, terms) if pick else statements_for(connection).claim(connection, terms=terms)
     claims = [Claim(t.job_id, t.company_id, t.job_type, t.input, t.source_task_id, t.fence, t.attempt) for t in taken]
     events = [
@@ -106,8 +106,8 @@ def finish(connection: sa.Connection, completions: Sequence[Completion], *, now:
     """
     events = _finish(connection, completions, now)
     ended = {event.job_id for event in events}
-    asked = [c for c in completions if c.verdict.status is JobStatus.QUEUED and c.claim.job_id not in ended]
-    return events + (_finish(connection, [Completion(c.claim, verdict=CANCELLED) for c in asked], now) if asked else [])
+    asked = [c for c in completions if c.outcome.status is JobStatus.QUEUED and c.claim.job_id not in ended]
+    return events + (_finish(connection, [Completion(c.claim, outcome=CANCELLED) for c in asked], now) if asked else [])
 
 
 def _finish(connection: sa.Connection, completions: Sequence[Completion], now: datetime) -> list[EventRow]:
@@ -126,7 +126,7 @@ def _finish(connection: sa.Connection, completions: Sequence[Completion], now: d
 
 def release(connection: sa.Connection, claims: Sequence[Claim], *, now: datetime) -> list[EventRow]:
     """Put claimed jobs back into the queue, the attempt not charged; nothing happens to those whose claim was lost."""
-    return finish(connection, [Completion(claim, verdict=RELEASED) for claim in claims], now=now)
+    return finish(connection, [Completion(claim, outcome=RELEASED) for claim in claims], now=now)
 
 
 def renew(connection: sa.Connection, claims: Sequence[Claim], *, lease: float) -> dict[UUID, bool]:
@@ -171,18 +171,18 @@ def _by_id(claim: Claim) -> int:
 
 
 def _job(completion: Completion) -> dict[str, Any]:
-    verdict = completion.verdict
+    outcome = completion.outcome
     return {
         "job": completion.claim.job_id.hex,
         "fence": completion.claim.fence,
-        "status": verdict.status.value,
+        "status": outcome.status.value,
         "asset": completion.asset_ids[0].hex if completion.asset_ids else None,
-        "error": verdict.error,
+        "error": outcome.error,
         "type": completion.type,
         "payload": completion.payload,
         # Of one width, and in the zone of SQLite's texts, which are this less the zone.
-        "run_at": verdict.run_at and verdict.run_at.astimezone(UTC).isoformat(" ", "microseconds"),
-        "refund": int(not verdict.charged),
+        "run_at": outcome.run_at and outcome.run_at.astimezone(UTC).isoformat(" ", "microseconds"),
+        "refund": int(not outcome.charged),
     }
 
 
@@ -206,7 +206,7 @@ def _files(completion: Completion) -> list[dict[str, Any]]:
     ]
 
 
-def _event(completion: Completion, told: Told, now: datetime) -> EventRow:
+def _event(completion: Completion, told: AppendedEvent, now: datetime) -> EventRow:
     claim = completion.claim
     return EventRow(told.event_id, 0, told.seq, claim.company_id, completion.type, told.job_id, now, completion.payload)
 

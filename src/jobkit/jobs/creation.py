@@ -27,7 +27,7 @@ MAX_CHUNK_CHARACTERS = 4 << 20
 MAX_PRIORITY = (1 << 31) - 1
 
 
-class Draft(NamedTuple):
+class NewJob(NamedTuple):
     """A job that is not inserted yet; ``text`` is its input as JSON."""
 
     job: Job
@@ -63,7 +63,7 @@ class Draft(NamedTuple):
         )
 
 
-class Checked(NamedTuple):
+class CheckedRequest(NamedTuple):
     """A request that can be stored, with the number of its job's id. Nothing of it changes with what was given."""
 
     number: int
@@ -72,7 +72,7 @@ class Checked(NamedTuple):
     input: dict[str, Any]
     text: str
 
-    def draft(self, company_id: str, now: datetime) -> Draft:
+    def draft(self, company_id: str, now: datetime) -> NewJob:
         """The job that it becomes."""
         request = self.request
         # By position: create_many makes thousands, and 25 names would cost half as much again.
@@ -103,10 +103,10 @@ class Checked(NamedTuple):
             1,  # event_seq
             None,  # trace
         )
-        return Draft(job, self.text)
+        return NewJob(job, self.text)
 
 
-def checked(request: JobRequest, max_input_bytes: int) -> Checked:
+def checked(request: JobRequest, max_input_bytes: int) -> CheckedRequest:
     """The request as it can be stored; ``ValueError`` or ``TypeError`` naming the field that cannot be."""
     storable(request.job_type, "job_type", limit=255)
     if request.source_task_id is not None:
@@ -120,12 +120,12 @@ def checked(request: JobRequest, max_input_bytes: int) -> Checked:
         raise ValueError(f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, not {priority}")
     run_at = None if request.run_at is None else aware(request.run_at, "run_at")
     text, copy = canonical({} if request.input is None else request.input, max_bytes=max_input_bytes)
-    return Checked(new_number(), request, run_at, copy, text)
+    return CheckedRequest(new_number(), request, run_at, copy, text)
 
 
-def checked_many(requests: Iterable[JobRequest], max_input_bytes: int) -> deque[Checked]:
+def checked_many(requests: Iterable[JobRequest], max_input_bytes: int) -> deque[CheckedRequest]:
     """Every request, checked and copied as it is drawn; the error says which one and which field."""
-    found: deque[Checked] = deque()
+    found: deque[CheckedRequest] = deque()
     for position, request in enumerate(requests):
         if not isinstance(request, JobRequest):
             raise TypeError(f"requests[{position}] must be a JobRequest, not {type(request).__name__}")
@@ -142,7 +142,7 @@ class Chunk(NamedTuple):
     """
 
     jobs: list[Job]
-    keyed: list[Draft]
+    keyed: list[NewJob]
     array: str | None
 
     @property
@@ -151,12 +151,12 @@ class Chunk(NamedTuple):
         return len(self.keyed) + (self.array is not None)
 
 
-def chunks(wanted: deque[Checked], company_id: str, now: datetime) -> Iterator[Chunk]:
+def chunks(wanted: deque[CheckedRequest], company_id: str, now: datetime) -> Iterator[Chunk]:
     """The jobs of all requests, in pieces that a statement can carry. Takes from ``wanted`` what it gives: of a large
     call there is no second copy.
     """
     jobs: list[Job] = []
-    keyed: list[Draft] = []
+    keyed: list[NewJob] = []
     documents: list[str] = []
     size = 0
     while wanted:
@@ -175,7 +175,7 @@ def chunks(wanted: deque[Checked], company_id: str, now: datetime) -> Iterator[C
         yield _chunk(jobs, keyed, documents)
 
 
-def _chunk(jobs: list[Job], keyed: list[Draft], documents: list[str]) -> Chunk:
+def _chunk(jobs: list[Job], keyed: list[NewJob], documents: list[str]) -> Chunk:
     return Chunk(jobs, keyed, f"[{','.join(documents)}]" if documents else None)
 
 

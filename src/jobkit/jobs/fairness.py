@@ -10,7 +10,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import Claimed, Terms, Waiting
+from jobkit.db.dialects.base import ClaimedRow, ClaimTerms, QueuedJob
 
 # While jobs wait, the companies they belong to are asked for this often, in seconds, and this many of them.
 REFRESH = 1.0
@@ -24,7 +24,7 @@ DUE_WINDOW = 20_000
 SPARE = 4
 
 
-class Rotation:
+class RoundRobin:
     """Claims jobs for one runner, so that a company with a long queue does not hold up the others.
 
     As long as all that waits is claimed at once, whose it is does not matter, and one plain statement does. A claim
@@ -36,22 +36,22 @@ class Rotation:
     def __init__(self, engine: sa.Engine) -> None:
         self._statements = statements_for(engine)
         self._companies: list[str] = []
-        self._due: list[Waiting] = []
+        self._due: list[QueuedJob] = []
         self._next = 0
         self._listed = self._looked = float("-inf")
         self._waiting = False
 
-    def claim(self, connection: sa.Connection, terms: Terms, *, thorough: bool) -> list[Claimed]:
+    def claim(self, connection: sa.Connection, terms: ClaimTerms, *, check_scheduled: bool) -> list[ClaimedRow]:
         """Up to ``terms.limit`` jobs that may run now, in the caller's transaction. ``thorough``: those whose
         ``run_at`` has come are looked for now, else every half second.
         """
-        self.look(connection, terms.now, thorough=thorough)
+        self.look(connection, terms.now, check_scheduled=check_scheduled)
         return self._claim_merged(connection, terms) if self._due else self._claim_queued(connection, terms)
 
-    def look(self, connection: sa.Connection, now: datetime, *, thorough: bool) -> None:
+    def look(self, connection: sa.Connection, now: datetime, *, check_scheduled: bool) -> None:
         """Look for jobs whose ``run_at`` has come, as a ``claim`` at this moment would do first."""
         looking = time.monotonic()
-        if looking - self._looked < (REFRESH if self._due else 0.0 if thorough else DUE_REFRESH):
+        if looking - self._looked < (REFRESH if self._due else 0.0 if check_scheduled else DUE_REFRESH):
             return
         self._due = self._statements.due(connection, window=DUE_WINDOW, limit=DUE, now=now)
         # A list that was cut off is followed by the next as soon as it is used up.
@@ -62,8 +62,8 @@ class Rotation:
         """Whether more jobs wait than the last claim took. If not, the next one, after a ``look``, is one statement."""
         return self._waiting or bool(self._due)
 
-    def _claim_queued(self, connection: sa.Connection, terms: Terms) -> list[Claimed]:
-        found: list[Claimed] = []
+    def _claim_queued(self, connection: sa.Connection, terms: ClaimTerms) -> list[ClaimedRow]:
+        found: list[ClaimedRow] = []
         if self._waiting:
             self._list(connection)
         while self._waiting and len(self._companies) > 1 and len(found) < terms.limit:
@@ -78,8 +78,8 @@ class Rotation:
             self._waiting = len(found) == terms.limit
         return found
 
-    def _claim_merged(self, connection: sa.Connection, terms: Terms) -> list[Claimed]:
-        found: list[Claimed] = []
+    def _claim_merged(self, connection: sa.Connection, terms: ClaimTerms) -> list[ClaimedRow]:
+        found: list[ClaimedRow] = []
         self._list(connection)
         while self._due and len(found) < terms.limit:
             rest = terms._replace(limit=terms.limit - len(found))
@@ -99,7 +99,7 @@ class Rotation:
             found += self._claim_queued(connection, terms._replace(limit=terms.limit - len(found)))
         return found
 
-    def _leave_out(self, turn: list[str], each: int, taken: list[Claimed]) -> None:
+    def _leave_out(self, turn: list[str], each: int, taken: list[ClaimedRow]) -> None:
         """Take the companies that could not give their share off the list, until they are listed again."""
         given = Counter(one.company_id for one in taken)
         spent = {company for company in turn if given[company] < each}
@@ -120,9 +120,9 @@ class Rotation:
         return turn, -(-limit // count)
 
 
-def _in_turn(jobs: Iterable[Waiting], each: int) -> list[Waiting]:
+def _in_turn(jobs: Iterable[QueuedJob], each: int) -> list[QueuedJob]:
     """The first ``each`` of every company, by priority, then time; the firsts of all companies before the seconds."""
-    by_company: dict[str, list[Waiting]] = {}
+    by_company: dict[str, list[QueuedJob]] = {}
     for job in sorted(jobs, key=lambda job: (-job.priority, job.at, job.job_id)):
         by_company.setdefault(job.company_id, []).append(job)
     ranked = [(rank, job) for own in by_company.values() for rank, job in enumerate(own[:each])]

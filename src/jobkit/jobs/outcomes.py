@@ -15,7 +15,7 @@ FIRST_PAUSE = 5.0
 LONGEST_PAUSE = 3600.0
 
 
-def verdict(
+def decide(
     failure: BaseException,
     message: str,
     *,
@@ -24,24 +24,24 @@ def verdict(
     interrupted: bool,
     now: datetime,
     jitter: Callable[[], float] = random.random,
-) -> Verdict:
+) -> Outcome:
     """How a job goes on whose renderer raised ``failure`` in its ``attempt``-th run of at most ``max_attempts``.
 
     ``interrupted``: whether it was asked to stop; one that raises ``JobCancelled`` unasked has simply failed.
     """
     if isinstance(failure, JobCancelled) and interrupted:
-        return Verdict(JobStatus.CANCELLED)
+        return Outcome(JobStatus.CANCELLED)
     if (
         isinstance(failure, LeaseLost) and interrupted
     ):  # should the claim hold after all, the next runner begins at once
-        return Verdict(JobStatus.QUEUED, charged=False)
+        return Outcome(JobStatus.QUEUED, charged=False)
     if isinstance(failure, Snooze):
-        return Verdict(JobStatus.QUEUED, run_at=now + timedelta(seconds=failure.seconds), charged=False)
+        return Outcome(JobStatus.QUEUED, run_at=now + timedelta(seconds=failure.seconds), charged=False)
     if isinstance(failure, Discard) or attempt >= max_attempts:
-        return Verdict(JobStatus.FAILED, error=message)
+        return Outcome(JobStatus.FAILED, error=message)
     asked = failure.seconds if isinstance(failure, Retry) else None
     pause = pause_before(attempt + 1, jitter) if asked is None else asked
-    return Verdict(JobStatus.QUEUED, error=message, run_at=now + timedelta(seconds=pause))
+    return Outcome(JobStatus.QUEUED, error=message, run_at=now + timedelta(seconds=pause))
 
 
 def pause_before(attempt: int, jitter: Callable[[], float] = random.random) -> float:
@@ -50,7 +50,7 @@ def pause_before(attempt: int, jitter: Callable[[], float] = random.random) -> f
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Outcome:
     """How a job goes on after an attempt that gave no files. ``charged``: whether the attempt counts."""
 
     status: JobStatus

@@ -14,13 +14,13 @@ import sqlalchemy as sa
 
 from jobkit.base.clock import Clock, aware, utcnow
 from jobkit.base.ids import parse_id
-from jobkit.base.text import asked_company, company, sanitise, storable
+from jobkit.base.text import company_id_or_none, require_company_id, sanitise, storable
 from jobkit.db.dialects import statements_for
 from jobkit.db.host import connection_of, of_company, page_size
 from jobkit.db.sqlite import require_configured
 from jobkit.errors import ConfigurationError, IdempotencyConflict, InvalidTransition, JobNotFound
 from jobkit.jobs import outbox
-from jobkit.jobs.creation import MAX_INPUT_BYTES, Chunk, Draft, checked, checked_many, chunks, prefetched
+from jobkit.jobs.creation import MAX_INPUT_BYTES, Chunk, NewJob, checked, checked_many, chunks, prefetched
 from jobkit.tables import content_jobs
 from jobkit.types import Job, JobRequest, JobStatus
 
@@ -75,7 +75,7 @@ class JobStore:
 
     def insert(self, company_id: object, request: JobRequest) -> tuple[Job, int | None]:
         """``create``, with the id of the event it appended: None when the job was there already."""
-        owner = company(company_id)
+        owner = require_company_id(company_id)
         wanted = checked(request, self._max_input_bytes)
         return self._insert(self._writable(), wanted.draft(owner, self._clock()))
 
@@ -86,7 +86,7 @@ class JobStore:
         and which field. One statement for a thousand jobs, and the next thousand is made ready on a thread meanwhile:
         far faster than ``create`` in a loop. Requests with an ``idempotency_key`` are inserted one by one.
         """
-        owner = company(company_id)
+        owner = require_company_id(company_id)
         wanted = checked_many(requests, self._max_input_bytes)
         count = len(wanted)
         pieces = chunks(wanted, owner, now := self._clock())
@@ -95,7 +95,7 @@ class JobStore:
         if first is None:
             return []
         made: list[Job] = []
-        keyed: list[Draft] = []
+        keyed: list[NewJob] = []
         whole = len(first.jobs) == count
         # A host may catch the error of a later statement and commit; the savepoint takes the earlier ones back.
         one = whole and first.statements == 1
@@ -110,7 +110,7 @@ class JobStore:
             known = {draft.job.id: self._insert(connection, draft)[0] for draft in keyed}
         return [known.get(job.id, job) for job in made] if known else made
 
-    def _insert(self, connection: sa.Connection, draft: Draft) -> tuple[Job, int | None]:
+    def _insert(self, connection: sa.Connection, draft: NewJob) -> tuple[Job, int | None]:
         while True:
             event_id = statements_for(connection).insert_job(connection, draft.values(), notify=self._notify)
             if event_id is not None:
@@ -155,7 +155,7 @@ class JobStore:
             query = query.where(_c.job_type == storable(job_type, "job_type", blank=True))
         if before is not None:
             last = before if isinstance(before, Job) else self.get_by_id(before, company_id=company_id)
-            if last is None or last.company_id != asked_company(company_id):
+            if last is None or last.company_id != company_id_or_none(company_id):
                 raise JobNotFound(before.id if isinstance(before, Job) else before)
             query = query.where(sa.tuple_(_c.created_at, _c.id) < sa.tuple_(*_position(last)))
         query = query.order_by(_c.created_at.desc(), _c.id.desc()).limit(page_size(limit))

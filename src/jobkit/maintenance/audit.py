@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from jobkit.assets.store import AssetStore
-from jobkit.base.text import describe
+from jobkit.base.text import error_message
 from jobkit.tables import assets
 from jobkit.types import Asset
 
@@ -34,7 +34,7 @@ def audit(engine: sa.Engine, store: AssetStore, *, company_id: str | None = None
             except Exception as error:  # whatever the storage raises: the others are read all the same
                 # Between the page and the object its row may have gone, and a sweep may have come.
                 if _exists(engine, asset):
-                    yield Finding(asset, describe(error))
+                    yield Finding(asset, error_message(error))
             else:
                 yield Finding(asset, None)
         last = page[-1]

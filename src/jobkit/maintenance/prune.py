@@ -20,9 +20,9 @@ import sqlalchemy as sa
 
 from jobkit.assets.store import AssetStore
 from jobkit.base.clock import CENTURY, Clock, seconds, utcnow
-from jobkit.base.text import describe
+from jobkit.base.text import error_message
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import Pruned
+from jobkit.db.dialects.base import PruneCounts
 from jobkit.db.host import require_schema, sync_engine
 from jobkit.db.sqlite import refuse_deadlock
 
@@ -119,12 +119,12 @@ class _Pruning:
                 self._delete(jobs[middle:])
                 return
             if not self._refused:
-                logger.warning("job %s cannot be pruned, something refers to it: %s", jobs[0], describe(error))
+                logger.warning("job %s cannot be pruned, something refers to it: %s", jobs[0], error_message(error))
             self._refused += 1
         else:
             self._count(gone)
 
-    def _count(self, pruned: Pruned) -> None:
+    def _count(self, pruned: PruneCounts) -> None:
         self._jobs += len(pruned.jobs)
         self._events += pruned.events
         self._assets += pruned.assets

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from jobkit.base.clock import Clock
 from jobkit.base.threads import Periodic
-from jobkit.db.connections import Link, SharedLink
+from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Statements
 from jobkit.jobs import claims
@@ -32,7 +32,11 @@ class RescueReport:
 
 
 def rescue(
-    link: Link | SharedLink, statements: Statements, *, clock: Clock, on_commit: Callable[[Sequence[EventRow]], object]
+    link: DedicatedConnection | SharedConnection,
+    statements: Statements,
+    *,
+    clock: Clock,
+    on_commit: Callable[[Sequence[EventRow]], object],
 ) -> RescueReport:
     """Take every job whose lease is over from its worker, in transactions of its own; their events go to ``on_commit``.
 
@@ -66,7 +70,7 @@ class Rescuer:
         *,
         lease: float,
         clock: Clock,
-        shared: SharedLink,
+        shared: SharedConnection,
         on_commit: Callable[[Sequence[EventRow]], object],
         wake: Callable[[], None],
     ) -> None:

@@ -13,11 +13,11 @@ from contextlib import closing, suppress
 from typing import Any, BinaryIO, SupportsFloat
 from uuid import UUID
 
-from jobkit.assets.spool import Draft
+from jobkit.assets.spool import StagedFile
 from jobkit.assets.store import AssetStore
 from jobkit.base.ids import new_id
-from jobkit.base.text import describe
-from jobkit.base.threads import Handover
+from jobkit.base.text import error_message
+from jobkit.base.threads import TaskState
 from jobkit.errors import (
     AssetNotFound,
     Discard,
@@ -71,7 +71,7 @@ class Attempt:
         #: How many seconds its thread was busy with it, once that has ended.
         self.took: float | None = None
         #: Between the thread that renders and the one that may give the attempt up.
-        self.handover = Handover()
+        self.handover = TaskState()
         self._interruption: RenderInterrupted | None = None
         self._awaited: Future[Any] | None = None
         self._registration = registration
@@ -93,7 +93,7 @@ class Attempt:
             check=self.check,
             progress=self._progress,
         )
-        self.drafts: list[Draft] = self._context.drafts
+        self.drafts: list[StagedFile] = self._context.drafts
 
     def run(self) -> None:
         """Render in this thread. Raises nothing: whatever the renderer raises, ``SystemExit`` too, is this attempt's
@@ -188,9 +188,9 @@ class Attempt:
         traceback = None if asked or isinstance(error, UnknownJobType) else error
         message = "job %s (%r) ended without files: %s" if asked else "job %s (%r) failed: %s"
         level = logging.INFO if asked else logging.WARNING
-        logger.log(level, message, self.claim.job_id, self.claim.job_type, describe(error), exc_info=traceback)
+        logger.log(level, message, self.claim.job_id, self.claim.job_type, error_message(error), exc_info=traceback)
 
-    def _draft(self, filename: str, content_type: str) -> Draft:
+    def _draft(self, filename: str, content_type: str) -> StagedFile:
         return self._assets.draft(
             self.claim.company_id, namespace="generated", filename=filename, content_type=content_type
         )

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, SupportsFloat
 from uuid import UUID
 
-from jobkit.assets.spool import Draft, Spool
+from jobkit.assets.spool import Spool, StagedFile
 from jobkit.base.text import sanitise
 from jobkit.jobs.claims import Report
 from jobkit.types import Rendered
@@ -40,7 +40,7 @@ class RenderContext:
         attempt: int,
         services: Any,
         open_asset: Callable[[UUID | str], BinaryIO],
-        new_draft: Callable[[str, str], Draft],
+        new_draft: Callable[[str, str], StagedFile],
         workspace: Callable[[], Path],
         check: Callable[[], None] = lambda: None,
         progress: Callable[[SupportsFloat, str | None], None] = lambda fraction, message: None,
@@ -51,7 +51,7 @@ class RenderContext:
         self.input = input
         self.attempt = attempt
         self.services = services
-        self.drafts: list[Draft] = []
+        self.drafts: list[StagedFile] = []
         self._open_asset = open_asset
         self._new_draft = new_draft
         self._workspace = workspace
@@ -105,7 +105,7 @@ class RenderContext:
         finally:
             draft.spool.close()
 
-    def add(self, filename: str, content_type: str) -> Draft:
+    def add(self, filename: str, content_type: str) -> StagedFile:
         """Begin an output."""
         draft = self._new_draft(filename, content_type)
         self.drafts.append(draft)

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 
 from jobkit.base.clock import Clock
 from jobkit.base.threads import Periodic
-from jobkit.db.connections import Link
+from jobkit.db.connections import DedicatedConnection
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow
 from jobkit.errors import JobCancelled, LeaseLost
@@ -64,7 +64,7 @@ class LeaseKeeper:
         self._clock, self._on_commit = clock, on_commit
         self._renew_at, self._look_at, self._record_at = time.monotonic() + lease / 3, 0.0, 0.0
         # AUTOCOMMIT: one statement carries the whole step. On SQLite it takes two to record how far a job is.
-        self.link = Link(engine, autocommit=not statements_for(engine).claim_locks)
+        self.link = DedicatedConnection(engine, autocommit=not statements_for(engine).claim_locks)
         self.timer = Periodic("jobkit-leases", min(LOOK, lease / 3), self._tick, self.link.close)
 
     def hear(self) -> None:

@@ -13,7 +13,7 @@ Message = TypeVar("Message")
 NEVER = sys.maxsize
 
 
-class Inbox(Generic[Message]):
+class Mailbox(Generic[Message]):
     """Messages in the order in which they came. ``put`` is for any thread, also within a signal handler; ``take`` for
     one.
 

@@ -16,19 +16,19 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.assets.store import AssetStore
-from jobkit.base.clock import Clock, pause_after
-from jobkit.base.text import describe
+from jobkit.base.clock import Clock, backoff
+from jobkit.base.text import error_message
 from jobkit.base.threads import Pool
-from jobkit.db.connections import SharedLink, is_outage
+from jobkit.db.connections import SharedConnection, is_outage
 from jobkit.db.dialects.base import EventRow
 from jobkit.errors import LeaseLost
 from jobkit.jobs import claims
 from jobkit.jobs.claims import RELEASED, Claim, Completion
 from jobkit.rendering.attempt import Attempt
 from jobkit.rendering.renderers import Renderers
-from jobkit.runner.mailbox import NEVER, Inbox
+from jobkit.runner.mailbox import NEVER, Mailbox
 from jobkit.runner.render_stage import Workshop
-from jobkit.runner.store_stage import Batch
+from jobkit.runner.store_stage import StoreBatch
 from jobkit.runner.turns import Committed, Committer, Turn, end
 from jobkit.types import JobStatus, RunnerMetrics
 
@@ -43,14 +43,14 @@ FULL_PAUSE = 5.0
 # Jobs that were rendered and wait for storage or commit may number this many more than the slots, so that their commits
 # can be shared without their spool files filling the disk.
 BACKLOG = 32
-TAKEN = "job %s was taken from this runner; its result is dropped"
+CLAIM_LOST = "job %s was taken from this runner; its result is dropped"
 # A turn waits for the jobs that are likely to join it for as long as the last one took, within these bounds in seconds:
 # what comes later would wait for that long. Jobs of a millisecond otherwise arrive two at a time.
-GATHER, GATHER_MOST = 0.002, 0.02
+GROUP_COMMIT_DELAY, GROUP_COMMIT_DELAY_MOST = 0.002, 0.02
 # Events of jobs that will run again.
 BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
 
-Message = Attempt | Batch | None
+Message = Attempt | StoreBatch | None
 
 
 class Pipeline:
@@ -71,7 +71,7 @@ class Pipeline:
         poll_interval: float,
         worker_id: str,
         clock: Clock,
-        shared: SharedLink,
+        shared: SharedConnection,
         on_commit: Callable[[Sequence[EventRow]], object],
         progressed: Callable[[], None],
     ) -> None:
@@ -79,7 +79,7 @@ class Pipeline:
         self._clock, self._on_commit = clock, on_commit
         self._committer = Committer(engine, worker_id=worker_id, lease=lease, clock=clock, holds=self._holds)
         # What was rendered, what was stored, and that there may be jobs.
-        self._inbox: Inbox[Message] = Inbox()
+        self._inbox: Mailbox[Message] = Mailbox()
         self._workshop = Workshop(
             assets,
             renderers,
@@ -96,12 +96,12 @@ class Pipeline:
         self.link = self._committer.link
         self._turn = Turn()
         self._attempts: dict[UUID, Attempt] = {}
-        self._hungry, self._next_poll, self._active_until = True, 0.0, 0.0
+        self._should_claim, self._next_poll, self._active_until = True, 0.0, 0.0
         self._stopping = self._abandoned = False
         self._failures = 0
-        self._gather = GATHER
+        self._gather = GROUP_COMMIT_DELAY
         self._asking = threading.Condition()
-        self._asked = self._answered = 0
+        self._idle_requests = self._idle_confirmed = 0
         self._over = False
         self.ended = 0
         self._rejected = 0
@@ -113,8 +113,8 @@ class Pipeline:
     def ask(self) -> int:
         """As ``wake``, for every kind of job; return a number for ``wait_idle``."""
         with self._asking:
-            self._asked += 1
-            asked = self._asked
+            self._idle_requests += 1
+            asked = self._idle_requests
         self._inbox.put(None)
         return asked
 
@@ -127,7 +127,7 @@ class Pipeline:
         has returned; False at the timeout.
         """
         with self._asking:
-            return self._asking.wait_for(lambda: self._answered >= asked or self._over, timeout)
+            return self._asking.wait_for(lambda: self._idle_confirmed >= asked or self._over, timeout)
 
     def metrics(self) -> RunnerMetrics:
         """What this pipeline counted. From any thread."""
@@ -150,7 +150,7 @@ class Pipeline:
         self._stopping = self._abandoned = True
         self._inbox.ring()
 
-    def desert(self) -> None:
+    def leave_to_leases(self) -> None:
         """Count as over although ``run`` goes on: a call to the database never answers. Its jobs are left to their
         leases.
         """
@@ -168,7 +168,7 @@ class Pipeline:
                     self._turn.ends.append(self._end(attempt, reason))
                 self._workshop.engage()
                 for attempt in self._workshop.stuck():
-                    self._turn.ends.append(Completion(attempt.claim, verdict=RELEASED))
+                    self._turn.ends.append(Completion(attempt.claim, outcome=RELEASED))
                 turn, self._turn = self._plan(), Turn()
                 if turn:
                     self._take(turn)
@@ -196,18 +196,20 @@ class Pipeline:
     def _finished(self, until_idle: bool) -> bool:
         if self._abandoned:
             return True
-        return not self._attempts and (self._stopping or (until_idle and self._answered >= self._asked > 0))
+        return not self._attempts and (
+            self._stopping or (until_idle and self._idle_confirmed >= self._idle_requests > 0)
+        )
 
     # --- what to do next
 
     def _patience(self) -> float:
         if self._failures:
-            return pause_after(self._failures)
+            return backoff(self._failures)
         if self._turn:
             return 0
         if self._free() <= 0:
             return FULL_PAUSE
-        return 0 if self._hungry else max(0.0, self._next_poll - time.monotonic())
+        return 0 if self._should_claim else max(0.0, self._next_poll - time.monotonic())
 
     def _collect(self, timeout: float) -> None:
         """Sort what the other threads sent; wait up to ``timeout`` for the first of it, and a little for the rest."""
@@ -216,7 +218,7 @@ class Pipeline:
         if self._turn.size and not self._failures and (others := self._workshop.soon):
             self._sort_all(self._inbox.take(self._gather, others))
         if time.monotonic() >= self._next_poll:
-            self._hungry = True
+            self._should_claim = True
 
     def _sort_all(self, messages: list[Message]) -> None:
         for message in messages:
@@ -224,8 +226,8 @@ class Pipeline:
 
     def _sort(self, message: Message) -> None:
         if message is None:
-            self._hungry = True
-        elif isinstance(message, Batch):
+            self._should_claim = True
+        elif isinstance(message, StoreBatch):
             self._workshop.settled(message)
             self._turn.ends += [self._end(attempt, message.failures.get(attempt)) for attempt in message.attempts]
         else:
@@ -251,8 +253,8 @@ class Pipeline:
         for attempt in [attempt for attempt in turn.rendered if not self._holds(attempt.claim)]:
             attempt.discard()
             turn.rendered.remove(attempt)
-        turn.limit = max(0, self._free()) if self._hungry else 0
-        turn.asked, turn.thorough = self._asked, self._asked > self._answered
+        turn.limit = max(0, self._free()) if self._should_claim else 0
+        turn.asked, turn.check_scheduled = self._idle_requests, self._idle_requests > self._idle_confirmed
         return turn
 
     def _holds(self, claim: Claim) -> bool:
@@ -277,7 +279,7 @@ class Pipeline:
         if self._failures:
             logger.warning("the database answers again")
         self._failures = 0
-        self._gather = min(max(GATHER, time.monotonic() - began), GATHER_MOST)
+        self._gather = min(max(GROUP_COMMIT_DELAY, time.monotonic() - began), GROUP_COMMIT_DELAY_MOST)
         self._after(turn, committed)
 
     def _after(self, turn: Turn, committed: Committed) -> None:
@@ -295,7 +297,7 @@ class Pipeline:
                 self.ended += settled[job_id].terminal
             else:
                 self._rejected += 1
-                logger.warning(TAKEN, job_id)
+                logger.warning(CLAIM_LOST, job_id)
         self._workshop.store(turn.rendered)
         self._workshop.render([self._begin(claim) for claim in taken])
         if turn.limit:
@@ -303,12 +305,12 @@ class Pipeline:
 
     def _polled(self, turn: Turn, *, found: int) -> None:
         now = time.monotonic()
-        self._hungry = self._committer.waiting
+        self._should_claim = self._committer.waiting
         if found:
             self._active_until = now + ACTIVE_FOR
         elif not self._attempts:
             with self._asking:
-                self._answered = turn.asked
+                self._idle_confirmed = turn.asked
                 self._asking.notify_all()
         active = now < self._active_until
         self._next_poll = now + (min(ACTIVE_POLL, self._poll_interval) if active else self._poll_interval)
@@ -328,31 +330,31 @@ class Pipeline:
 
     def _refused(self, part: Turn, error: Exception) -> None:
         claim = part.ends[0].claim if part.ends else part.rendered[0].claim
-        logger.error("job %s could not be finished: %s", claim.job_id, describe(error), exc_info=error)
+        logger.error("job %s could not be finished: %s", claim.job_id, error_message(error), exc_info=error)
         if part.rendered:
             part.rendered[0].discard()
-        elif part.ends[0].verdict.status is not JobStatus.DONE:
+        elif part.ends[0].outcome.status is not JobStatus.DONE:
             self._attempts.pop(claim.job_id, None)  # not even its failure can be written: its lease will run out
             return
-        message = describe(getattr(error, "orig", None) or error)
+        message = error_message(getattr(error, "orig", None) or error)
         self._take(Turn(ends=[claims.failed(claim, f"the result could not be recorded: {message}")]))
 
     def _pause(self, turn: Turn, error: Exception) -> None:
         """Keep the work, log once, and come back after a while."""
         self._failures += 1
         if self._failures == 1:
-            logger.error("the database failed; jobs in flight are kept and tried again: %s", describe(error))
+            logger.error("the database failed; jobs in flight are kept and tried again: %s", error_message(error))
         self._turn.ends[:0] = turn.ends
         self._turn.rendered[:0] = turn.rendered
         self._turn.again = self._turn.again or bool(turn.ends)
-        self._hungry = self._hungry or bool(turn.limit)
+        self._should_claim = self._should_claim or bool(turn.limit)
 
     # --- other threads
 
     def _begin(self, claim: Claim) -> Attempt:
         attempt = self._workshop.attempt(claim)
         if (former := self._attempts.get(claim.job_id)) is not None:
-            logger.warning(TAKEN, claim.job_id)
+            logger.warning(CLAIM_LOST, claim.job_id)
             former.interrupt(LeaseLost(f"job {claim.job_id} was taken from this runner, and claimed again"))
         self._attempts[claim.job_id] = attempt
         return attempt
@@ -370,4 +372,6 @@ class Pipeline:
             if events:
                 logger.warning("stopped with %d jobs unfinished; they are queued again", len(events))
         except Exception as error:
-            logger.error("stopped with %d jobs unfinished, and could not release them: %s", len(held), describe(error))
+            logger.error(
+                "stopped with %d jobs unfinished, and could not release them: %s", len(held), error_message(error)
+            )

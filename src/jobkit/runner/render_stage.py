@@ -16,12 +16,12 @@ from uuid import UUID
 from jobkit.assets.store import AssetStore
 from jobkit.base.loops import LoopThread
 from jobkit.base.threads import Pool
-from jobkit.db.connections import SharedLink
+from jobkit.db.connections import SharedConnection
 from jobkit.errors import AssetNotFound, JobTimeout
 from jobkit.jobs.claims import Claim
 from jobkit.rendering.attempt import Attempt
 from jobkit.rendering.renderers import Renderers, registration_of
-from jobkit.runner.store_stage import Batch, batches
+from jobkit.runner.store_stage import StoreBatch, store_batches
 
 logger = logging.getLogger("jobkit")
 
@@ -48,11 +48,11 @@ class Workshop:
         slots: Pool,
         publishers: Pool,
         lease: float,
-        shared: SharedLink,
+        shared: SharedConnection,
         progressed: Callable[[], None],
         wanted: Callable[[Attempt], bool],
         rendered: Callable[[Attempt], None],
-        stored: Callable[[Batch], None],
+        stored: Callable[[StoreBatch], None],
     ) -> None:
         self._assets, self._renderers, self._lease = assets, renderers, lease
         self._concurrency, self._publishers = concurrency, publishers
@@ -63,8 +63,8 @@ class Workshop:
         #: The attempts whose renderers run, in the order in which they began.
         self.rendering: dict[Attempt, None] = {}
         # What is being stored, but for what takes long, and when each batch is late.
-        self._storing: dict[Batch, float] = {}
-        self._pace = Pace(self.rendering)
+        self._storing: dict[StoreBatch, float] = {}
+        self._pace = RenderTimes(self.rendering)
         #: How many threads were replaced because what they called went on for too long.
         self.replaced = 0
 
@@ -89,7 +89,7 @@ class Workshop:
 
     def store(self, attempts: Sequence[Attempt]) -> None:
         """Store the files of rendered jobs, whose keys are recorded; ``stored`` gets each batch when it is over."""
-        for batch in batches(attempts, self._assets.together):
+        for batch in store_batches(attempts, self._assets.together):
             self._storing[batch] = time.monotonic() + STALLED
             self._publishers.submit(partial(self._store, batch))
 
@@ -102,7 +102,7 @@ class Workshop:
         if self.rendering.pop(attempt, 0) is None:
             self._pace.add(attempt.took or 0.0)
 
-    def settled(self, batch: Batch) -> None:
+    def settled(self, batch: StoreBatch) -> None:
         """Its files are stored, or were not: what ``stored`` gets comes back here."""
         self._storing.pop(batch, None)
 
@@ -183,7 +183,7 @@ class Workshop:
             self._rendered(attempt)
         return late
 
-    def _store(self, batch: Batch) -> bool:
+    def _store(self, batch: StoreBatch) -> bool:
         batch.handover.begin()
         failures = batch.publish()
         late = batch.handover.over()
@@ -209,7 +209,7 @@ QUICK = 0.02
 WORTH = 0.01
 
 
-class Pace:
+class RenderTimes:
     """Of the attempts that are in ``rendering``, and were. Used by one thread."""
 
     def __init__(self, rendering: Collection[Attempt]) -> None:

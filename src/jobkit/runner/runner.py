@@ -19,10 +19,10 @@ import sqlalchemy as sa
 from jobkit import signals
 from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Clock, seconds, utcnow
-from jobkit.base.forks import forget_in_children
+from jobkit.base.forks import reset_in_children
 from jobkit.base.ids import new_id
 from jobkit.base.threads import DaemonPool, InlinePool, Periodic
-from jobkit.db.connections import Link, SharedLink
+from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Position, Start
 from jobkit.db.host import leave_connections, refuse_inherited, require_schema, sync_engine
@@ -89,7 +89,7 @@ class Runner:
         self._ending: Supervisor | None = None
         self._past = RunnerMetrics()
         self._inherited = self._warned = False
-        forget_in_children(self)
+        reset_in_children(self)
 
     # --- creating
 
@@ -258,7 +258,7 @@ class Runner:
         return report
 
     def _rescue(self, feed: Feed) -> RescueReport:
-        link = Link(self.engine)
+        link = DedicatedConnection(self.engine)
         with closing(link):
             return rescue(link, statements_for(self.engine), clock=self._clock, on_commit=feed.offer)
 
@@ -269,7 +269,7 @@ class Runner:
         def record() -> None:
             keeper.record()
 
-        pipeline = self._pipeline(None, SharedLink(self.engine, 0.0), record)
+        pipeline = self._pipeline(None, SharedConnection(self.engine, 0.0), record)
         keeper = LeaseKeeper(self.engine, math.inf, pipeline.attempts, clock=self._clock, on_commit=self._deliver_here)
         pipeline.ask()
         pipeline.run(until_idle=True)
@@ -279,7 +279,7 @@ class Runner:
     def _supervisor(self, feed: Feed) -> Supervisor:
         engine, lease, clock = self.engine, self._lease, self._clock
         feed.hurry(self._db_timeout)
-        shared = SharedLink(engine, self._db_timeout / 2)
+        shared = SharedConnection(engine, self._db_timeout / 2)
         # Where there is one writer at a time, a renewal may have to wait longer than a short lease, and does answer.
         waits_for_writers = statements_for(engine).claim_locks
         return Supervisor(
@@ -295,7 +295,7 @@ class Runner:
             renewal_timeout=self._db_timeout if waits_for_writers else min(self._db_timeout, lease / 3),
         )
 
-    def _pipeline(self, feed: Feed | None, shared: SharedLink, progressed: Callable[[], None]) -> Pipeline:
+    def _pipeline(self, feed: Feed | None, shared: SharedConnection, progressed: Callable[[], None]) -> Pipeline:
         return Pipeline(
             self.engine,
             self._assets,

@@ -9,9 +9,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from jobkit.base.text import describe
+from jobkit.base.text import error_message
 from jobkit.base.threads import Periodic
-from jobkit.db.connections import GIVE_UP, SharedLink, end_overdue
+from jobkit.db.connections import GIVE_UP, SharedConnection, abort_overdue
 from jobkit.maintenance.rescue import Rescuer
 from jobkit.rendering.attempt import Attempt
 from jobkit.runner.leases import LeaseKeeper
@@ -37,7 +37,7 @@ class Supervisor:
         rescuer: Callable[[Callable[[], None]], Rescuer],
         sweeper: Periodic,
         listen: Callable[[Callable[[], None]], Callable[[], None]],
-        shared: SharedLink,
+        shared: SharedConnection,
         db_timeout: float,
         renewal_timeout: float,
     ) -> None:
@@ -46,7 +46,7 @@ class Supervisor:
         connection may last, in seconds; ``renewal_timeout``: the keeper's.
         """
         self._make_pipeline, self._listen = pipeline, listen
-        self._deafen: Callable[[], None] = lambda: None
+        self._unsubscribe: Callable[[], None] = lambda: None
         self._make_keeper, self._make_rescuer = keeper, rescuer
         self._sweeper, self._shared = sweeper, shared
         self._db_timeout, self._renewal_timeout = db_timeout, renewal_timeout
@@ -60,7 +60,7 @@ class Supervisor:
     def start(self) -> None:
         """Start every thread."""
         self._spawn(self.pipeline)
-        self._deafen = self._listen(self._wake)
+        self._unsubscribe = self._listen(self._wake)
         for timer in (self._keeper.timer, self._rescuer.timer, self._sweeper, self._watch):
             timer.start()
 
@@ -69,7 +69,7 @@ class Supervisor:
         again from another thread, a shorter ``timeout`` counts.
         """
         self._stopping = True
-        self._deafen()
+        self._unsubscribe()
         pipeline = self.pipeline
         pipeline.stop()
         over = False
@@ -125,18 +125,18 @@ class Supervisor:
             pipeline.run()
         except Exception as error:
             self._dead = pipeline
-            logger.error("the runner's thread failed, and is replaced: %s", describe(error), exc_info=error)
+            logger.error("the runner's thread failed, and is replaced: %s", error_message(error), exc_info=error)
 
     def _look(self) -> None:
         pipeline, keeper, rescuer = self.pipeline, self._keeper, self._rescuer
-        stuck = end_overdue(pipeline.link, self._db_timeout)
-        unrenewed = end_overdue(keeper.link, self._renewal_timeout)
-        end_overdue(self._shared, self._db_timeout)
+        stuck = abort_overdue(pipeline.link, self._db_timeout)
+        unrenewed = abort_overdue(keeper.link, self._renewal_timeout)
+        abort_overdue(self._shared, self._db_timeout)
         if self._stopping:
             return
         if stuck or pipeline is self._dead:
             self.pipeline, self._past = self._make_pipeline(self._hear), self._past + pipeline.metrics()
-            pipeline.desert()
+            pipeline.leave_to_leases()
             self._replaced("runner")
             self._spawn(self.pipeline)
         if unrenewed:

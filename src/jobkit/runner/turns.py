@@ -16,14 +16,13 @@ import sqlalchemy as sa
 from jobkit.assets import intents
 from jobkit.assets.intents import Intent
 from jobkit.base.clock import Clock
-from jobkit.base.text import describe
-from jobkit.db.connections import Link, each_by_itself
+from jobkit.base.text import error_message
+from jobkit.db.connections import DedicatedConnection, autocommitting
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow
-from jobkit.jobs import claims
-from jobkit.jobs import outcomes as policy
+from jobkit.jobs import claims, outcomes
 from jobkit.jobs.claims import Claim, Completion
-from jobkit.jobs.fairness import Rotation
+from jobkit.jobs.fairness import RoundRobin
 from jobkit.rendering.attempt import Attempt
 from jobkit.tables import content_jobs
 from jobkit.types import JobStatus
@@ -37,7 +36,7 @@ class Turn:
     rendered: list[Attempt] = field(default_factory=list)
     limit: int = 0
     asked: int = 0
-    thorough: bool = False
+    check_scheduled: bool = False
     # Whether some of the ends were sent to the database before, without a reply.
     again: bool = False
 
@@ -57,7 +56,11 @@ class Turn:
         """Each thing by itself, so that what the database refuses fails alone."""
         found = [Turn(ends=[end], again=self.again) for end in self.ends]
         found += [Turn(rendered=[attempt]) for attempt in self.rendered]
-        return [*found, Turn(limit=self.limit, asked=self.asked, thorough=self.thorough)] if self.limit else found
+        return (
+            [*found, Turn(limit=self.limit, asked=self.asked, check_scheduled=self.check_scheduled)]
+            if self.limit
+            else found
+        )
 
 
 def intents_of(attempt: Attempt) -> list[Intent]:
@@ -69,15 +72,15 @@ def end(attempt: Attempt, failure: BaseException | None, *, now: datetime) -> Co
     """The end of an attempt: its files; or, after a failure, its job's end or its place in the queue."""
     if failure is None:
         return Completion(attempt.claim, files=attempt.stored)
-    verdict = policy.verdict(
+    outcome = outcomes.decide(
         failure,
-        describe(failure),
+        error_message(failure),
         attempt=attempt.claim.attempt,
         max_attempts=attempt.max_attempts,
         interrupted=attempt.interrupted,
         now=now,
     )
-    return Completion(attempt.claim, verdict=verdict)
+    return Completion(attempt.claim, outcome=outcome)
 
 
 class Committed(NamedTuple):
@@ -97,10 +100,10 @@ class Committer:
         self, engine: sa.Engine, *, worker_id: str, lease: float, clock: Clock, holds: Callable[[Claim], bool]
     ) -> None:
         """``holds``: whether the runner knows of a claim."""
-        self.link = Link(engine)
+        self.link = DedicatedConnection(engine)
         self._worker_id, self._lease, self._clock, self._holds = worker_id, lease, clock, holds
         self._statements = statements_for(engine)
-        self._rotation = Rotation(engine)
+        self._rotation = RoundRobin(engine)
         # Until when a claim whose reply was lost may still be committed: one that is cut while it waits for a lock goes
         # on on the server, which does not look at the connection before it answers.
         self._unsure_until = -math.inf
@@ -142,30 +145,30 @@ class Committer:
             if turn.limit and unsure:
                 events += claims.release(connection, self._unknown(connection), now=now)
             if turn.limit:
-                running, taken = self._claim(connection, turn.limit, now, thorough=turn.thorough)
+                running, taken = self._claim(connection, turn.limit, now, check_scheduled=turn.check_scheduled)
                 events += running
         return events, taken
 
     def _claim_only(self, connection: sa.Connection, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
         """As little as there is to do: no lock for nothing, and no transaction around one statement."""
-        now, thorough = self._clock(), turn.thorough
+        now, check_scheduled = self._clock(), turn.check_scheduled
         if self._statements.claim_locks:
             if not self._queued(connection):
                 return [], []
         else:
-            with each_by_itself(connection), connection.begin():
-                self._rotation.look(connection, now, thorough=thorough)
-                thorough = False  # it has just looked
+            with autocommitting(connection), connection.begin():
+                self._rotation.look(connection, now, check_scheduled=check_scheduled)
+                check_scheduled = False  # it has just looked
                 if not self.waiting:
-                    return self._claim(connection, turn.limit, now, thorough=thorough)
+                    return self._claim(connection, turn.limit, now, check_scheduled=check_scheduled)
         with connection.begin():
-            return self._claim(connection, turn.limit, now, thorough=thorough)
+            return self._claim(connection, turn.limit, now, check_scheduled=check_scheduled)
 
     def _claim(
-        self, connection: sa.Connection, limit: int, now: datetime, *, thorough: bool
+        self, connection: sa.Connection, limit: int, now: datetime, *, check_scheduled: bool
     ) -> tuple[list[EventRow], list[Claim]]:
         """The events of what is claimed, and the claims."""
-        pick = partial(self._rotation.claim, thorough=thorough)
+        pick = partial(self._rotation.claim, check_scheduled=check_scheduled)
         taken, events = claims.claim(
             connection, limit=limit, worker_id=self._worker_id, lease=self._lease, now=now, pick=pick
         )

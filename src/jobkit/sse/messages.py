@@ -29,7 +29,7 @@ _FIELDS = {
 }
 
 
-class Source(Protocol):
+class MessageSource(Protocol):
     """What a session sends: one of a job, or of a company."""
 
     over: bool
@@ -50,7 +50,7 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-class JobSource:
+class JobMessages:
     """The state, or a ``resync`` and the state, or what was missed; then each event until the end."""
 
     def __init__(self, engine: sa.Engine, company_id: object, job_id: UUID | str, wake: Callable[[], object]) -> None:
@@ -101,7 +101,7 @@ class JobSource:
         return _message({"jobId": str(self._watcher.job_id), "reason": reason}, event="end")
 
 
-class CompanySource:
+class CompanyMessages:
     """A cursor, or a ``resync`` with one; then each event."""
 
     over = False

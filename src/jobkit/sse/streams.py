@@ -20,12 +20,12 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.base.clock import seconds
-from jobkit.base.forks import forget_in_children
-from jobkit.base.loops import OneAtATime, in_thread
-from jobkit.base.text import company
+from jobkit.base.forks import reset_in_children
+from jobkit.base.loops import Serialized, in_thread
+from jobkit.base.text import require_company_id
 from jobkit.db.host import log_key
 from jobkit.events import hub
-from jobkit.sse.messages import CompanySource, JobSource, Source
+from jobkit.sse.messages import CompanyMessages, JobMessages, MessageSource
 
 #: What a response with a stream needs: no cache may keep it, no nginx may gather it.
 HEADERS: Mapping[str, str] = MappingProxyType(
@@ -178,7 +178,7 @@ async def _apieces(session: _Session, woken: asyncio.Event) -> AsyncGenerator[by
     if session.over:
         return
     _sessions.add(session)
-    thread = OneAtATime(session.close)
+    thread = Serialized(session.close)
     try:
         yield session.greeting
         if piece := await thread.call(session.open):
@@ -215,7 +215,7 @@ class _Session:
 
     def __init__(
         self,
-        source: Source,
+        source: MessageSource,
         engine: sa.Engine,
         last_event_id: str | None,
         keep_alive: float,
@@ -227,7 +227,7 @@ class _Session:
         self._keep_alive, self._retry = keep_alive, retry
         self._ended = False
         self._sent = time.monotonic()
-        forget_in_children(self)
+        reset_in_children(self)
 
     def locate(self) -> None:
         self._source.locate(self._last_event_id)
@@ -290,12 +290,12 @@ def _session(
     retry: timedelta | float,
     wake: Callable[[], object],
 ) -> _Session:
-    owner = company(company_id)
-    source: Source
+    owner = require_company_id(company_id)
+    source: MessageSource
     if job_id is None:
-        source = CompanySource(engine, owner, wake)
+        source = CompanyMessages(engine, owner, wake)
     else:
-        source = JobSource(engine, owner, job_id, wake)
+        source = JobMessages(engine, owner, job_id, wake)
     return _Session(
         source, engine, last_event_id, seconds(keep_alive, "keep_alive"), seconds(retry, "retry", positive=False), wake
     )

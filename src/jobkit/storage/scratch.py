@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobkit.base.forks import forget_in_children
+from jobkit.base.forks import reset_in_children
 from jobkit.base.ids import new_id
 from jobkit.errors import ConfigurationError
 
@@ -39,7 +39,7 @@ class Scratch:
         self._base = base
         self._lock = threading.Lock()
         self._held: _Held | None = None
-        forget_in_children(self)
+        reset_in_children(self)
 
     def folder(self) -> Path:
         """A folder that only this object uses; empty when it is new, and then what dead processes left is removed.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from jobkit.base.text import company
+from jobkit.base.text import require_company_id
 from jobkit.db.host import connection_of
 from jobkit.jobs.store import job_of
 from jobkit.tables import content_jobs
@@ -60,7 +60,11 @@ def _wanted(
 ) -> dict[str, Any]:
     if unknown := sorted(fields.keys() - {column.name for column in content_jobs.columns}):
         raise TypeError(f"a job has no {', '.join(unknown)}")
-    given = {"company_id": None if company_id is None else company(company_id), "job_type": job_type, "input": input}
+    given = {
+        "company_id": None if company_id is None else require_company_id(company_id),
+        "job_type": job_type,
+        "input": input,
+    }
     return {name: value for name, value in given.items() if value is not None} | fields
 
 

@@ -22,7 +22,7 @@ from jobkit.assets import intents
 from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Clock, utcnow
 from jobkit.base.loops import LoopThread
-from jobkit.base.text import describe
+from jobkit.base.text import error_message
 from jobkit.db.dialects.base import EventRow, Position
 from jobkit.db.host import connection_of
 from jobkit.db.sqlite import require_configured
@@ -30,12 +30,12 @@ from jobkit.errors import AssetNotFound, RenderInterrupted
 from jobkit.events.log import event_of
 from jobkit.jobs import claims
 from jobkit.jobs.claims import Claim
-from jobkit.jobs.fairness import Rotation
+from jobkit.jobs.fairness import RoundRobin
 from jobkit.jobs.store import JobStore
 from jobkit.rendering.attempt import Attempt
 from jobkit.rendering.renderers import Renderers, registration_of
 from jobkit.runner.leases import tell
-from jobkit.runner.store_stage import Batch
+from jobkit.runner.store_stage import StoreBatch
 from jobkit.runner.turns import end, intents_of
 from jobkit.tables import content_job_events, content_jobs
 from jobkit.testing.clock import FrozenClock
@@ -114,7 +114,7 @@ class _Inline:
 
     def _claim(self) -> Claim | None:
         # A new rotation each time: what is due now may have come a moment ago.
-        pick = partial(Rotation(self._connection.engine).claim, thorough=True)
+        pick = partial(RoundRobin(self._connection.engine).claim, check_scheduled=True)
         with self._connection.begin_nested():
             taken, _ = claims.claim(
                 self._connection, limit=1, worker_id="jobkit.testing", lease=LEASE, now=self._clock(), pick=pick
@@ -151,7 +151,7 @@ class _Inline:
         if attempt.failure is None:
             with self._connection.begin_nested():
                 intents.record_intents(self._connection, intents_of(attempt))
-            attempt.failure = Batch([attempt]).publish().get(attempt)
+            attempt.failure = StoreBatch([attempt]).publish().get(attempt)
         _raise_what_is_the_tests(attempt.failure)
         failure, now = attempt.failure, self._clock()
         completion = end(attempt, failure, now=now)
@@ -163,7 +163,7 @@ class _Inline:
                 raise
             raise RuntimeError(
                 f"the renderer of job {attempt.claim.job_id} left the session's transaction unusable: "
-                f"{describe(failure)}"
+                f"{error_message(failure)}"
             ) from failure
 
     def _open_asset(self, company_id: str, asset_id: UUID | str) -> BinaryIO:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from tests.benchmarks.workers.files import Claimed, File, new_id
+from tests.benchmarks.workers.files import ClaimedRow, File, new_id
 from tests.benchmarks.workers.loop import LEASE, drain
 from tests.benchmarks.workers.report import Report
 
@@ -64,10 +64,10 @@ class CoreTables:
     def __init__(self, connection: sa.Connection) -> None:
         self._connection = connection
 
-    def claim(self, limit: int) -> list[Claimed]:
+    def claim(self, limit: int) -> list[ClaimedRow]:
         with self._connection.begin():
             rows = self._connection.execute(CLAIM, {"limit": limit}).all()
-        return [Claimed(row.id, row.company_id, row.input["n"], row.fence) for row in rows]
+        return [ClaimedRow(row.id, row.company_id, row.input["n"], row.fence) for row in rows]
 
     def intend(self, files: Sequence[File]) -> None:
         intents = [{"id": new_id().hex, "company": file.job.company_id, "key": file.key} for file in files]

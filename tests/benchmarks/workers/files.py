@@ -12,7 +12,7 @@ from time import time_ns
 from typing import NamedTuple
 
 
-class Claimed(NamedTuple):
+class ClaimedRow(NamedTuple):
     """A job that this worker holds."""
 
     job_id: uuid.UUID
@@ -24,7 +24,7 @@ class Claimed(NamedTuple):
 class File(NamedTuple):
     """A file on its way: written and hashed, open, not yet under its key."""
 
-    job: Claimed
+    job: ClaimedRow
     asset_id: uuid.UUID
     key: str
     sha256: str
@@ -45,7 +45,7 @@ def new_id() -> uuid.UUID:
     return uuid.UUID(int=(time_ns() // 1_000_000 << 80) | (7 << 76) | (0b10 << 62) | rest)
 
 
-def write(root: Path, job: Claimed) -> File:
+def write(root: Path, job: ClaimedRow) -> File:
     """Write a job's file under another name into the folder it will be in, and leave it open."""
     key = f"{job.company_id}/generated/{datetime.now(UTC):%Y/%m/%d}/{new_id()}-note.txt"
     path, body = root / key, content(job.number)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from tests.benchmarks.workers.files import Claimed, File, publish, write
+from tests.benchmarks.workers.files import ClaimedRow, File, publish, write
 from tests.benchmarks.workers.report import Report
 
 BATCH = 20
@@ -16,7 +16,7 @@ LEASE = 60
 class Tables(Protocol):
     """jobkit's tables as such a worker needs them. Each method is one transaction."""
 
-    def claim(self, limit: int) -> list[Claimed]:
+    def claim(self, limit: int) -> list[ClaimedRow]:
         """Take queued jobs: running, fence + 1, attempt + 1, leased, each with its event."""
 
     def intend(self, files: Sequence[File]) -> None:

@@ -14,7 +14,7 @@ from tests.benchmarks.databases import postmaster
 from tests.benchmarks.measuring import Figures
 
 
-class Told(NamedTuple):
+class AppendedEvent(NamedTuple):
     """What a worker told of itself."""
 
     costs: Figures
@@ -22,10 +22,10 @@ class Told(NamedTuple):
     modules: list[str]
 
 
-def run(kind: str, engine: sa.Engine, folder: Path, jobs: int) -> Told:
+def run(kind: str, engine: sa.Engine, folder: Path, jobs: int) -> AppendedEvent:
     """Let a worker of this kind, ``module:function`` beside this one, do so many jobs."""
     server = postmaster(engine)
     engine.dispose()
     url = engine.url.render_as_string(hide_password=False)
     command = [sys.executable, "-m", "tests.benchmarks.workers", kind, url, str(folder), str(jobs), str(server or 0)]
-    return Told(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))
+    return AppendedEvent(**json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout))

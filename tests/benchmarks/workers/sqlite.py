@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks.workers.files import Claimed, File, new_id
+from tests.benchmarks.workers.files import ClaimedRow, File, new_id
 from tests.benchmarks.workers.loop import LEASE, drain
 from tests.benchmarks.workers.report import Report
 
@@ -56,7 +56,7 @@ class SqliteTables:
         for setting in SETTINGS:
             connection.execute(setting)
 
-    def claim(self, limit: int) -> list[Claimed]:
+    def claim(self, limit: int) -> list[ClaimedRow]:
         with self._transaction() as connection:
             rows = connection.execute(CLAIM, (limit,)).fetchall()
             events = [
@@ -65,7 +65,7 @@ class SqliteTables:
             ]
             connection.executemany(TELL, events)
         return [
-            Claimed(uuid.UUID(job), company, json.loads(given)["n"], fence) for job, company, given, fence, _ in rows
+            ClaimedRow(uuid.UUID(job), company, json.loads(given)["n"], fence) for job, company, given, fence, _ in rows
         ]
 
     def intend(self, files: Sequence[File]) -> None:

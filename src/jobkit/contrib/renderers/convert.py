@@ -31,7 +31,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from jobkit.base.text import describe
+from jobkit.base.text import error_message
 from jobkit.contrib.renderers import _fields
 from jobkit.errors import ConfigurationError
 from jobkit.rendering.context import RenderContext
@@ -196,7 +196,7 @@ def _told_of(asset_id: str, max_pixels: int) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as error:
-        raise ValueError(f"sourceAssetId: asset {asset_id} cannot be read: {describe(error)}") from error
+        raise ValueError(f"sourceAssetId: asset {asset_id} cannot be read: {error_message(error)}") from error
 
 
 def _read(path: Path, ctx: RenderContext, max_pixels: int) -> Picture:

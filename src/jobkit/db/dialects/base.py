@@ -45,7 +45,7 @@ class Start(NamedTuple):
     snapshot: str
 
 
-class Claimed(NamedTuple):
+class ClaimedRow(NamedTuple):
     """A claimed job with the number of its ``running`` event."""
 
     job_id: UUID
@@ -59,7 +59,7 @@ class Claimed(NamedTuple):
     event_id: int
 
 
-class Terms(NamedTuple):
+class ClaimTerms(NamedTuple):
     """On what a claim is made: how many jobs at most, for whom, for how many seconds of the database's clock."""
 
     limit: int
@@ -68,7 +68,7 @@ class Terms(NamedTuple):
     now: datetime
 
 
-class Waiting(NamedTuple):
+class QueuedJob(NamedTuple):
     """A queued job that may run now, and what orders it within its company: ``at`` is its ``run_at``, or when it was
     created.
     """
@@ -98,7 +98,7 @@ class Held(NamedTuple):
     cancelled: bool
 
 
-class Told(NamedTuple):
+class AppendedEvent(NamedTuple):
     """An event that a statement appended."""
 
     job_id: UUID
@@ -119,7 +119,7 @@ class EventRow(NamedTuple):
     payload: dict[str, Any]
 
 
-class Due(NamedTuple):
+class DueKey(NamedTuple):
     """A recorded key that a sweep may visit."""
 
     company_id: str
@@ -127,7 +127,7 @@ class Due(NamedTuple):
     not_before: datetime
 
 
-class Pruned(NamedTuple):
+class PruneCounts(NamedTuple):
     """What went, or would go, with a batch of old jobs."""
 
     jobs: Sequence[UUID]
@@ -152,12 +152,12 @@ class JobStatements(Protocol):
 class QueueStatements(Protocol):
     """What waits, and in which order. Locks nothing."""
 
-    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[Waiting]:
+    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[QueuedJob]:
         """Jobs whose ``run_at`` has come: the first ``limit``, the companies in turn, among the ``window`` first of
         each priority. Locks nothing.
         """
 
-    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[Waiting]:
+    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[QueuedJob]:
         """The first ``each`` jobs without ``run_at`` of each of these companies. Locks nothing."""
 
     def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
@@ -173,22 +173,22 @@ class ClaimStatements(Protocol):
     #: Whether a claim that finds nothing still takes the database's write lock, so that a poll should look first.
     claim_locks: bool
 
-    def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
+    def claim(self, connection: sa.Connection, *, terms: ClaimTerms) -> list[ClaimedRow]:
         """Take queued jobs of any company, a company's in order of priority and creation: fence + 1, each with its
         event.
         """
 
     def claim_of(
-        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: Terms
-    ) -> list[Claimed]:
+        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: ClaimTerms
+    ) -> list[ClaimedRow]:
         """As ``claim``, up to ``each`` jobs of each of these companies."""
 
-    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: Terms) -> list[Claimed]:
+    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: ClaimTerms) -> list[ClaimedRow]:
         """As ``claim``, of these jobs, in this order, those that still may run."""
 
     def finish(
         self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[Told], int]:
+    ) -> tuple[list[AppendedEvent], int]:
         """End the jobs whose fence still holds, with their files. The events of those, and how many intents went."""
 
     def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
@@ -221,7 +221,7 @@ class IntentStatements(Protocol):
 
     def due_intents(
         self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
-    ) -> Iterator[Due]:
+    ) -> Iterator[DueKey]:
         """Keys of ``state`` without a live row whose time has come, or comes within ``early`` seconds of the database's
         clock; the longest due first, from ``after`` on. A hint: only ``claim_intents`` decides.
         """
@@ -293,12 +293,12 @@ class PruneStatements(Protocol):
     ) -> tuple[list[UUID], UUID | None]:
         """Those among the next ``limit`` jobs by id, and the last id that was looked at, None at the end. A hint."""
 
-    def weigh(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> Pruned:
+    def weigh(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> PruneCounts:
         """What ``prune`` would delete. Writes nothing."""
 
     def prune(
         self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
-    ) -> Pruned:
+    ) -> PruneCounts:
         """Delete those of ``jobs`` that still are over and that nobody else is changing, with their events, moving the
         mark, and the assets that ``provider`` has of them, leaving tombstones. Waits for no lock on a row of a host.
         """
@@ -390,13 +390,13 @@ class Queue:
     _companies: Sql
     _has_queued: Sql
 
-    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[Waiting]:
+    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[QueuedJob]:
         values = {"window": window, "limit": limit, "now": now}
-        return [Waiting(*row) for row in connection.execute(self._due(connection), values)]
+        return [QueuedJob(*row) for row in connection.execute(self._due(connection), values)]
 
-    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[Waiting]:
+    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[QueuedJob]:
         values = {"companies": json.dumps(companies), "each": each}
-        return [Waiting(*row) for row in connection.execute(self._heads(connection), values)]
+        return [QueuedJob(*row) for row in connection.execute(self._heads(connection), values)]
 
     def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
         return list(connection.execute(self._companies(connection), {"limit": limit}).scalars())
@@ -417,8 +417,8 @@ class Prune:
         rows = connection.execute(self._over(connection), {"before": before, "after": after, "limit": limit}).all()
         return [row.id for row in rows if row.over], rows[-1].id if rows else None
 
-    def weigh(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> Pruned:
-        return Pruned(jobs, *connection.execute(self._weigh(connection), these(jobs, provider=provider)).one())
+    def weigh(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> PruneCounts:
+        return PruneCounts(jobs, *connection.execute(self._weigh(connection), these(jobs, provider=provider)).one())
 
 
 def these(jobs: Sequence[UUID], **others: Any) -> dict[str, Any]:

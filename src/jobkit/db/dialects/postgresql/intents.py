@@ -8,10 +8,10 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from jobkit.db.dialects.base import DUE, Document, Due, Sql
+from jobkit.db.dialects.base import DUE, Document, DueKey, Sql
 from jobkit.tables import UtcDateTime
 
-INTEND = Sql(
+INSERT_INTENTS = Sql(
     """
 INSERT INTO {s}asset_intents (id, company_id, provider, object_key, not_before)
 SELECT id, company, provider, key, clock_timestamp() + make_interval(secs => :grace)
@@ -92,14 +92,14 @@ class Intents:
     """``jobkit._dialects.base.IntentStatements`` for PostgreSQL."""
 
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
-        connection.execute(INTEND(connection), {"intents": json.dumps(intents), "grace": grace})
+        connection.execute(INSERT_INTENTS(connection), {"intents": json.dumps(intents), "grace": grace})
 
     def due_intents(
         self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
-    ) -> Iterator[Due]:
+    ) -> Iterator[DueKey]:
         values = {"provider": provider, "state": state, "early": early, "after": after, "limit": limit}
         for row in connection.execute(DUE_INTENTS(connection), values):
-            yield Due(*row)
+            yield DueKey(*row)
 
     def claim_intents(
         self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float

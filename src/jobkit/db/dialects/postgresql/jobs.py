@@ -20,14 +20,14 @@ from jobkit.db.dialects.base import (
     MANY_PARAMETERS,
     TOLD,
     WAITING,
-    Claimed,
+    AppendedEvent,
+    ClaimedRow,
+    ClaimTerms,
     Document,
     EventRow,
     Held,
     RescueTerms,
     Sql,
-    Terms,
-    Told,
 )
 from jobkit.tables import UtcDateTime
 
@@ -163,7 +163,7 @@ JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.
     jobs=sa.Text(),
 )
 
-ADVANCE = Sql(
+UPDATE_PROGRESS = Sql(
     """
 WITH f AS (
     SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint, progress float8, message text)
@@ -245,25 +245,25 @@ class Claims:
 
     claim_locks = False
 
-    def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
-        return [Claimed(*row) for row in connection.execute(CLAIM(connection), terms._asdict())]
+    def claim(self, connection: sa.Connection, *, terms: ClaimTerms) -> list[ClaimedRow]:
+        return [ClaimedRow(*row) for row in connection.execute(CLAIM(connection), terms._asdict())]
 
     def claim_of(
-        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: Terms
-    ) -> list[Claimed]:
+        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: ClaimTerms
+    ) -> list[ClaimedRow]:
         values = {**terms._asdict(), "companies": json.dumps(companies), "each": each}
-        return [Claimed(*row) for row in connection.execute(CLAIM_OF(connection), values)]
+        return [ClaimedRow(*row) for row in connection.execute(CLAIM_OF(connection), values)]
 
-    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: Terms) -> list[Claimed]:
+    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: ClaimTerms) -> list[ClaimedRow]:
         values = {**terms._asdict(), "ids": json.dumps([job_id.hex for job_id in job_ids])}
-        return [Claimed(*row) for row in connection.execute(CLAIM_THESE(connection), values)]
+        return [ClaimedRow(*row) for row in connection.execute(CLAIM_THESE(connection), values)]
 
     def finish(
         self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[Told], int]:
+    ) -> tuple[list[AppendedEvent], int]:
         values = {"jobs": json.dumps(jobs), "files": json.dumps(files), "now": now}
         rows = connection.execute(FINISH(connection), values).all()
-        return [Told(*row[:3]) for row in rows], rows[0].gone if rows else 0
+        return [AppendedEvent(*row[:3]) for row in rows], rows[0].gone if rows else 0
 
     def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
         rows = connection.execute(RENEW(connection), {"jobs": json.dumps(jobs), "lease": lease})
@@ -276,7 +276,7 @@ class Claims:
         self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
     ) -> list[tuple[EventRow, bool]]:
         values = {"jobs": json.dumps(jobs), "lease": lease, "now": now}
-        return [(EventRow(*row[:-1]), row.cancelled) for row in connection.execute(ADVANCE(connection), values)]
+        return [(EventRow(*row[:-1]), row.cancelled) for row in connection.execute(UPDATE_PROGRESS(connection), values)]
 
     def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
         values = {**terms._asdict(), "run_at": terms.now.isoformat()}
@@ -376,7 +376,7 @@ SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run
     now=UtcDateTime(),
 )
 
-HEADS = Sql(
+FIRST_QUEUED = Sql(
     """
 SELECT x.* FROM jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(company) CROSS JOIN LATERAL (
     SELECT id, company_id, priority, created_at FROM {s}content_jobs
@@ -418,4 +418,4 @@ SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at 
 class Queue(shared.Queue):
     """``jobkit._dialects.base.QueueStatements`` for PostgreSQL."""
 
-    _due, _heads, _companies, _has_queued = DUE_JOBS, HEADS, COMPANIES, HAS_QUEUED
+    _due, _heads, _companies, _has_queued = DUE_JOBS, FIRST_QUEUED, COMPANIES, HAS_QUEUED

@@ -9,7 +9,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base as shared
-from jobkit.db.dialects.base import MARK, PRUNED, Position, Pruned, Sql, these
+from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, Sql, these
 from jobkit.tables import UtcDateTime
 
 # A job that was ended by hand may have no time of its end.
@@ -18,7 +18,7 @@ _JOBS = "ANY (ARRAY(SELECT CAST(jsonb_array_elements_text(CAST(:jobs AS jsonb)) 
 _ID = sa.column("id", sa.Uuid())
 
 # A page of the table at a time, by its key: what a look reads is bounded, however few of its jobs are over.
-OVER = Sql(
+ENDED_BEFORE = Sql(
     f"""
 WITH page AS MATERIALIZED (
     SELECT id, {_OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
@@ -32,7 +32,7 @@ SELECT id, over FROM page WHERE over OR id = (SELECT id FROM page ORDER BY id DE
     limit=sa.Integer(),
 )
 
-WEIGH = Sql(
+COUNT_RELATED = Sql(
     f"""
 SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id = {_JOBS}),
     (SELECT count(*) FROM {{s}}assets WHERE job_id = {_JOBS} AND provider = :provider)
@@ -103,11 +103,11 @@ class Prune(shared.Prune):
 
     one_writer = False
 
-    _over, _weigh = OVER, WEIGH
+    _over, _weigh = ENDED_BEFORE, COUNT_RELATED
 
     def prune(
         self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
-    ) -> Pruned:
+    ) -> PruneCounts:
         locked = list(connection.execute(LOCK(connection), these(jobs, before=before)).scalars())
         if provider is not None:
             busy = set(connection.execute(BUSY(connection), these(locked, provider=provider)).scalars())
@@ -116,7 +116,7 @@ class Prune(shared.Prune):
         if events:
             # Last, because other prunes wait for the mark.
             self.mark_pruned(connection, Position(*upto))
-        return Pruned(locked, events, files)
+        return PruneCounts(locked, events, files)
 
     def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
         connection.execute(MARK_PRUNED(connection), upto._asdict())

@@ -9,7 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit.db.dialects.base import EVENT, MARK, TOLD, Document, EventRow, Position, Sql, Start, Told
+from jobkit.db.dialects.base import EVENT, MARK, TOLD, AppendedEvent, Document, EventRow, Position, Sql, Start
 from jobkit.tables import UtcDateTime
 
 APPEND = Sql(
@@ -26,7 +26,7 @@ RETURNING id
     now=UtcDateTime(),
 )
 
-TELL = Sql(
+INSERT_EVENTS = Sql(
     """
 INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
 SELECT json_extract(value, '$.company'), json_extract(value, '$.job'), json_extract(value, '$.seq'),
@@ -136,6 +136,6 @@ def append(connection: sa.Connection, values: Mapping[str, Any]) -> int:
     return int(connection.execute(APPEND(connection), values).scalar_one())
 
 
-def tell(connection: sa.Connection, events: Document, now: datetime) -> list[Told]:
-    rows = connection.execute(TELL(connection), {"events": json.dumps(events), "now": now})
-    return [Told(*row) for row in rows]
+def tell(connection: sa.Connection, events: Document, now: datetime) -> list[AppendedEvent]:
+    rows = connection.execute(INSERT_EVENTS(connection), {"events": json.dumps(events), "now": now})
+    return [AppendedEvent(*row) for row in rows]

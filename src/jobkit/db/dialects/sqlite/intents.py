@@ -8,10 +8,10 @@ from datetime import datetime
 
 import sqlalchemy as sa
 
-from jobkit.db.dialects.base import DUE, Document, Due, Sql
+from jobkit.db.dialects.base import DUE, Document, DueKey, Sql
 from jobkit.tables import SQLITE_TIME, UtcDateTime, sqlite_in
 
-INTEND = Sql(
+INSERT_INTENTS = Sql(
     f"""
 INSERT INTO {{s}}asset_intents (id, company_id, provider, object_key, not_before)
 SELECT json_extract(value, '$.id'), json_extract(value, '$.company'), json_extract(value, '$.provider'),
@@ -86,14 +86,14 @@ class Intents:
     """``jobkit._dialects.base.IntentStatements`` for SQLite."""
 
     def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
-        connection.execute(INTEND(connection), {"intents": json.dumps(intents), "grace": str(grace)})
+        connection.execute(INSERT_INTENTS(connection), {"intents": json.dumps(intents), "grace": str(grace)})
 
     def due_intents(
         self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
-    ) -> Iterator[Due]:
+    ) -> Iterator[DueKey]:
         values = {"provider": provider, "state": state, "early": str(early), "after": after, "limit": limit}
         for row in connection.execute(DUE_INTENTS(connection), values):
-            yield Due(*row)
+            yield DueKey(*row)
 
     def claim_intents(
         self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float

@@ -17,14 +17,14 @@ from jobkit.db.dialects.base import (
     JOB_PARAMETERS,
     MANY_PARAMETERS,
     WAITING,
-    Claimed,
+    AppendedEvent,
+    ClaimedRow,
+    ClaimTerms,
     Document,
     EventRow,
     Held,
     RescueTerms,
     Sql,
-    Terms,
-    Told,
 )
 from jobkit.db.dialects.sqlite.events import append, tell
 from jobkit.tables import SQLITE_NOW, UtcDateTime, sqlite_in
@@ -112,7 +112,7 @@ RETURNING id, company_id, event_seq
     now=UtcDateTime(),
 )
 
-KEEP = Sql(
+INSERT_ASSETS = Sql(
     """
 INSERT INTO {s}assets (id, company_id, provider, object_key, content_type, byte_size, sha256, original_filename,
     source_task_id, job_id, position, created_at, updated_at)
@@ -126,7 +126,7 @@ FROM json_each(:files) WHERE true
     now=UtcDateTime(),
 )
 
-FORGET = Sql(
+DELETE_INTENTS = Sql(
     """
 DELETE FROM {s}asset_intents WHERE state = 'pending' AND (provider, object_key) IN (
     SELECT json_extract(value, '$.provider'), json_extract(value, '$.key') FROM json_each(:files)
@@ -161,7 +161,7 @@ FROM json_each(:jobs) AS f JOIN {{s}}content_jobs ON {_HOLDS}
     jobs=sa.Text(),
 )
 
-ADVANCE = Sql(
+UPDATE_PROGRESS = Sql(
     f"""
 UPDATE {{s}}content_jobs
 SET progress = max(COALESCE(progress, 0.0), json_extract(f.value, '$.progress')),
@@ -216,21 +216,21 @@ class Claims:
 
     claim_locks = True
 
-    def claim(self, connection: sa.Connection, *, terms: Terms) -> list[Claimed]:
+    def claim(self, connection: sa.Connection, *, terms: ClaimTerms) -> list[ClaimedRow]:
         return self._claimed(connection, CLAIM, terms, {})
 
     def claim_of(
-        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: Terms
-    ) -> list[Claimed]:
+        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: ClaimTerms
+    ) -> list[ClaimedRow]:
         return self._claimed(connection, CLAIM_OF, terms, {"companies": json.dumps(companies), "each": each})
 
-    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: Terms) -> list[Claimed]:
+    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: ClaimTerms) -> list[ClaimedRow]:
         ids = json.dumps([job_id.hex for job_id in job_ids])
         return self._claimed(connection, CLAIM_THESE, terms, {"ids": ids})
 
     def _claimed(
-        self, connection: sa.Connection, statement: Sql, terms: Terms, more: Mapping[str, Any]
-    ) -> list[Claimed]:
+        self, connection: sa.Connection, statement: Sql, terms: ClaimTerms, more: Mapping[str, Any]
+    ) -> list[ClaimedRow]:
         values = {**terms._asdict(), "lease": str(terms.lease), **more}
         rows = sorted(connection.execute(statement(connection), values), key=lambda row: row.id)
         if not rows:
@@ -239,11 +239,11 @@ class Claims:
             _event(row.id, row.company_id, row.event_seq, "content_job.running", {"jobId": str(row.id)}) for row in rows
         ]
         ids = {told.job_id: told.event_id for told in tell(connection, events, terms.now)}
-        return [Claimed._make((*row, ids[row.id])) for row in rows]
+        return [ClaimedRow._make((*row, ids[row.id])) for row in rows]
 
     def finish(
         self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[Told], int]:
+    ) -> tuple[list[AppendedEvent], int]:
         rows = connection.execute(FINISH(connection), {"jobs": json.dumps(jobs), "now": now}).all()
         if not rows:
             return [], 0
@@ -257,8 +257,8 @@ class Claims:
         kept = json.dumps([file for file in files if file["job"] in won])
         if kept == "[]":
             return told, 0
-        connection.execute(KEEP(connection), {"files": kept, "now": now})
-        return told, connection.execute(FORGET(connection), {"files": kept}).rowcount
+        connection.execute(INSERT_ASSETS(connection), {"files": kept, "now": now})
+        return told, connection.execute(DELETE_INTENTS(connection), {"files": kept}).rowcount
 
     def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
         rows = connection.execute(RENEW(connection), {"jobs": json.dumps(jobs), "lease": str(lease)})
@@ -271,7 +271,7 @@ class Claims:
         self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
     ) -> list[tuple[EventRow, bool]]:
         values = {"jobs": json.dumps(jobs), "lease": str(lease), "now": now}
-        rows = connection.execute(ADVANCE(connection), values).all()
+        rows = connection.execute(UPDATE_PROGRESS(connection), values).all()
         events = [_event(row.id, row.company_id, row.event_seq, "content_job.progress", _advanced(row)) for row in rows]
         told = _told(connection, events, now)
         return [(event, row.cancelled) for event, row in zip(told, rows, strict=True)]
@@ -395,7 +395,7 @@ SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run
     now=UtcDateTime(),
 )
 
-HEADS = Sql(
+FIRST_QUEUED = Sql(
     """
 SELECT j.id, j.company_id, j.priority, j.created_at
 FROM json_each(:companies) AS c CROSS JOIN {s}content_jobs AS j ON j.id IN (
@@ -438,4 +438,4 @@ SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at 
 class Queue(shared.Queue):
     """``jobkit._dialects.base.QueueStatements`` for SQLite."""
 
-    _due, _heads, _companies, _has_queued = DUE_JOBS, HEADS, COMPANIES, HAS_QUEUED
+    _due, _heads, _companies, _has_queued = DUE_JOBS, FIRST_QUEUED, COMPANIES, HAS_QUEUED

@@ -9,7 +9,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base as shared
-from jobkit.db.dialects.base import MARK, PRUNED, Position, Pruned, Sql, these
+from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, Sql, these
 from jobkit.tables import SQLITE_NOW, UtcDateTime
 
 # A job that was ended by hand may have no time of its end.
@@ -18,7 +18,7 @@ _JOBS = "IN (SELECT value FROM json_each(:jobs))"
 _ID = sa.column("id", sa.Uuid())
 
 # A page of the table at a time, by its key: what a look reads is bounded, however few of its jobs are over.
-OVER = Sql(
+ENDED_BEFORE = Sql(
     f"""
 WITH page AS MATERIALIZED (
     SELECT id, {_OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
@@ -32,7 +32,7 @@ SELECT id, over FROM page WHERE over OR id = (SELECT max(id) FROM page) ORDER BY
     limit=sa.Integer(),
 )
 
-WEIGH = Sql(
+COUNT_RELATED = Sql(
     f"""
 SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id {_JOBS}),
     (SELECT count(*) FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider)
@@ -52,7 +52,7 @@ DELETE = Sql(
 EVENTS = Sql(f"SELECT count(*), max(id) FROM {{s}}content_job_events WHERE job_id {_JOBS}", jobs=sa.Text())
 DELETE_EVENTS = Sql(f"DELETE FROM {{s}}content_job_events WHERE job_id {_JOBS}", jobs=sa.Text())
 
-BURY = Sql(
+INSERT_TOMBSTONES = Sql(
     f"""
 INSERT INTO {{s}}asset_intents (id, company_id, provider, object_key, state, not_before)
 SELECT lower(hex(randomblob(16))), company_id, provider, object_key, 'tombstone', {SQLITE_NOW}
@@ -83,11 +83,11 @@ class Prune(shared.Prune):
 
     one_writer = True
 
-    _over, _weigh = OVER, WEIGH
+    _over, _weigh = ENDED_BEFORE, COUNT_RELATED
 
     def prune(
         self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
-    ) -> Pruned:
+    ) -> PruneCounts:
         gone = list(connection.execute(DELETE(connection), these(jobs, before=before)).scalars())
         theirs, files = these(gone), 0
         events, upto = connection.execute(EVENTS(connection), theirs).one()
@@ -95,9 +95,9 @@ class Prune(shared.Prune):
             connection.execute(DELETE_EVENTS(connection), theirs)
             self.mark_pruned(connection, Position(0, upto))
         if provider is not None:
-            connection.execute(BURY(connection), {**theirs, "provider": provider})
+            connection.execute(INSERT_TOMBSTONES(connection), {**theirs, "provider": provider})
             files = connection.execute(DELETE_FILES(connection), {**theirs, "provider": provider}).rowcount
-        return Pruned(gone, events, files)
+        return PruneCounts(gone, events, files)
 
     def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
         connection.execute(MARK_PRUNED(connection), {"id": upto.id})
