@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from jobkit.base.clock import aware, backoff, seconds, utcnow
+from jobkit.base.clock import AdaptivePoll, Backoff, aware, seconds, utcnow
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
@@ -68,7 +68,24 @@ def test_what_is_no_duration_is_a_type_error(value: Any) -> None:
 
 
 def test_the_pause_after_failures_grows_to_five_seconds_and_is_never_the_same_for_all() -> None:
+    failing = Backoff()
+    assert (bool(failing), failing.pause, failing.succeeded()) == (False, 0.0, False)
     for failures in range(1, 2_000):
+        failing.failures = failures
         whole = min(5.0, 0.05 * 2.0 ** min(failures, 10))
-        assert whole / 2 <= backoff(failures) <= whole
-    assert len({backoff(3) for _ in range(100)}) > 50
+        assert whole / 2 <= failing.pause <= whole
+    assert len({failing.pause for _ in range(100)}) > 50
+
+
+def test_only_the_first_failure_of_a_row_is_one_to_log() -> None:
+    failing = Backoff()
+    assert [failing.failed(), failing.failed(), failing.succeeded(), failing.failed()] == [True, False, True, True]
+
+
+def test_a_poll_is_frequent_for_a_while_after_something_was_found() -> None:
+    poll, short = AdaptivePoll(0.1, 1.0, active_for=3600.0), AdaptivePoll(0.1, 1.0, active_for=0.0)
+    assert poll.interval == 1.0
+    poll.found()
+    assert poll.interval == 0.1
+    short.found()
+    assert short.interval == 1.0

@@ -284,7 +284,7 @@ def test_the_relay_survives_an_outage_of_the_database(
         running = relay.running_feed(engine)
         assert running is not None
         set_allowed(False)
-        until(lambda: running._failures >= 4, "several failures")
+        until(lambda: running._backoff.failures >= 4, "several failures")
         set_allowed(True)
         engine.dispose()
         with Session(engine) as session, session.begin():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
@@ -30,9 +31,53 @@ def aware(value: datetime, field: str) -> datetime:
         raise ValueError(f"{field} is out of range in UTC: {value!r}") from None
 
 
-def backoff(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: doubling up to 5, less a random part that keeps many apart."""
-    return min(5.0, 0.05 * 2.0 ** min(failures, 10)) * random.uniform(0.5, 1)
+class Backoff:
+    """Failures in a row, and how long to wait after them. Changed by one thread; may be read by any."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+
+    def __bool__(self) -> bool:
+        """Whether the last try failed."""
+        return self.failures > 0
+
+    def failed(self) -> bool:
+        """Count a failure. True for the first of a row, the one to log."""
+        self.failures += 1
+        return self.failures == 1
+
+    def succeeded(self) -> bool:
+        """End the row. True when there was one."""
+        recovered, self.failures = self.failures > 0, 0
+        return recovered
+
+    @property
+    def pause(self) -> float:
+        """Seconds to wait before the next try: doubling up to 5, less a random part that keeps many processes apart; 0
+        after a success.
+        """
+        if not self.failures:
+            return 0.0
+        return min(5.0, 0.05 * 2.0 ** min(self.failures, 10)) * random.uniform(0.5, 1)
+
+
+class AdaptivePoll:
+    """How long to wait between two polls: ``active`` seconds for ``active_for`` seconds after something was found, then
+    ``idle`` seconds. Changed by one thread.
+    """
+
+    def __init__(self, active: float, idle: float, active_for: float) -> None:
+        self.active, self.idle, self._active_for = active, idle, active_for
+        self._active_until = 0.0
+
+    def found(self) -> None:
+        """Something was found: more is likely to follow."""
+        self._active_until = time.monotonic() + self._active_for
+
+    @property
+    def interval(self) -> float:
+        """Seconds until the next poll."""
+        return self.active if time.monotonic() < self._active_until else self.idle
 
 
 def seconds(value: timedelta | float, field: str, *, positive: bool = True) -> float:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Protocol
 
-from jobkit.base.clock import backoff
+from jobkit.base.clock import Backoff
 from jobkit.base.text import error_message
 
 # True when the thread that ran it was replaced meanwhile, and should end.
@@ -123,7 +123,7 @@ class Periodic:
         self._woken = threading.Event()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._stopped = False
-        self._failures = 0
+        self._backoff = Backoff()
         self._since: float | None = None
 
     @property
@@ -137,7 +137,7 @@ class Periodic:
 
     def wake(self) -> None:
         """Do the task now, unless it failed the last time. From any thread."""
-        if not self._failures:
+        if not self._backoff:
             self._woken.set()
 
     def stop(self) -> None:
@@ -155,10 +155,9 @@ class Periodic:
             self._since = time.monotonic()
             try:
                 self._task()
-                self._failures = 0
+                self._backoff.succeeded()
             except Exception as error:
-                self._failures += 1
-                if self._failures == 1:
+                if self._backoff.failed():
                     with suppress(Exception):  # a host's log handler that raises must not end the thread
                         logger.error("%s failed and is tried again: %s", self._name, error_message(error))
             finally:
@@ -172,8 +171,8 @@ class Periodic:
         return not self._stopped
 
     def _pause(self) -> float:
-        if self._failures:
-            return min(self.interval, backoff(self._failures))
+        if self._backoff:
+            return min(self.interval, self._backoff.pause)
         return self.interval * random.uniform(0.9, 1.1)
 
 

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from jobkit import signals
-from jobkit.base.clock import backoff
+from jobkit.base.clock import Backoff
 from jobkit.base.text import error_message
 from jobkit.base.threads import Periodic
 from jobkit.db.connections import DedicatedConnection, abort_overdue
@@ -91,7 +91,7 @@ class Feed:
         self._told = self._catching_up = 0
         self._thread: threading.Thread | None = None
         self._next_scan = self._last_scan = self._active_until = 0.0
-        self._failures = 0
+        self._backoff = Backoff()
         self._wanting: dict[object, Callable[[], object]] = {}
 
     def start(self, after: Position | None = None) -> None:
@@ -237,7 +237,7 @@ class Feed:
                 self._replay()
                 if left or time.monotonic() >= self._next_scan:
                     complete = self._scan(forced=left > 0)
-                    self._failures = 0
+                    self._backoff.succeeded()
                     if complete and left:
                         delivered += self._settle(left)
             except _Replaced:
@@ -255,10 +255,10 @@ class Feed:
     def _wait(self) -> tuple[list[EventRow], int, bool]:
         with self._wake:
             while not (self._offers.ready or self._closing):
-                if self._hinted and not self._failures:
+                if self._hinted and not self._backoff:
                     self._next_scan = min(self._next_scan, self._last_scan + AFTER_SCAN)
                 pause = self._next_scan - time.monotonic()
-                if pause <= 0 or (self._replays and not self._failures and signals.any_receivers()):
+                if pause <= 0 or (self._replays and not self._backoff and signals.any_receivers()):
                     break
                 self._wake.wait(pause)
             return self._offers.take(), self._offers.left, self._closing
@@ -285,11 +285,10 @@ class Feed:
                 logger.exception("%r failed", wanting)
 
     def _trouble(self, error: Exception) -> None:
-        self._failures += 1
-        if self._failures == 1:
+        if self._backoff.failed():
             logger.error("the event log could not be read; signals are late: %s", error_message(error))
         self._version = None
-        self._next_scan = time.monotonic() + backoff(self._failures)
+        self._next_scan = time.monotonic() + self._backoff.pause
 
     # --- events of this process
 

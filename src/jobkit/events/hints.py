@@ -19,7 +19,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit.base.clock import backoff
+from jobkit.base.clock import Backoff
 from jobkit.base.text import error_message
 from jobkit.db.connections import DedicatedConnection
 
@@ -95,7 +95,7 @@ class Listener:
             self._far.send(b"\0")
 
     def _run(self) -> None:
-        pause, failures = WARM_UP, 0
+        pause, failing = WARM_UP, Backoff()
         try:
             while not self._stopped.wait(pause):
                 began = time.monotonic()
@@ -105,10 +105,11 @@ class Listener:
                     logger.info("LISTEN has no effect on this connection, so the event log is polled")
                     pause = FUTILE
                 except Exception as error:
-                    failures = 1 if time.monotonic() - began > HEARTBEAT else failures + 1
-                    if failures == 1:
+                    if time.monotonic() - began > HEARTBEAT:
+                        failing.succeeded()
+                    if failing.failed():
                         logger.info("the listening connection was lost; meanwhile polling: %s", error_message(error))
-                    pause = backoff(failures)
+                    pause = failing.pause
                 finally:
                     self.listening = False
                     self.link.close()

@@ -16,7 +16,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.assets.store import AssetStore
-from jobkit.base.clock import Clock, backoff
+from jobkit.base.clock import AdaptivePoll, Backoff, Clock
 from jobkit.base.text import error_message
 from jobkit.base.threads import Pool
 from jobkit.db.connections import SharedConnection, is_outage
@@ -75,7 +75,7 @@ class Pipeline:
         on_commit: Callable[[Sequence[EventRow]], object],
         progressed: Callable[[], None],
     ) -> None:
-        self._concurrency, self._poll_interval = concurrency, poll_interval
+        self._concurrency = concurrency
         self._clock, self._on_commit = clock, on_commit
         self._committer = Committer(engine, worker_id=worker_id, lease=lease, clock=clock, holds=self._holds)
         # What was rendered, what was stored, and that there may be jobs.
@@ -96,9 +96,10 @@ class Pipeline:
         self.link = self._committer.link
         self._turn = Turn()
         self._attempts: dict[UUID, Attempt] = {}
-        self._should_claim, self._next_poll, self._active_until = True, 0.0, 0.0
+        self._should_claim, self._next_poll = True, 0.0
+        self._poll = AdaptivePoll(min(ACTIVE_POLL, poll_interval), poll_interval, ACTIVE_FOR)
         self._stopping = self._abandoned = False
-        self._failures = 0
+        self._backoff = Backoff()
         self._gather = GROUP_COMMIT_DELAY
         self._asking = threading.Condition()
         self._idle_requests = self._idle_confirmed = 0
@@ -203,8 +204,8 @@ class Pipeline:
     # --- what to do next
 
     def _patience(self) -> float:
-        if self._failures:
-            return backoff(self._failures)
+        if self._backoff:
+            return self._backoff.pause
         if self._turn:
             return 0
         if self._free() <= 0:
@@ -214,8 +215,8 @@ class Pipeline:
     def _collect(self, timeout: float) -> None:
         """Sort what the other threads sent; wait up to ``timeout`` for the first of it, and a little for the rest."""
         # While the database fails, the pause lasts whatever comes.
-        self._sort_all(self._inbox.take(timeout, NEVER if self._failures else 1))
-        if self._turn.size and not self._failures and (others := self._workshop.soon):
+        self._sort_all(self._inbox.take(timeout, NEVER if self._backoff else 1))
+        if self._turn.size and not self._backoff and (others := self._workshop.soon):
             self._sort_all(self._inbox.take(self._gather, others))
         if time.monotonic() >= self._next_poll:
             self._should_claim = True
@@ -276,9 +277,8 @@ class Pipeline:
             else:
                 self._one_by_one(turn, error)
             return
-        if self._failures:
+        if self._backoff.succeeded():
             logger.warning("the database answers again")
-        self._failures = 0
         self._gather = min(max(GROUP_COMMIT_DELAY, time.monotonic() - began), GROUP_COMMIT_DELAY_MOST)
         self._after(turn, committed)
 
@@ -304,16 +304,14 @@ class Pipeline:
             self._polled(turn, found=len(taken))
 
     def _polled(self, turn: Turn, *, found: int) -> None:
-        now = time.monotonic()
         self._should_claim = self._committer.waiting
         if found:
-            self._active_until = now + ACTIVE_FOR
+            self._poll.found()
         elif not self._attempts:
             with self._asking:
                 self._idle_confirmed = turn.asked
                 self._asking.notify_all()
-        active = now < self._active_until
-        self._next_poll = now + (min(ACTIVE_POLL, self._poll_interval) if active else self._poll_interval)
+        self._next_poll = time.monotonic() + self._poll.interval
 
     # --- when the database refuses or fails
 
@@ -341,8 +339,7 @@ class Pipeline:
 
     def _pause(self, turn: Turn, error: Exception) -> None:
         """Keep the work, log once, and come back after a while."""
-        self._failures += 1
-        if self._failures == 1:
+        if self._backoff.failed():
             logger.error("the database failed; jobs in flight are kept and tried again: %s", error_message(error))
         self._turn.ends[:0] = turn.ends
         self._turn.rendered[:0] = turn.rendered
