@@ -136,7 +136,7 @@ def test_the_object_of_a_live_row_is_never_touched_whatever_is_recorded(
 
 def test_the_claim_sees_a_row_that_came_after_the_look(disk: AssetStore, engine: sa.Engine, monkeypatch: Any) -> None:
     """The record is written by hand: nothing of jobkit leaves it beside a row."""
-    stored = put(AssetStore(disk._storage.root))
+    stored = put(AssetStore(disk.storage.root))
     intend(engine, object_key=stored.object_key)
     statements = statements_for(engine)
     real = type(statements).claim_intents

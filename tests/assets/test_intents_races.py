@@ -74,7 +74,7 @@ def sweeping(engines: list[sa.Engine], disk: AssetStore) -> Iterator[Counter[str
     def run(engine: sa.Engine) -> None:
         try:
             while not stopped.is_set():
-                report = GarbageCollector(engine, disk._storage, older_than=SHORT, quarantine=QUARANTINE).run()
+                report = GarbageCollector(engine, disk.storage, older_than=SHORT, quarantine=QUARANTINE).run()
                 swept.update(abandoned=report.abandoned, deleted=report.deleted, settled=report.settled)
                 stopped.wait(0.001)
         except BaseException as error:

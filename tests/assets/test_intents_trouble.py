@@ -183,7 +183,7 @@ def test_two_sweeps_that_look_at_the_same_keys_remove_each_once(
     def claim(self: Any, connection: sa.Connection, keys: Any, **options: Any) -> Any:
         if not others:
             others.append(GarbageReport(False, 0, 0, 0, 0, 0, ()))
-            others.append(GarbageCollector(engine, disk._storage, older_than=0, quarantine=60).run())
+            others.append(GarbageCollector(engine, disk.storage, older_than=0, quarantine=60).run())
         return real(self, connection, keys, **options)
 
     monkeypatch.setattr(type(statements), "claim_intents", claim)
@@ -211,7 +211,7 @@ def test_a_sweep_that_was_overtaken_forgets_no_key_but_its_own(
         remove(storage, key)
 
     monkeypatch.setattr(LocalStorage, "remove", overtaken)
-    GarbageCollector(engine, disk._storage, older_than=3600).run()
+    GarbageCollector(engine, disk.storage, older_than=3600).run()
     assert intents(engine) == {new[1].object_key: "pending"}
     with Session(engine) as session, session.begin():
         disk.verify(disk.create(session, COMPANY, new[1], source_task_id=None))

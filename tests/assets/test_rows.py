@@ -331,7 +331,7 @@ def test_a_folder_or_a_file_in_the_way_counts_as_a_missing_object(
     file.parent.write_bytes(b"in the way")
     with pytest.raises(jobkit.AssetCorrupt, match="has no object"):
         disk.open(asset)
-    disk._storage.remove(asset.object_key)  # nothing is there to be removed
+    disk.storage.remove(asset.object_key)  # nothing is there to be removed
 
 
 def test_an_object_that_goes_while_it_is_verified_is_missing(sqlite_database: Any, moto: Any, monkeypatch: Any) -> None:
@@ -340,9 +340,9 @@ def test_an_object_that_goes_while_it_is_verified_is_missing(sqlite_database: An
     url = f"s3://{moto.bucket}/{uuid.uuid4()}"
     store = AssetStore(url, engine=sqlite_database.engine)
     asset = keep(store, sqlite_database.engine)
-    opened = store._storage.open(asset.object_key)
+    opened = store.storage.open(asset.object_key)
     moto.overwrite(f"{url.rpartition('/')[2]}/{asset.object_key}", None)
-    monkeypatch.setattr(store._storage, "open", lambda key: opened)
+    monkeypatch.setattr(store.storage, "open", lambda key: opened)
     with pytest.raises(jobkit.AssetCorrupt, match="has no object"):
         store.verify(asset)
 

@@ -159,13 +159,13 @@ def test_the_key_is_recorded_in_a_commit_of_its_own_before_the_object_exists(
     assets: AssetStore, engine: sa.Engine, storage_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    publish = assets._storage.publish
+    publish = assets.storage.publish
 
     def watched(uploads: Any) -> Any:
         seen.append((intents(engine), dict(objects(storage_url))))
         return publish(uploads)
 
-    monkeypatch.setattr(assets._storage, "publish", watched)
+    monkeypatch.setattr(assets.storage, "publish", watched)
     stored = put(assets)
     assert seen == [({stored.object_key: "pending"}, {})]
     assert list(objects(storage_url)) == [stored.object_key]
@@ -175,14 +175,14 @@ def test_the_key_is_recorded_in_a_commit_of_its_own_before_the_object_exists(
 def test_a_storage_that_fails_leaves_only_what_an_intent_names(
     assets: AssetStore, engine: sa.Engine, storage_url: str, monkeypatch: pytest.MonkeyPatch, reached: bool
 ) -> None:
-    publish = assets._storage.publish
+    publish = assets.storage.publish
 
     def failing(*arguments: Any) -> None:
         if reached:
             publish(*arguments)
         raise OSError("the answer was lost")
 
-    monkeypatch.setattr(assets._storage, "publish", failing)
+    monkeypatch.setattr(assets.storage, "publish", failing)
     with pytest.raises(OSError, match="lost"):
         put(assets)
     assert list(intents(engine).values()) == ["pending"]

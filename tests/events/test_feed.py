@@ -194,7 +194,7 @@ def test_foreign_events_wait_for_the_oldest_writer_and_own_ones_do_not(
     pg: sa.Engine, disk: AssetStore, recorder: Recorder, postgres_database: Database
 ) -> None:
     writer = postgres_database.connect()
-    with Runner(pg, AssetStore(disk._storage.root), only(), poll_interval=0.05) as runner, Session(writer) as open_one:
+    with Runner(pg, AssetStore(disk.storage.root), only(), poll_interval=0.05) as runner, Session(writer) as open_one:
         taking_a_number(open_one)
         with Session(writer) as session, session.begin():
             foreign = JobStore(session).create("acme", job_type="by hand")

@@ -59,7 +59,9 @@ def impatient(database: Database) -> sa.Engine:
 
 
 def failing(runner: Runner, times: int) -> None:
-    until(lambda: runner._running is not None and runner._running.pipeline._backoff.failures >= times, f"{times} failures")
+    until(
+        lambda: runner._running is not None and runner._running.pipeline._backoff.failures >= times, f"{times} failures"
+    )
 
 
 @pytest.mark.parametrize("moment", ["idle", "rendering", "storing"])
@@ -75,14 +77,14 @@ def test_jobs_in_flight_survive_an_outage(
     gate, stored = Gate(), threading.Event()
     disk = AssetStore(tmp_path / "assets")
     storing = threading.Semaphore(0)
-    original = disk._storage.publish
+    original = disk.storage.publish
 
     def publish(uploads: Any) -> Any:
         storing.release(len(uploads))
         assert stored.wait(30)
         return original(uploads)
 
-    monkeypatch.setattr(disk._storage, "publish", publish)
+    monkeypatch.setattr(disk.storage, "publish", publish)
     runner = Runner(impatient(database), disk, only(gate), concurrency=3, poll_interval=0.02)
     with caplog.at_level(logging.WARNING, "jobkit"), runner:
         jobs = [] if moment == "idle" else [create() for _ in range(3)]

@@ -336,7 +336,7 @@ def test_a_log_handler_that_raises_does_not_keep_a_failure_from_being_recorded(
     renderers = Renderers(default=note)
     renderers.register("bad")(raises(lambda: ValueError("as said")))
     renderers.register("unstored")(lambda ctx: jobkit.Rendered("unstored", "text/plain", b"x"))
-    publish = disk._storage.publish
+    publish = disk.storage.publish
 
     def refuses(uploads: Any) -> Any:
         unstored = [upload for upload in uploads if upload.key.endswith("unstored")]
@@ -347,7 +347,7 @@ def test_a_log_handler_that_raises_does_not_keep_a_failure_from_being_recorded(
     logging.getLogger("jobkit").addHandler(handler)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(disk._storage, "publish", refuses)
+            patch.setattr(disk.storage, "publish", refuses)
             assert Runner(engine, disk, renderers).run_until_idle(timeout=20) == 3
     finally:
         logging.getLogger("jobkit").removeHandler(handler)

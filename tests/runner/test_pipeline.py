@@ -129,8 +129,8 @@ def test_a_storage_that_fails_fails_the_job_and_its_object_has_an_intent(
     def second_fails(uploads: Any) -> Any:
         return original(uploads[:1]) | {uploads[1].key: error}
 
-    original = assets._storage.publish
-    monkeypatch.setattr(assets._storage, "publish", second_fails)
+    original = assets.storage.publish
+    monkeypatch.setattr(assets.storage, "publish", second_fails)
     job = create()
     assert Runner(engine, assets, only(lambda ctx: [note(ctx), note(ctx)])).run_until_idle(timeout=20) == 1
     assert (seen(engine, job).status, recorder.types()) == ("failed", FAILED)
@@ -303,8 +303,8 @@ def test_a_file_that_was_swept_before_the_finish_fails_its_job_alone(
             connection.execute(asset_intents.delete().where(asset_intents.c.object_key.in_(keys)))
         return failures
 
-    original = disk._storage.publish
-    monkeypatch.setattr(disk._storage, "publish", swept)
+    original = disk.storage.publish
+    monkeypatch.setattr(disk.storage, "publish", swept)
     renderers = only(lambda ctx: Rendered(ctx.input["name"], "text/plain", b"x"))
     jobs = [create(input={"name": name}) for name in ("a.txt", "swept.txt", "b.txt")]
     assert Runner(engine, disk, renderers).run_until_idle(timeout=20) == 3

@@ -23,7 +23,7 @@ Create = Callable[..., jobkit.Job]
 def test_a_job_claimed_again_while_its_first_files_are_stored_is_at_work_until_it_has_ended(
     engine: sa.Engine, disk: AssetStore, create: Create, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    storing, stored, publish = threading.Event(), threading.Event(), disk._storage.publish
+    storing, stored, publish = threading.Event(), threading.Event(), disk.storage.publish
     second, door, attempts = threading.Event(), threading.Event(), []
 
     def slow(uploads: Any) -> Any:
@@ -39,7 +39,7 @@ def test_a_job_claimed_again_while_its_first_files_are_stored_is_at_work_until_i
             assert door.wait(30)
         return note(ctx)
 
-    monkeypatch.setattr(disk._storage, "publish", slow)
+    monkeypatch.setattr(disk.storage, "publish", slow)
     with Runner(engine, disk, only(render), concurrency=1, poll_interval=0.05) as runner:
         job = create()
         assert storing.wait(20)

@@ -101,8 +101,8 @@ def test_running_is_committed_before_the_render_and_the_intent_before_the_object
         look("after the object")
         return failures
 
-    original = assets._storage.publish
-    monkeypatch.setattr(assets._storage, "publish", publish)
+    original = assets.storage.publish
+    monkeypatch.setattr(assets.storage, "publish", publish)
     assert Runner(engine, assets, only(render)).run_until_idle(timeout=20) == 1
     look("end")
     rows = {"assets": 0, "asset_intents": 0, "content_job_events": 2}

@@ -66,12 +66,12 @@ def test_a_job_fails_with_any_of_its_files_and_the_spool_is_empty(
     disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = attempt(disk, 1, 2), attempt(disk, 3)
-    error, publish = OSError("no room"), disk._storage.publish
+    error, publish = OSError("no room"), disk.storage.publish
 
     def failing(uploads: Any) -> Any:
         return publish([uploads[0], uploads[2]]) | {uploads[1].key: error}
 
-    monkeypatch.setattr(disk._storage, "publish", failing)
+    monkeypatch.setattr(disk.storage, "publish", failing)
     assert StoreBatch([first, second]).publish() == {first: error}
     assert list(disk.spool_folder().iterdir()) == []
 
@@ -82,7 +82,7 @@ def test_what_a_storage_raises_fails_every_job_of_the_batch(disk: AssetStore, mo
     def raises(uploads: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(disk._storage, "publish", raises)
+    monkeypatch.setattr(disk.storage, "publish", raises)
     assert StoreBatch([first, second]).publish() == {first: error, second: error}
     assert list(disk.spool_folder().iterdir()) == []
 
@@ -91,10 +91,10 @@ def test_a_spool_file_that_cannot_be_removed_harms_no_job_of_the_batch(
     disk: AssetStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second = attempt(disk, 1), attempt(disk, 3)
-    error, publish, path = OSError("no room"), disk._storage.publish, first.drafts[0].spool.path
+    error, publish, path = OSError("no room"), disk.storage.publish, first.drafts[0].spool.path
     path.unlink()
     path.mkdir()  # which unlink refuses
-    monkeypatch.setattr(disk._storage, "publish", lambda uploads: publish(uploads[1:]) | {uploads[0].key: error})
+    monkeypatch.setattr(disk.storage, "publish", lambda uploads: publish(uploads[1:]) | {uploads[0].key: error})
     assert StoreBatch([first, second]).publish() == {first: error}
     assert list(disk.spool_folder().iterdir()) == [path]
     assert path.name in caplog.text
@@ -105,7 +105,7 @@ def test_of_jobs_that_are_stored_together_one_fails_alone(
     engine: sa.Engine, disk: AssetStore, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     jobs = [create(input={"n": number}) for number in range(12)]
-    publish, sizes = disk._storage.publish, []
+    publish, sizes = disk.storage.publish, []
 
     def failing(uploads: Any) -> Any:
         sizes.append(len(uploads))
@@ -114,7 +114,7 @@ def test_of_jobs_that_are_stored_together_one_fails_alone(
             upload.key: OSError("no room") for upload in bad
         }
 
-    monkeypatch.setattr(disk._storage, "publish", failing)
+    monkeypatch.setattr(disk.storage, "publish", failing)
     renderers = only(lambda ctx: Rendered(f"{ctx.input['n']}.txt", "text/plain", b"x"))
     assert Runner(engine, disk, renderers, concurrency=12).run_until_idle(timeout=30) == 12
     assert sum(sizes) == 12

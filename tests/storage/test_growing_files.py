@@ -128,7 +128,7 @@ def test_an_ftp_server_is_a_storage(ftp: tuple[str, Path], engine: sa.Engine) ->
     store.verify(asset)
     with store.open(asset, start=500_000, end=500_003) as file:
         assert file.read() == content[500_000:500_003]
-    put(store._storage, b"never got a row", "acme/x/lost")
+    put(store.storage, b"never got a row", "acme/x/lost")
     with Session(engine) as session, session.begin():
         store.delete(session, gone)
     report = store.collect_garbage(older_than=0, dry_run=False)

@@ -169,7 +169,7 @@ def test_a_refused_secret_fails_the_job_clearly_and_is_in_no_message_log_or_repr
     good = AssetStore(url, engine=engine, storage_options=options(rclone))
     stored = put(good)
     with pytest.raises(PermissionError, match=r"Forbidden|signature|403"):
-        store._storage.open(stored.object_key)
+        store.storage.open(stored.object_key)
     assert SECRET not in repr(good)
 
 
@@ -210,7 +210,7 @@ def test_hostile_names_are_put_got_removed_alone_and_refused_to_others(server: S
     left = dict(made)
     for name in HOSTILE:
         asset, _ = left.pop(name)
-        store._storage.remove(asset.object_key)
+        store.storage.remove(asset.object_key)
         with pytest.raises(jobkit.AssetCorrupt):
             store.verify(asset)
         for other, _ in left.values():
@@ -250,7 +250,7 @@ def test_sixteen_threads_share_one_store_from_its_first_use_on(server: S3Server,
         for turn in range(3):
             body = f"{number}-{turn} ".encode() * 1_000
             stored = put(store, body, f"company-{number}")
-            with store._storage.open(stored.object_key) as file:
+            with store.storage.open(stored.object_key) as file:
                 assert file.read() == body
 
     with ThreadPoolExecutor(16) as pool:

@@ -100,7 +100,7 @@ def test_a_url_that_was_changed_or_has_expired_is_refused(rclone: S3Server, sqli
 def test_a_url_is_made_without_asking_whether_the_object_is_there(moto: S3Server, sqlite_engine: sa.Engine) -> None:
     store = store_on(moto, sqlite_engine)
     asset = keep(store, sqlite_engine)
-    store._storage.remove(asset.object_key)
+    store.storage.remove(asset.object_key)
     assert fetch(store.url(asset, expires_in=60))[0] in (403, 404)
 
 

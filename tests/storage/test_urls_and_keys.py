@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.errors import AssetError, AssetKeyRefused, ConfigurationError
-from jobkit.storage.base import Storage, Upload, limited
+from jobkit.storage.base import Storage, Upload, byte_range
 from jobkit.storage.local import LocalStorage
 from jobkit.storage.opening import open_storage
 from jobkit.storage.remote import FsspecStorage
@@ -531,7 +531,7 @@ def test_the_root_itself_may_be_a_symbolic_link(local: LocalStorage, tmp_path: P
 def test_a_window_behaves_like_a_file_of_just_those_bytes(content: bytes, data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(content)))
     end = data.draw(st.integers(start, len(content)))
-    window, model = limited(io.BytesIO(content), start, end), io.BytesIO(content[start:end])
+    window, model = byte_range(io.BytesIO(content), start, end), io.BytesIO(content[start:end])
     steps = st.lists(st.tuples(st.sampled_from(["read", "set", "here", "end"]), st.integers(-50, 50)), max_size=12)
     for step, number in data.draw(steps):
         assert window.tell() == model.tell()
@@ -550,7 +550,7 @@ def test_a_window_behaves_like_a_file_of_just_those_bytes(content: bytes, data: 
 
 def test_closing_a_window_closes_the_file_under_it() -> None:
     file = io.BytesIO(b"content")
-    window = limited(file, 1, 3)
+    window = byte_range(file, 1, 3)
     window.close()
     window.close()
     assert file.closed
@@ -560,5 +560,5 @@ def test_closing_a_window_closes_the_file_under_it() -> None:
 
 @pytest.mark.parametrize("call", [lambda f: f.write(b"x"), lambda f: f.truncate(0)])
 def test_a_window_cannot_be_written(call: Callable[[Any], Any]) -> None:
-    with limited(io.BytesIO(b"content"), 0, 3) as window, pytest.raises(io.UnsupportedOperation):
+    with byte_range(io.BytesIO(b"content"), 0, 3) as window, pytest.raises(io.UnsupportedOperation):
         call(window)

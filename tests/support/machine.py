@@ -49,7 +49,7 @@ class Ground(RuleBasedStateMachine):
         self.seen = seen
         self.engine, self.url = engine, url
         self.store = jobkit.AssetStore(url, engine=engine)
-        self.sweep = GarbageCollector(engine, self.store._storage, older_than=0)
+        self.sweep = GarbageCollector(engine, self.store.storage, older_than=0)
         self.statements = statements_for(engine)
         self.now = datetime(2030, 1, 1, tzinfo=UTC)
         self.model = Model()

@@ -101,7 +101,7 @@ def test_a_frozen_clock_stands_still_until_it_is_moved() -> None:
 
 def test_temporary_assets_are_gone_afterwards() -> None:
     with temporary_assets(max_bytes=10) as store:
-        folder = store._storage.root  # type: ignore[attr-defined]
+        folder = store.storage.root  # type: ignore[attr-defined]
         put(store, b"content")
         with pytest.raises(jobkit.AssetTooLarge):
             put(store, b"x" * 11)

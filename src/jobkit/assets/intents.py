@@ -63,7 +63,7 @@ class GarbageCollector:
         self._grace = min(older_than, CENTURY)
         self._quarantine = self._grace if quarantine is None else min(quarantine, CENTURY)
 
-    def look(self) -> GarbageReport:
+    def preview(self) -> GarbageReport:
         """What ``run`` would visit. Changes nothing."""
         tally = _Tally()
         for state in STATES:
@@ -76,7 +76,8 @@ class GarbageCollector:
         return tally.report(dry_run=True)
 
     def run(self) -> GarbageReport:
-        """Visit every key that is due, in batches."""
+        """Visit every key that is due, in batches. Also remove the unfinished files of dead processes from this machine."""
+        self._storage.scratch.sweep()
         tally = _Tally()
         for state in STATES:
             after: datetime | None = _START

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit.assets.intents import INTENT_GRACE, GarbageCollector, Intent, record_intents
+from jobkit.assets.intents import GarbageCollector, Intent, record_intents
 from jobkit.assets.limits import LIMIT_SOURCE, MAX_GENERATED_ASSET_BYTES
 from jobkit.assets.names import check_key, content_disposition
 from jobkit.assets.spool import CHUNK, Limit, Spool, StagedFile
@@ -25,7 +25,7 @@ from jobkit.base.text import company_id_or_none, require_company_id, storable
 from jobkit.db.host import connection_of, of_company, page_size, sync_engine
 from jobkit.db.sqlite import refuse_deadlock, require_configured
 from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError
-from jobkit.storage.base import limited
+from jobkit.storage.base import byte_range
 from jobkit.storage.opening import open_storage
 from jobkit.tables import asset_intents, assets
 from jobkit.tables import now as database_now
@@ -58,9 +58,9 @@ class AssetStore:
         max_bytes: int | None = None,
         clock: Clock = utcnow,
     ) -> None:
-        self._storage = open_storage(url, storage_options)
+        self.storage = open_storage(url, storage_options)
         if provider is not None:
-            self._storage.provider = storable(provider, "provider", limit=255)
+            self.storage.provider = storable(provider, "provider", limit=255)
         if max_bytes is not None and (isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 1):
             raise ValueError(f"max_bytes must be a count of bytes above zero, not {max_bytes!r}")
         self._limit = (
@@ -73,21 +73,21 @@ class AssetStore:
         self.engine: sa.Engine | None = None if engine is None else sync_engine(engine)
 
     def __repr__(self) -> str:
-        return f"AssetStore({self._storage!r}, provider={self.provider!r})"
+        return f"AssetStore({self.storage!r}, provider={self.provider!r})"
 
     @property
     def provider(self) -> str:
         """The name of this storage in ``assets.provider``."""
-        return self._storage.provider
+        return self.storage.provider
 
     def spool_folder(self) -> Path:
         """A private local folder for files that are being made. For runners."""
-        return self._storage.spool_folder()
+        return self.storage.spool_folder()
 
     @property
     def together(self) -> int:
         """Up to how many bytes of files one thread stores together in less time than several. For runners."""
-        return self._storage.together
+        return self.storage.together
 
     def put_file(
         self,
@@ -136,7 +136,7 @@ class AssetStore:
     def draft(self, company_id: str, *, namespace: str, filename: str | None, content_type: str) -> StagedFile:
         """A file of this storage to be made; its key is decided, nothing is recorded or stored. For runners."""
         return StagedFile(
-            self._storage,
+            self.storage,
             company_id,
             namespace=namespace,
             filename=filename,
@@ -239,7 +239,7 @@ class AssetStore:
         self._check(asset)
         first = min(_place(start, "start", 0), asset.byte_size)
         last = min(_place(end, "end", asset.byte_size), asset.byte_size)
-        return limited(self._open(asset), first, max(first, last))
+        return byte_range(self._open(asset), first, max(first, last))
 
     def verify(self, asset: Asset) -> None:
         """Read the whole object; return when its size and sha256 are the row's, ``AssetCorrupt`` otherwise."""
@@ -266,7 +266,7 @@ class AssetStore:
         self._check(asset)
         lifetime = seconds(expires_in, "expires_in")
         shown = content_disposition(disposition, asset.original_filename, asset.content_type)
-        return self._storage.url(
+        return self.storage.url(
             asset.object_key, expires_in=math.ceil(lifetime), content_type=asset.content_type, disposition=shown
         )
 
@@ -312,18 +312,8 @@ class AssetStore:
         chosen = self.engine if engine is None else engine
         if chosen is None:
             raise ConfigurationError(f"{self!r} has no engine: pass collect_garbage(engine=) the one with its records")
-        sweep = GarbageCollector(chosen, self._storage, older_than=grace)
-        if dry_run:
-            return sweep.look()
-        self._storage.scratch.sweep()
-        return sweep.run()
-
-    def _sweep(
-        self, engine: sa.Engine, connect: Callable[[], contextlib.AbstractContextManager[sa.Connection]]
-    ) -> None:
-        """As ``collect_garbage`` after its usual time, on the connections that a runner gives it."""
-        self._storage.scratch.sweep()
-        GarbageCollector(engine, self._storage, older_than=INTENT_GRACE, connect=connect).run()
+        collector = GarbageCollector(chosen, self.storage, older_than=grace)
+        return collector.preview() if dry_run else collector.run()
 
     def _check(self, asset: Asset) -> None:
         """``AssetError`` for an asset of another storage, ``AssetKeyRefused`` for a key that is not its company's."""
@@ -333,7 +323,7 @@ class AssetStore:
         check_key(asset.company_id, asset.object_key)
 
     def _open(self, asset: Asset) -> BinaryIO:
-        return self._found(asset, lambda: self._storage.open(asset.object_key))
+        return self._found(asset, lambda: self.storage.open(asset.object_key))
 
     def _found(self, asset: Asset, read: Callable[[], R]) -> R:
         try:
@@ -364,7 +354,7 @@ class AssetStore:
                 asset_intents.c.provider == stored.provider, asset_intents.c.object_key == stored.object_key
             )
             # By then its record may have gone too, and a folder is quick to tell.
-            there = stored.provider != self.provider or self._storage.size(stored.object_key) != 0
+            there = stored.provider != self.provider or self.storage.size(stored.object_key) != 0
             free = there and connection.execute(taken.union_all(given_up)).first() is None
         if not free:
             raise AssetNotFound(f"{stored.object_key!r} was swept already, or has a row: store the file again")

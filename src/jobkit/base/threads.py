@@ -117,7 +117,7 @@ class Periodic:
     """
 
     def __init__(
-        self, name: str, interval: float, task: Callable[[], None], after: Callable[[], None] = lambda: None
+        self, name: str, interval: float, task: Callable[[], object], after: Callable[[], None] = lambda: None
     ) -> None:
         self._name, self.interval, self._task, self._after = name, interval, task, after
         self._woken = threading.Event()

@@ -17,6 +17,7 @@ from typing import Any, Self
 import sqlalchemy as sa
 
 from jobkit import signals
+from jobkit.assets.intents import INTENT_GRACE, GarbageCollector
 from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Clock, seconds, utcnow
 from jobkit.base.forks import reset_in_children
@@ -79,7 +80,7 @@ class Runner:
             raise TypeError(f"renderers must be a jobkit.Renderers, not {type(renderers).__name__}")
         if assets.engine is None:
             assets.engine = self.engine
-        self.assets, self._assets, self._renderers = assets, assets, renderers
+        self.assets, self._assets, self.renderers = assets, assets, renderers
         self._concurrency = concurrency
         self._lease, self._poll_interval = seconds(lease, "lease"), seconds(poll_interval, "poll_interval")
         self._db_timeout = seconds(db_timeout, "db_timeout")
@@ -280,6 +281,7 @@ class Runner:
         engine, lease, clock = self.engine, self._lease, self._clock
         feed.hurry(self._db_timeout)
         shared = SharedConnection(engine, self._db_timeout / 2)
+        collector = GarbageCollector(engine, self._assets.storage, older_than=INTENT_GRACE, connect=shared.use)
         # Where there is one writer at a time, a renewal may have to wait longer than a short lease, and does answer.
         waits_for_writers = statements_for(engine).claim_locks
         return Supervisor(
@@ -288,7 +290,7 @@ class Runner:
             rescuer=lambda wake: Rescuer(
                 engine, lease=lease, clock=clock, shared=shared, on_commit=feed.offer, wake=wake
             ),
-            sweeper=Periodic("jobkit-sweep", SWEEP_INTERVAL, lambda: self._assets._sweep(engine, shared.use)),
+            sweeper=Periodic("jobkit-sweep", SWEEP_INTERVAL, collector.run),
             listen=feed.on_jobs,
             shared=shared,
             db_timeout=self._db_timeout,
@@ -299,7 +301,7 @@ class Runner:
         return Pipeline(
             self.engine,
             self._assets,
-            self._renderers,
+            self.renderers,
             slots=DaemonPool(self._concurrency, "jobkit-render") if feed else InlinePool(),
             publishers=DaemonPool(PUBLISHERS, "jobkit-store") if feed else InlinePool(),
             concurrency=self._concurrency if feed else 1,

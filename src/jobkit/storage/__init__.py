@@ -1,1 +1,1 @@
-"""Bytes under keys, in a folder or any fsspec filesystem. Knows no rows."""
+"""Bytes under keys, in a folder or any fsspec filesystem; it knows no rows."""

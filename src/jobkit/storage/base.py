@@ -51,7 +51,7 @@ class Storage(Protocol):
         """Where anyone can get the object for ``expires_in`` seconds, with these headers; ``AssetUrlUnavailable``."""
 
 
-def limited(file: BinaryIO, start: int, end: int) -> BinaryIO:
+def byte_range(file: BinaryIO, start: int, end: int) -> BinaryIO:
     """``file`` from ``start`` up to ``end``, as a buffered binary file of its own; closing it closes ``file``."""
     return cast("BinaryIO", io.BufferedReader(_Window(file, start, end), buffer_size=1 << 16))
 

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from jobkit.errors import ConfigurationError
 from jobkit.storage.base import Storage
 from jobkit.storage.local import LocalStorage
-from jobkit.storage.remote import _BUCKETS, _PROTOCOL, FsspecStorage
+from jobkit.storage.remote import BUCKETS, PROTOCOL, FsspecStorage
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +28,7 @@ def open_storage(url: str | os.PathLike[str], options: Mapping[str, Any] | None)
         raise ConfigurationError(
             "a storage URL that chains protocols with '::' is refused: it could read from elsewhere"
         )
-    match = _PROTOCOL.match(text) if isinstance(url, str) else None
+    match = PROTOCOL.match(text) if isinstance(url, str) else None
     protocol = match[1].lower() if match else "file"
     if protocol in ("file", "local"):
         if options:
@@ -40,7 +40,7 @@ def open_storage(url: str | os.PathLike[str], options: Mapping[str, Any] | None)
     if match and not match[2]:
         raise ConfigurationError(f"a storage URL begins with {protocol}://, or it is a path: pass a pathlib.Path")
     _require_driver(protocol)
-    if protocol in _BUCKETS and not text.partition("://")[2].strip("/"):
+    if protocol in BUCKETS and not text.partition("://")[2].strip("/"):
         raise ConfigurationError(f"storage {protocol}:// needs a bucket: {protocol}://bucket/prefix")
     return FsspecStorage(text, options or {})
 

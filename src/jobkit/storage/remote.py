@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 # 8 MiB parts, four at a time: the default of s3fs (ten of 50 MiB) takes a gigabyte of memory for a file of 500 MiB.
 _PART = 8 << 20
 _PARTS_AT_ONCE = 4
-_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+._-]+):(//)?")
+PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+._-]+):(//)?")
 _S3 = ("s3", "s3a")
 # Object stores, which show an object only when it is whole. The first part of the path is the bucket: without one, a
 # company's prefix would name it.
-_BUCKETS = (*_S3, "gs", "gcs", "az", "abfs", "abfss")
+BUCKETS = (*_S3, "gs", "gcs", "az", "abfs", "abfss")
 # A connection that does one thing at a time.
 _ONE_THREAD = ("ftp",)
 # What is being stored where a file grows under its name. ``remove`` takes it too, so a record of the key covers it.
@@ -119,7 +119,7 @@ class FsspecStorage:
         import fsspec
 
         inherited = fsspec.AbstractFileSystem.mv
-        return self.protocol not in (*_BUCKETS, "memory") and type(filesystem).mv is not inherited
+        return self.protocol not in (*BUCKETS, "memory") and type(filesystem).mv is not inherited
 
     def _filesystem(self) -> tuple[Any, str]:
         holder: Any = self._of_thread if self.protocol in _ONE_THREAD else self._of_process

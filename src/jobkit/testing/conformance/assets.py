@@ -133,7 +133,7 @@ class AssetStoreConformance:
             while not stop.is_set():
                 for key in recorded(engine):
                     try:
-                        with assets._storage.open(key) as file:
+                        with assets.storage.open(key) as file:
                             seen.add(file.seek(0, io.SEEK_END))
                     except FileNotFoundError:
                         seen.add(-1)
@@ -179,7 +179,7 @@ class AssetStoreConformance:
             session.rollback()
         assert assets.collect_garbage(older_than=0, dry_run=False).abandoned == 1
         with pytest.raises(FileNotFoundError):
-            assets._storage.open(stored.object_key)
+            assets.storage.open(stored.object_key)
         assert read(assets, asset) == b"kept"
 
     # --- removing
@@ -198,8 +198,8 @@ class AssetStoreConformance:
 
     def test_removing_what_is_not_there_is_no_error(self, assets: AssetStore) -> None:
         stored = put(assets)
-        assets._storage.remove(stored.object_key)
-        assets._storage.remove(stored.object_key)
+        assets.storage.remove(stored.object_key)
+        assets.storage.remove(stored.object_key)
 
     def test_another_store_sees_at_once_what_was_stored_and_removed(
         self, assets: AssetStore, engine: sa.Engine, location: Location, keep: Keep
@@ -208,7 +208,7 @@ class AssetStoreConformance:
         assert read(other, earlier) == b"earlier"
         asset = keep(b"later")  # where the other one may have looked already
         assert read(other, asset) == b"later"
-        assets._storage.remove(asset.object_key)
+        assets.storage.remove(asset.object_key)
         with pytest.raises(AssetCorrupt, match="no object"):
             other.verify(asset)
 
@@ -220,7 +220,7 @@ class AssetStoreConformance:
         def work(number: int) -> None:
             body = f"{number} ".encode() * 1_000
             stored = put(store, body)
-            with store._storage.open(stored.object_key) as file:
+            with store.storage.open(stored.object_key) as file:
                 compare(file.read(), body)
 
         with ThreadPoolExecutor(8) as pool:
