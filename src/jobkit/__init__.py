@@ -1,6 +1,4 @@
-"""jobkit: content jobs for Python web apps. The public names, and nothing else; no module of the package imports this
-one.
-"""
+"""jobkit: content jobs for Python web apps. Only the public names; no module of the package imports this one."""
 
 from jobkit import errors, migrations, signals, tables
 from jobkit.assets.limits import MAX_GENERATED_ASSET_BYTES

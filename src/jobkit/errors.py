@@ -34,11 +34,11 @@ from jobkit.base.clock import seconds
 
 
 class JobkitError(Exception):
-    """Base of everything jobkit raises on purpose, except what is raised into renderers."""
+    """Base of all errors of jobkit, except those that are raised into or by renderers."""
 
 
 class ConfigurationError(JobkitError):
-    """The engine, the storage or the renderers were set up in a way that would lose a guarantee."""
+    """The engine, the storage or the renderers are set up in a way that would break a guarantee."""
 
 
 class SchemaOutOfDate(ConfigurationError):
@@ -53,7 +53,7 @@ class JobNotFound(JobkitError, LookupError):
 
 
 class AssetNotFound(JobkitError, LookupError):
-    """No asset has this id or key, or it belongs to another company, or the sweep was faster."""
+    """No asset has this id or key, or it belongs to another company, or its object was collected as garbage."""
 
 
 class UnknownJobType(JobkitError, LookupError):
@@ -64,23 +64,23 @@ class UnknownJobType(JobkitError, LookupError):
 
 
 class InvalidTransition(JobkitError):
-    """The job is not in the status that the change expects."""
+    """The job's status does not allow this change."""
 
     def __init__(self, job_id: UUID, status: str, wanted: str) -> None:
         super().__init__(f"job {job_id} is {str(status)!r}: {wanted}")
 
 
 class IdempotencyConflict(JobkitError):
-    """A job with this idempotency key exists, and its input is another."""
+    """A job with this idempotency key exists, with a different input."""
 
     def __init__(self, job_id: UUID, key: str) -> None:
         super().__init__(f"job {job_id} has the idempotency key {key!r:.80} and another input")
 
 
 class EventsPruned(JobkitError):
-    """The log does not hold every event after this cursor: some were removed, or the cursor is of another log.
+    """The log lacks events after this cursor: some were pruned, or the cursor is of another log.
 
-    What happened meanwhile can only be read from the jobs themselves.
+    Read the state of the jobs instead.
     """
 
     def __init__(self, cursor: str, reason: str) -> None:
@@ -88,25 +88,25 @@ class EventsPruned(JobkitError):
 
 
 class SubscriberTooSlow(JobkitError):
-    """More events waited for an asynchronous subscriber than its limit: read the state anew, and subscribe again."""
+    """More events than its limit waited for an asynchronous subscriber: read the state anew, and subscribe again."""
 
     def __init__(self, company_id: str, limit: int) -> None:
         super().__init__(f"more than {limit} events of company {company_id!r} waited for this subscriber")
 
 
 class AssetError(JobkitError):
-    """Base of what can go wrong with an asset's bytes."""
+    """Base of the errors about an asset's bytes or key."""
 
 
 class AssetTooLarge(AssetError):
-    """A body went over the limit; nothing of it was kept."""
+    """A body is larger than the limit; nothing was stored."""
 
     def __init__(self, filename: str | None, limit: int | float, source: str) -> None:
         super().__init__(f"{filename or 'file'!r} is larger than the limit of {limit} bytes ({source})")
 
 
 class AssetEmpty(AssetError):
-    """A body had no bytes; nothing was stored."""
+    """A body has no bytes; nothing was stored."""
 
     def __init__(self, filename: str | None) -> None:
         super().__init__(f"{filename or 'file'!r} is empty")
@@ -121,18 +121,18 @@ class AssetKeyRefused(AssetError):
 
 
 class AssetUrlUnavailable(AssetError):
-    """The storage has no URLs of its own."""
+    """The storage cannot sign URLs."""
 
     def __init__(self, provider: str) -> None:
-        super().__init__(f"storage {provider!r} has no URLs that it signs: send the bytes that AssetStore.open reads")
+        super().__init__(f"storage {provider!r} cannot sign URLs: send the bytes that AssetStore.open reads")
 
 
 class RenderInterrupted(BaseException):
-    """Raised into a renderer that should stop; ``except Exception`` does not swallow it."""
+    """Raised in a renderer that should stop; ``except Exception`` does not catch it."""
 
 
 class JobCancelled(RenderInterrupted):
-    """The job was asked to stop."""
+    """The job was cancelled."""
 
 
 class JobTimeout(RenderInterrupted):
@@ -140,16 +140,16 @@ class JobTimeout(RenderInterrupted):
 
 
 class LeaseLost(RenderInterrupted):
-    """The claim is no longer this runner's: whatever the renderer still does changes nothing."""
+    """The runner has lost its claim on the job: the result of this attempt will be ignored."""
 
 
-# What ``Retry`` and ``Snooze`` may ask for, in seconds: more is a mistake, and may leave the calendar.
+# The longest wait of ``Retry`` and ``Snooze``, in seconds: more is a mistake, and may overflow a date.
 LONGEST_WAIT = 3650 * 86400.0
 
 
 class Retry(Exception):
-    """Raised by a renderer: this attempt failed, try again ``after`` seconds or a timedelta, if attempts are left;
-    without ``after``, when the backoff says. ``ValueError`` beyond ten years.
+    """Raised by a renderer: this attempt failed. If attempts are left, try again ``after`` seconds or a timedelta,
+    by default after the job type's backoff. ``ValueError`` beyond ten years.
     """
 
     seconds: float | None = None
@@ -160,7 +160,7 @@ class Retry(Exception):
 
 
 class Snooze(Exception):
-    """Raised by a renderer: not yet; run again in ``for_`` seconds or a timedelta. The attempt is not charged.
+    """Raised by a renderer: run the job again in ``for_`` seconds or a timedelta. The attempt does not count.
     ``ValueError`` beyond ten years.
     """
 
@@ -172,7 +172,7 @@ class Snooze(Exception):
 
 
 class Discard(Exception):
-    """Raised by a renderer: fail for good with this ``reason``, whatever attempts are left."""
+    """Raised by a renderer: the job fails with this ``reason``, also when attempts are left."""
 
     def __init__(self, reason: str = "") -> None:
         super().__init__(reason or "the renderer discarded the job")

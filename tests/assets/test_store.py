@@ -273,7 +273,7 @@ def test_a_store_without_an_engine_works_and_says_once_what_it_lacks(
     with caplog.at_level(logging.WARNING, logger="jobkit"):
         assets = [keep(store, engine, bytes([65 + i])) for i in range(3)]
     assert [record.getMessage() for record in caplog.records] == [
-        f"{store!r} has no engine: objects of a process that dies are found by nobody"
+        f"{store!r} has no engine: objects that a dying process leaves without a row are never removed"
     ]
     assert [store.open(asset).read() for asset in assets] == [b"A", b"B", b"C"]
 

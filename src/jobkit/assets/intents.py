@@ -1,9 +1,9 @@
-"""The sweep: removes objects that no row names, by the records of ``asset_intents`` alone. Nothing is listed.
+"""Intents record a key before its object exists; garbage collection removes objects that no asset row names.
 
-Each key is visited twice. At the first visit it becomes ``collected`` in a transaction that gives it to this sweep and
-takes it from everyone else: no row can be made for it any more. Then its object is removed. A publisher that was slow
-may still store it afterwards; so the record stays for a quarantine, and the second visit removes the object again and
-then the record. A sweep that dies in between leaves a collected key, which a later one visits.
+It reads the records in ``asset_intents`` and lists no storage. Each key is visited twice. The first visit marks the key
+``collected`` in a transaction, after which no row can be made for it, and removes the object. A slow writer may still
+store the object afterwards; so the record stays for a quarantine, and the second visit removes the object again, then
+the record. When a collector dies in between, a later one makes the second visit.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from jobkit.types import GarbageReport
 logger = logging.getLogger("jobkit")
 
 BATCH = 500
-# How long a second visit keeps other sweeps from the keys of its batch, in seconds. Should it take longer, another one
-# removes the same objects again, which does no harm.
+# Seconds for which a second visit reserves the keys of its batch. Should it take longer, another collector removes the
+# same objects again, which does no harm.
 VISIT = 900.0
+# Keys that a report names.
 SAMPLE = 10
 _ALL = 2**31 - 1
 _START = datetime(1970, 1, 1, tzinfo=UTC)
-# Second visits come first: a key that a call has visited is not visited again by it.
+# Second visits first: no call visits a key twice.
 STATES = ("collected", "tombstone", "pending")
 
 
 class GarbageCollector:
-    """Sweeps one storage by the records in one database.
+    """Removes the objects of one storage that have no row, by the records in one database.
 
-    In seconds of the database's clock: a recorded key counts as abandoned after ``older_than``, and is in
-    ``quarantine`` (as long) between its two visits. Each must exceed the time that any file takes from its record to
-    its row: the first or it gets none, the second or its object may outlive its record.
+    Seconds of the database's clock: a key without a row counts as abandoned ``older_than`` after its record, and stays
+    in ``quarantine`` (default: as long) between its two visits. Both must exceed the time from a file's record to its
+    row. With a shorter ``older_than`` the file gets no row; with a shorter ``quarantine`` its object may stay for ever.
     """
 
     def __init__(
@@ -64,19 +65,19 @@ class GarbageCollector:
         self._quarantine = self._grace if quarantine is None else min(quarantine, CENTURY)
 
     def preview(self) -> GarbageReport:
-        """What ``run`` would visit. Changes nothing."""
+        """Report what ``run`` would visit. Changes nothing."""
         tally = _Tally()
         for state in STATES:
             with self._engine.connect().execution_options(stream_results=True, yield_per=BATCH) as connection:
                 for due in self._due(connection, state, _START, _ALL):
                     try:
                         tally.count(state, due.object_key, self._size(due))
-                    except Exception:  # a key that is not one of ours: nothing would remove it
+                    except Exception:  # not a key of jobkit: ``run`` would not remove it
                         tally.failed += 1
         return tally.report(dry_run=True)
 
     def run(self) -> GarbageReport:
-        """Visit every key that is due, in batches. Also remove the unfinished files of dead processes from this machine."""
+        """Visit every key that is due, in batches; remove unfinished files of dead processes from this machine."""
         self._storage.scratch.sweep()
         tally = _Tally()
         for state in STATES:
@@ -86,13 +87,13 @@ class GarbageCollector:
         return tally.report()
 
     def _batch(self, tally: _Tally, state: str, after: datetime) -> datetime | None:
-        """Visit the next keys from ``after`` on. Where to go on, None at the end."""
-        refuse_deadlock(self._engine, "a sweep", "call collect_garbage outside of it")
+        """Visit the next keys due from ``after`` on. Where to go on, None at the end."""
+        refuse_deadlock(self._engine, "garbage collection", "call collect_garbage outside of it")
         with self._connect() as connection:
             found = list(self._due(connection, state, after, BATCH))
         if not found:
             return None
-        # What was read may be outdated already. The claim decides, and it is a write.
+        # The rows read may be outdated. The claim decides, for it is a write.
         with self._connect() as connection, connection.begin():
             claimed = set(
                 self._statements.claim_intents(
@@ -109,8 +110,8 @@ class GarbageCollector:
         return last if len(found) == BATCH and (claimed or last > after) else None
 
     def _visit(self, tally: _Tally, state: str, keys: Sequence[DueKey]) -> None:
-        """Remove the objects of claimed keys; no transaction is open meanwhile. Then record what failed, and at the
-        second visit forget what did not.
+        """Remove the objects of claimed keys, with no transaction open. Then record the failures, and at the second
+        visit delete the records of the others.
         """
         gone: list[str] = []
         failures: list[dict[str, str]] = []
@@ -118,7 +119,7 @@ class GarbageCollector:
             try:
                 size = self._size(due)
                 self._storage.remove(due.object_key)
-            except (Exception, CancelledError) as error:  # storages run event loops, whose CancelledError is neither
+            except (Exception, CancelledError) as error:  # fsspec runs an event loop: CancelledError is no Exception
                 failures.append({"key": due.object_key, "error": error_message(error)})
             else:
                 gone.append(due.object_key)
@@ -148,7 +149,7 @@ class GarbageCollector:
         )
 
     def _early(self, state: str) -> float:
-        # A key is recorded with a time that is INTENT_GRACE later. That is its age, whatever grace the caller wants.
+        # ``not_before`` is INTENT_GRACE after the record: look this many seconds ahead of it for another grace.
         return INTENT_GRACE - self._grace if state == "pending" else 0.0
 
     def _size(self, due: DueKey) -> int | None:
@@ -181,13 +182,13 @@ class _Tally:
         )
 
 
-# How long nothing sweeps a key whose object may still be on its way.
+# Seconds from the record of a key until its object counts as abandoned.
 INTENT_GRACE = 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Intent:
-    """A key that may soon hold an object."""
+    """A key under which an object may be stored soon."""
 
     company_id: str
     provider: str
@@ -195,6 +196,6 @@ class Intent:
 
 
 def record_intents(connection: sa.Connection, intents: Sequence[Intent]) -> None:
-    """Record every key before its object can exist. The caller commits, and only then publishes."""
+    """Record keys before their objects can exist. The caller commits, and only then publishes."""
     rows = [{"id": new_id().hex, "company": i.company_id, "provider": i.provider, "key": i.object_key} for i in intents]
     statements_for(connection).record_intents(connection, rows, grace=INTENT_GRACE)

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 DEFAULT_MAX_BYTES = 500 * 1024 * 1024
 VARIABLES = ("JOBKIT_GENERATED_ASSET_MAX_BYTES", "PAPERCLIP_GENERATED_ASSET_MAX_BYTES")
 
-# What ECMAScript's Number() trims, StringNumericLiteral ::: StrWhiteSpaceChar. str.strip() differs: it keeps U+FEFF and
-# drops U+001C to U+001F and U+0085.
+# The white space that ECMAScript's Number() trims (StrWhiteSpaceChar). str.strip() keeps U+FEFF, and drops U+001C to
+# U+001F and U+0085.
 _SPACE = "\t\n\v\f\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 _TRIM = re.compile(f"^[{_SPACE}]+|[{_SPACE}]+$")
 _DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?|[+-]?Infinity", re.ASCII)
@@ -22,16 +22,16 @@ logger = logging.getLogger("jobkit")
 
 
 def parse_limit(text: str) -> int | float | None:
-    """``Number(text)`` as ECMAScript has it, where that is a usable limit; None where it is 0, empty or blank.
+    """A limit in bytes, read as ECMAScript's ``Number(text)``; None when that is 0, also for blank text.
 
-    ``ValueError`` where the expression would be a trap: text, NaN, a negative number, forms that only Python reads.
-    ``math.inf`` stands for no limit; a fraction is kept, and admits as many bytes as its whole part.
+    ``ValueError`` for what is no number, NaN or negative, and for forms that only Python reads. ``math.inf`` is no
+    limit; a fraction is kept, and admits as many bytes as its whole part.
     """
     trimmed = _TRIM.sub("", text)
     if not trimmed:
         return None
     if _RADIX.fullmatch(trimmed):
-        # Rounded as ECMAScript's numbers are; what is too large for one is infinite.
+        # Rounded as ECMAScript's numbers are; infinite when too large for one.
         number = _rounded(int(trimmed, 0))
     elif _DECIMAL.fullmatch(trimmed):
         number = float(trimmed)
@@ -50,8 +50,8 @@ def _rounded(whole: int) -> float:
 
 
 def configured_limit(environment: Mapping[str, str]) -> tuple[int | float, str]:
-    """The limit in bytes and where it came from. A value that cannot be used gives the default and one warning in the
-    log.
+    """The limit in bytes and its source, for messages. An unusable value is logged as a warning, and the default
+    applies.
     """
     for name in VARIABLES:
         if name not in environment:

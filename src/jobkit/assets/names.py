@@ -1,6 +1,6 @@
-"""Object keys: made here, used once, ever; and the check that a key is one of ours before any storage sees it.
+"""Object keys, each used only once; the check of keys before a storage sees them; file names in HTTP headers.
 
-``{company}/{namespace}/YYYY/MM/DD/{uuid}-{stem}{ext}``. Users' text gets in only as a sanitised stem.
+A key is ``{company}/{namespace}/YYYY/MM/DD/{uuid}-{stem}{ext}``. Text of users appears only as a sanitised stem.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ def company_prefix(company_id: str) -> str:
 
 
 def object_key(company_id: str, namespace: str, filename: str | None, *, unique: UUID, at: datetime) -> str:
-    """A new key. ``at`` is an aware time, its day is that of UTC; ``unique`` makes the key one that was never used."""
+    """A new key. ``at`` is an aware time, of which the day in UTC is taken; ``unique`` must never have been used."""
     stem, extension = _split(filename)
     folder = "/".join([company_prefix(company_id), _namespace(namespace), f"{at.astimezone(UTC):%Y/%m/%d}"])
     return f"{folder}/{unique}-{stem}{extension}"
 
 
 def safe_filename(filename: str | None) -> str:
-    """``filename`` as its keys have it: one name that stays in its folder, on every file system."""
+    """``filename`` sanitised as in keys: a single name that stays in its folder on every file system."""
     name = "".join(_split(filename))
     return f"_{name}" if _DEVICES.fullmatch(name) else name
 
 
 def check_key(company_id: str, key: str) -> None:
-    """Return when ``key`` is one that this company's objects can have; ``AssetKeyRefused`` otherwise.
+    """``AssetKeyRefused`` unless ``key`` can be the key of an object of this company.
 
     The same on every backend: relative, no ``.`` or ``..`` segment, no backslash, NUL, glob or control character.
     """
@@ -84,14 +84,14 @@ def _split(filename: str | None) -> tuple[str, str]:
     return _sanitise(stem), extension if len(extension) > 1 else ""
 
 
-# What a browser shows by itself without running anything of it. HTML, SVG and XML are pages: they could run scripts.
+# Types that a browser shows without running scripts. HTML, SVG and XML may contain scripts.
 _SHOWN = re.compile(r"(?:image/(?!svg)|audio/|video/)[\w.+-]+|application/pdf|text/plain", re.ASCII)
-# RFC 8187 section 3.2.1: attr-char, without the letters and digits that quote() never escapes.
+# attr-char of RFC 8187 section 3.2.1, without letters and digits, which quote() never escapes.
 _ATTRIBUTE = "!#$&+-.^_`|~"
 
 
 def content_disposition(disposition: str, filename: str | None, content_type: str) -> str:
-    """A Content-Disposition by RFC 6266: the name in plain ASCII for old clients, then exactly, by RFC 8187.
+    """A Content-Disposition header (RFC 6266): the name in ASCII for old clients, then exactly (RFC 8187).
 
     ``inline`` becomes ``attachment`` for a type that a browser would run as a page. ``ValueError`` for any other
     ``disposition``.
@@ -103,13 +103,13 @@ def content_disposition(disposition: str, filename: str | None, content_type: st
     name = _last_segment(filename or "")
     if not name:
         return disposition
-    # No quote, backslash or percent sign: clients disagree about what these mean within quotes.
+    # No quote, backslash or percent sign: clients read them differently within quotes.
     plain = re.sub(r'[^\x20-\x7e]|["\\%]', "_", name)
     exact = "" if plain == name else f"; filename*=UTF-8''{quote(name, safe=_ATTRIBUTE)}"
     return f'{disposition}; filename="{plain}"{exact}'
 
 
 def _last_segment(filename: str) -> str:
-    # A client may take what is before a slash for a folder.
+    # A client may take the part before a slash for a folder.
     name = re.split(r"[/\\]", filename)[-1]
     return re.sub(r"[\t\n\ufffd]", "_", sanitise(name))[:255].strip(" .")

@@ -1,4 +1,4 @@
-"""A file while it is being made: on local disk, counted and hashed as it is written, gone unless it is published."""
+"""A file before it is stored: written to local disk, counted and hashed, and removed unless it is published."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ from jobkit.types import Body, StoredObject
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-
 logger = logging.getLogger("jobkit")
 
 CHUNK = 1 << 20
-# A large write is hashed and written in pieces that the processor's cache holds: once through memory, not twice.
+# Bytes that are hashed and then written at once: they stay in the processor's cache between the two.
 _PIECE = 1 << 19
 
 
 class Spool(io.RawIOBase):
-    """A private file (mode 0600) to write one output into; seekable. Used by one thread at a time.
+    """A private (mode 0600), seekable file to write one output into. Used by one thread at a time.
 
-    ``size`` and ``sha256`` are those of the whole file once ``seal`` has returned. Going over ``limit`` raises
-    ``AssetTooLarge``, and from then on every write and ``seal`` do: a swallowed error cannot ship a cut file.
+    A write beyond ``limit`` bytes raises ``AssetTooLarge``. After a failed write every further write and ``seal`` raise
+    its error again, so that no cut file is stored when a renderer swallows it.
     """
 
-    #: What was stored, once it was: set when the ``with`` of ``AssetStore.writer`` ends.
+    #: The stored object, once the ``with`` block of ``AssetStore.writer`` has ended.
     stored: StoredObject | None = None
 
     def __init__(self, folder: Path, name: str, *, filename: str | None, limit: int | float, limit_source: str) -> None:
@@ -75,7 +74,7 @@ class Spool(io.RawIOBase):
         try:
             in_order = position == self._hashed
             if not in_order:
-                self._hashed = -1  # written out of order: hashed from the file at the end
+                self._hashed = -1  # written out of order: ``seal`` hashes the file
             while written < len(view):
                 piece = view[written : written + _PIECE]
                 if in_order:
@@ -87,7 +86,7 @@ class Spool(io.RawIOBase):
                     self._position += count
                     piece = piece[count:]
             self.size = max(self.size, position + written)
-        except BaseException as error:  # a full disk, a signal: a cut file must not be shipped when this is swallowed
+        except BaseException as error:  # a full disk, a signal: whoever swallows it must not store a cut file
             self._refusal = error
             raise
         return written
@@ -111,19 +110,19 @@ class Spool(io.RawIOBase):
         return self.size
 
     def fill(self, body: Body) -> None:
-        """Write everything that ``body`` is or yields. ``TypeError`` when that is not bytes."""
+        """Write all bytes of ``body``. ``TypeError`` when it does not consist of bytes."""
         with closing(chunks(body)) as pieces:
             for piece in pieces:
                 self.write(piece)
 
     @property
     def refused(self) -> bool:
-        """Whether a write ever failed: over the limit, no room on the disk, interrupted."""
+        """Whether a write has failed: over the limit, disk full, interrupted."""
         return self._refusal is not None
 
     def seal(self) -> str:
-        """The sha256 of the whole file, which may be closed already. ``AssetEmpty`` when it has no bytes,
-        ``AssetTooLarge`` when it ever had too many.
+        """The sha256 of the whole file, in hex; the file may be closed. ``AssetEmpty`` when it has no bytes; the error
+        of a failed write.
         """
         if self._refusal is not None:
             raise self._refusal
@@ -139,24 +138,24 @@ class Spool(io.RawIOBase):
         return digest
 
     def close(self) -> None:
-        """Close the descriptor; the file stays for ``publish`` or ``discard``."""
+        """Close the file, which stays on disk for ``publish`` or ``discard``."""
         if not self.closed:
             self._file.close()
         super().close()
 
     def release(self) -> None:
-        """Leave the file to whoever has moved it away."""
+        """Mark the file as moved away by a storage: ``discard`` removes nothing."""
         self._gone = True
 
     def discard(self) -> None:
-        """Close, and remove the file if it is still there. Should it refuse to go, it goes with the folder."""
+        """Close and remove the file. A file that cannot be removed goes with the folder of this process."""
         self.close()
         if not self._gone:
             self._gone = True
             try:
                 self.path.unlink(missing_ok=True)
             except OSError as error:
-                logger.warning("%s could not be removed, and stays as long as this process: %s", self.path, error)
+                logger.warning("%s could not be removed, and stays until this process has ended: %s", self.path, error)
 
     def _check(self, size: int) -> None:
         if self._refusal is None and size > self._limit:
@@ -166,7 +165,7 @@ class Spool(io.RawIOBase):
 
 
 def chunks(body: Body) -> Generator[bytes | memoryview]:
-    """``body`` in pieces: bytes-like, a path, a binary file (read, not closed), or an iterable of bytes."""
+    """``body`` in pieces. It is bytes-like, a path, a binary file (not closed) or an iterable of bytes."""
     if isinstance(body, bytes | bytearray | memoryview):
         view = _view(body)
         for start in range(0, len(view), CHUNK):
@@ -207,20 +206,20 @@ def _bytes(chunk: object, what: str) -> Any:
     return chunk
 
 
-# RFC 9110 section 8.3.1: type "/" subtype, then parameters, which are only kept free of control characters.
+# Media type of RFC 9110 section 8.3.1. Parameters are only checked for control characters.
 _CONTENT_TYPE = re.compile(r"([A-Za-z0-9!#$%&'*+.^_`|~-]+/[A-Za-z0-9!#$%&'*+.^_`|~-]+)([ \t]*;[\t\x20-\x7e]*)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """How many bytes a file may have, and who said so."""
+    """The largest size of a file in bytes, and the setting it comes from, for messages."""
 
     max_bytes: int | float
     source: str
 
 
 class StagedFile:
-    """One file on its way into a storage. Nothing of it is in the storage before ``publish``."""
+    """A file with its key that will be stored. Nothing of it is in the storage before ``publish``."""
 
     def __init__(
         self,
@@ -247,7 +246,10 @@ class StagedFile:
         )
 
     def seal(self, *, recorded: bool) -> StoredObject:
-        """What will be stored; the spool file is whole and closed. ``AssetEmpty`` or ``AssetTooLarge`` otherwise."""
+        """Close the spool file and describe the object to be stored. ``AssetEmpty``; the error of a failed write.
+
+        ``recorded``: whether the key is recorded as an intent.
+        """
         sha256 = self.spool.seal()
         self.spool.close()
         return StoredObject(
@@ -261,18 +263,18 @@ class StagedFile:
         )
 
     def publish(self) -> None:
-        """Store the sealed file under its key, durably; the spool file is gone afterwards, whatever happened."""
+        """Store the sealed file durably under its key. The spool file is gone afterwards, also on errors."""
         for failure in publish([self]).values():
             raise failure
 
     def discard(self) -> None:
-        """Remove the spool file. Nothing was published, or it stays to the sweep."""
+        """Remove the spool file. A published object without a row is left to garbage collection."""
         self.spool.discard()
 
 
 def publish(drafts: Sequence[StagedFile]) -> dict[str, BaseException]:
-    """Store sealed files of one storage, each durably under its key; those that were not, by their keys, with the
-    reason. The spool files are gone afterwards, whatever happened.
+    """Store sealed files of one storage, each durably under its key. The exceptions of files that were not stored, by
+    key. The spool files are gone afterwards, also on errors.
     """
     stored = False
     try:
@@ -292,4 +294,4 @@ def _checked_type(content_type: str) -> str:
     match = _CONTENT_TYPE.fullmatch(cleaned)
     if match is None:
         raise ValueError(f"content_type {cleaned!r:.80} is not a media type such as 'application/pdf'")
-    return match[1].lower() + (match[2] or "")  # the value of a parameter may be one where case counts
+    return match[1].lower() + (match[2] or "")  # parameter values may be case-sensitive

@@ -1,4 +1,4 @@
-"""AssetStore: bytes in a storage, rows in the caller's transaction."""
+"""AssetStore: objects in a storage, their rows in the caller's transaction."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ R = TypeVar("R")
 class AssetStore:
     """Files in the storage that ``url`` names (any fsspec URL, or a folder), and their rows in SQL.
 
-    ``engine`` is where intents are recorded, each in a commit of its own, before an object can exist; a ``Runner``
-    gives its own to a store that has none. ``provider`` names the storage in each row: ``local_disk`` for a folder,
-    else the URL's protocol. ``max_bytes`` replaces ``MAX_GENERATED_ASSET_BYTES``. One store may be shared by all
-    threads.
+    ``engine``: the database where keys are recorded, each in a transaction of its own, before an object can exist; a
+    ``Runner`` gives its own to a store that has none. ``provider``: the name of the storage in each row, by default
+    ``local_disk`` for a folder, else the URL's protocol. ``max_bytes`` replaces ``MAX_GENERATED_ASSET_BYTES``.
+    Threads may share a store.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class AssetStore:
         return self.storage.provider
 
     def spool_folder(self) -> Path:
-        """A private local folder for files that are being made. For runners."""
+        """A private local folder for unfinished files. For runners."""
         return self.storage.spool_folder()
 
     @property
@@ -98,10 +98,11 @@ class AssetStore:
         content_type: str,
         body: Body,
     ) -> StoredObject:
-        """Store ``body`` under a new key; durable and whole when this returns, nothing stored when it raises.
+        """Store ``body`` under a new key. The object is whole and durable when this returns; nothing is stored when
+        it raises.
 
         Streams: memory stays flat at any size. ``AssetTooLarge``, ``AssetEmpty``; ``TypeError`` for a body that is
-        not bytes; ``ValueError`` naming the field. The object stays only if ``create`` then gives it a row within a
+        not bytes; ``ValueError`` naming the field. The object is removed unless ``create`` gives it a row within a
         day. On SQLite, call it before the transaction of this thread has written (``ConfigurationError``).
         """
         with self.writer(
@@ -115,7 +116,8 @@ class AssetStore:
     def writer(
         self, company_id: object, *, namespace: str = "generated", original_filename: str | None, content_type: str
     ) -> Iterator[Spool]:
-        """A seekable binary file to write into; stored when the ``with`` ends, then ``.stored`` says as what.
+        """A seekable binary file to write into. It is stored when the ``with`` block ends, and then its ``stored`` is
+        the ``StoredObject``.
 
         Nothing is stored when the block raises, or when the file is empty or too large.
         """
@@ -134,7 +136,7 @@ class AssetStore:
             draft.discard()
 
     def draft(self, company_id: str, *, namespace: str, filename: str | None, content_type: str) -> StagedFile:
-        """A file of this storage to be made; its key is decided, nothing is recorded or stored. For runners."""
+        """A file to be written, with its new key; nothing is recorded or stored yet. For runners."""
         return StagedFile(
             self.storage,
             company_id,
@@ -157,10 +159,10 @@ class AssetStore:
         job_id: UUID | str | None = None,
         position: int = 0,
     ) -> Asset:
-        """Give a stored object its row, in the caller's transaction: only then does the object stay.
+        """Insert the row of a stored object, in the caller's transaction. An object without a row is removed later.
 
-        ``AssetKeyRefused`` for another company's key; ``AssetNotFound`` when the sweep was faster, or it has a row
-        already.
+        ``AssetKeyRefused`` for another company's key; ``AssetNotFound`` when the object was already collected as
+        garbage, or has a row.
         """
         owner = require_company_id(company_id)
         _check_stored(stored)
@@ -197,7 +199,7 @@ class AssetStore:
         return asset
 
     def get_by_id(self, session: Host, asset_id: UUID | str, *, company_id: object = None) -> Asset | None:
-        """The asset, or None: unknown, malformed, or another company's when ``company_id`` is given."""
+        """The asset with this id, None when there is none or, with ``company_id``, when it is another company's."""
         parsed = parse_id(asset_id)
         if parsed is None:
             return None
@@ -217,7 +219,7 @@ class AssetStore:
     def list_by_company(
         self, session: Host, company_id: object, *, limit: int | None = None, before: Asset | UUID | str | None = None
     ) -> list[Asset]:
-        """A company's assets, newest first, ties broken by id. ``before``: the last one of the page before this one."""
+        """A company's assets, newest first, ties broken by id. ``before``: the last asset of the previous page."""
         connection = connection_of(session)
         place = (_c.created_at, _sortable_id(connection))
         query = sa.select(assets).where(of_company(_c.company_id, company_id))
@@ -231,8 +233,7 @@ class AssetStore:
         return [Asset(*row) for row in connection.execute(query)]
 
     def open(self, asset: Asset, *, start: int | None = None, end: int | None = None) -> BinaryIO:
-        """The bytes ``[start, end)`` as a binary file to read and close, streamed; a range beyond the asset is cut to
-        it.
+        """The bytes ``[start, end)`` as a binary file, which the caller closes. Streamed. A range is cut to the asset.
 
         ``AssetCorrupt`` when the object is missing; ``AssetKeyRefused`` for a key that is not the company's.
         """
@@ -242,11 +243,11 @@ class AssetStore:
         return byte_range(self._open(asset), first, max(first, last))
 
     def verify(self, asset: Asset) -> None:
-        """Read the whole object; return when its size and sha256 are the row's, ``AssetCorrupt`` otherwise."""
+        """Read the whole object. ``AssetCorrupt`` when it is missing, or its size or sha256 is not the row's."""
         self._check(asset)
         digest, size = hashlib.sha256(), 0
         with self._open(asset) as file:
-            # A storage may open what it then does not find: it was removed in between.
+            # The object may be removed after it was opened: some storages find out only here.
             while chunk := self._found(asset, lambda: file.read(CHUNK)):
                 digest.update(chunk)
                 size += len(chunk)
@@ -256,12 +257,11 @@ class AssetStore:
             raise AssetCorrupt(f"asset {asset.id} has another sha256 in storage than in its row")
 
     def url(self, asset: Asset, *, expires_in: timedelta | float, disposition: str = "attachment") -> str:
-        """Where anyone who has the URL can get the bytes for ``expires_in`` (seconds or timedelta), without this
-        process: signed by the storage, S3 only; ``AssetUrlUnavailable`` elsewhere. Asks neither storage nor database
-        whether the object is there.
+        """A signed URL that gives anyone the bytes for ``expires_in`` (seconds or timedelta), without this process.
+        S3 only; ``AssetUrlUnavailable`` elsewhere. Does not check that the object exists.
 
-        The download has the asset's content type and file name. ``inline`` lets a browser show images, sound, films,
-        PDF and plain text; anything else is an attachment still. S3 takes 7 days at most (``ValueError``).
+        The download has the asset's content type and file name. ``inline`` lets a browser show images, audio, video,
+        PDF and plain text; other types stay attachments. S3 allows 7 days at most (``ValueError``).
         """
         self._check(asset)
         lifetime = seconds(expires_in, "expires_in")
@@ -271,15 +271,13 @@ class AssetStore:
         )
 
     def delete(self, session: Host, asset: Asset) -> None:
-        """Delete the row and record its key as a tombstone, in the caller's transaction; the object goes at a later
-        sweep.
-
-        A rollback keeps both. ``AssetNotFound`` when the row is gone already.
+        """Delete the row and record its key as a tombstone, in the caller's transaction. A later garbage collection
+        removes the object; a rollback keeps both. ``AssetNotFound`` when there is no such row.
         """
         _check_type(asset)
         connection = connection_of(session)
         require_configured(connection)
-        # The object that goes is the one the row names, whatever the caller made of ``asset``.
+        # The key comes from the row: ``asset`` may have been altered.
         gone = connection.execute(
             assets.delete()
             .where(_has_id(connection, asset.id), of_company(_c.company_id, asset.company_id))
@@ -297,16 +295,16 @@ class AssetStore:
         dry_run: bool = True,
         engine: sa.Engine | None = None,
     ) -> GarbageReport:
-        """Remove objects that no row names: those whose row was deleted, and those recorded ``older_than`` ago that
-        never got one. ``dry_run`` only tells which.
+        """Remove objects without a row: those whose row was deleted, and those recorded ``older_than`` ago that never
+        got one. With ``dry_run``, only report them.
 
-        By the records of ``engine`` (default: the store's), for this store's provider; never by listing. Each key is
-        visited again by a call after a further ``older_than``, and only then forgotten, because a slow writer may store
-        its object after the first visit. So ``older_than`` must exceed the time that any file takes from its record to
-        its row. A file that is swept before ``create`` or the end of its job gets no row (``AssetNotFound``, a failed
-        job). An object that cannot be removed is tried again later; the others go.
+        Reads the records of ``engine`` (default: the store's) for this store's provider; never lists the storage. A
+        later call, a further ``older_than`` on, visits each key again and deletes its record, because a slow writer may
+        store its object after the first visit. ``older_than`` must exceed the time from any file's record to its row: a
+        file collected before that gets no row (``create`` raises ``AssetNotFound``, a job fails). An object that cannot
+        be removed is tried again later.
 
-        Unfinished files that dead processes left on this machine's disk are removed too, unless ``dry_run``.
+        Unless ``dry_run``, unfinished files of dead processes are removed from this machine's disk too.
         """
         grace = seconds(older_than, "older_than", positive=False)
         chosen = self.engine if engine is None else engine
@@ -334,30 +332,32 @@ class AssetStore:
     def _record(self, draft: StagedFile, engine: sa.Engine | None) -> None:
         if engine is None:
             if not self._warned:
-                logger.warning("%r has no engine: objects of a process that dies are found by nobody", self)
+                logger.warning(
+                    "%r has no engine: objects that a dying process leaves without a row are never removed", self
+                )
             self._warned = True
             return
-        self._refuse_deadlock()  # again: the block of writer() may have written
+        self._refuse_deadlock()  # again: the block of writer() may have written SQL
         with engine.begin() as connection:
             record_intents(connection, [Intent(draft.company_id, self.provider, draft.key)])
 
     def _take(self, connection: sa.Connection, owner: str, stored: StoredObject) -> None:
-        """Remove the intent of an object that gets a row now."""
+        """Delete the intent of an object that gets its row. ``AssetNotFound`` when it was collected or has a row."""
         if stored.recorded:
             i = asset_intents.c
             which = (i.provider == stored.provider, i.object_key == stored.object_key, i.state == "pending")
             free = connection.execute(asset_intents.delete().where(*which)).rowcount == 1
         else:
             taken = sa.select(_c.id).where(_c.company_id == owner, _c.object_key == stored.object_key)
-            # A key that was deleted is the sweep's, though nothing was recorded when its object was stored.
+            # A key whose asset was deleted has a tombstone, though no intent was recorded for it.
             given_up = sa.select(asset_intents.c.id).where(
                 asset_intents.c.provider == stored.provider, asset_intents.c.object_key == stored.object_key
             )
-            # By then its record may have gone too, and a folder is quick to tell.
+            # Its tombstone may be gone too; a local folder tells at once whether the object is.
             there = stored.provider != self.provider or self.storage.size(stored.object_key) != 0
             free = there and connection.execute(taken.union_all(given_up)).first() is None
         if not free:
-            raise AssetNotFound(f"{stored.object_key!r} was swept already, or has a row: store the file again")
+            raise AssetNotFound(f"{stored.object_key!r} was collected as garbage, or has a row: store the file again")
 
     def _refuse_deadlock(self) -> None:
         if self.engine is not None:
@@ -368,7 +368,7 @@ class AssetStore:
 def _has_id(connection: sa.Connection, asset_id: UUID) -> sa.ColumnElement[bool]:
     if connection.dialect.name != "sqlite":
         return _c.id == asset_id
-    # An adopted table may spell its ids with dashes, and the host's rows refer to them.
+    # An adopted table may have ids with dashes, and rows of the host refer to them.
     return sa.type_coerce(_c.id, sa.Text).in_([asset_id.hex, str(asset_id)])
 
 
@@ -387,7 +387,7 @@ def _text(value: object, field: str) -> str | None:
 
 
 def _check_stored(stored: StoredObject) -> None:
-    """``ValueError`` or ``TypeError`` naming the field of a StoredObject, perhaps made by hand, no row can hold."""
+    """``ValueError`` or ``TypeError`` naming a field that no row can hold: hosts may make a StoredObject themselves."""
     if not isinstance(stored, StoredObject):
         raise TypeError(f"stored must be a StoredObject, not {type(stored).__name__}")
     for field in ("provider", "content_type", "sha256"):

@@ -1,1 +1,1 @@
-"""Time, ids, text, threads: what knows nothing of jobs."""
+"""Time, ids, text, threads, event loops: helpers that know nothing of jobs."""

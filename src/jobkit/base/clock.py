@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 Clock = Callable[[], datetime]
 
-# In seconds. A longer time is taken for this one where a database or datetime has to reckon with it.
+# Seconds. Longer durations are cut to this one before they are added to a date, which would overflow.
 CENTURY = 36525 * 86400.0
 
 
@@ -20,7 +20,7 @@ def utcnow() -> datetime:
 
 
 def aware(value: datetime, field: str) -> datetime:
-    """``value`` in UTC; ``ValueError`` naming ``field`` when it has no time zone, or is no time of UTC's calendar."""
+    """``value`` in UTC. ``ValueError`` naming ``field`` when it has no time zone or is out of range in UTC."""
     if not isinstance(value, datetime):
         raise TypeError(f"{field} must be a datetime, not {type(value).__name__}")
     if value.utcoffset() is None:
@@ -81,7 +81,7 @@ class AdaptivePoll:
 
 
 def seconds(value: timedelta | float, field: str, *, positive: bool = True) -> float:
-    """``value`` as finite seconds; ``ValueError`` naming ``field`` when it is not a duration, or not above zero."""
+    """``value`` as finite seconds. ``ValueError`` naming ``field`` when negative, infinite or, if ``positive``, 0."""
     number = value.total_seconds() if isinstance(value, timedelta) else value
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"{field} must be seconds or a timedelta, not {type(value).__name__}")

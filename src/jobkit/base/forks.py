@@ -1,4 +1,4 @@
-"""What a forked child forgets: threads do not come along, locks they held stay locked, connections are the parent's."""
+"""Resets objects in forked children, which have no threads of their parent, its locked locks and its connections."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ logger = logging.getLogger("jobkit")
 
 
 class ForkAware(Protocol):
-    """Has threads, locks, files or counts that a forked child does not have."""
+    """An object with threads, locks, files or counts that a forked child must not use."""
 
     def _after_fork(self) -> None:
-        """Be as if new. Called in the child, where no other thread runs."""
+        """Become as new. Called in the child, where no other thread runs."""
 
 
-_known: WeakSet[ForkAware] = WeakSet()
+_fork_aware: WeakSet[ForkAware] = WeakSet()
 
 
-def reset_in_children(thing: ForkAware) -> None:
-    """From now on let ``thing`` forget in each forked child, as long as somebody holds it."""
-    _known.add(thing)
+def reset_in_children(target: ForkAware) -> None:
+    """Call ``target._after_fork()`` in each child forked from now on, as long as ``target`` lives."""
+    _fork_aware.add(target)
 
 
 def hold_during_fork(lock: threading.Lock | threading.RLock) -> None:
-    """Fork only while no other thread holds ``lock``, so that no child inherits it locked."""
+    """Hold ``lock`` during every fork, so that no child inherits it locked by another thread."""
     os.register_at_fork(before=lock.acquire, after_in_parent=lock.release, after_in_child=lock.release)
 
 
 def _after_in_child() -> None:
-    for thing in list(_known):
+    for target in list(_fork_aware):
         try:
-            thing._after_fork()
-        except Exception:  # a hook of the host's on its engine, for one; the others forget nevertheless
-            logger.exception("%r could not forget its parent", thing)
+            target._after_fork()
+        except Exception:  # such as a host's listener on its engine; the other objects are reset all the same
+            logger.exception("%r could not be reset after a fork", target)
 
 
 os.register_at_fork(after_in_child=_after_in_child)

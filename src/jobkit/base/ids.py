@@ -1,4 +1,4 @@
-"""Identifiers: time-ordered UUIDs (version 7, RFC 9562), and reading one that a caller gave."""
+"""Time-ordered UUIDs (version 7, RFC 9562), and the parsing of ids that callers give."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def new_id() -> UUID:
 
 
 def new_number() -> int:
-    """The number of a new id."""
+    """A new id as an integer of 128 bits."""
     global _last  # noqa: PLW0603
     milliseconds = time.time_ns() // 1_000_000
     candidate = (milliseconds << 74) | (int.from_bytes(os.urandom(10)) & ((1 << 74) - 1))
@@ -38,7 +38,7 @@ def new_number() -> int:
 
 
 def parse_id(value: object) -> UUID | None:
-    """The UUID that ``value`` is or spells; None for everything else, so that a malformed id is simply not found."""
+    """The UUID that ``value`` is or spells, else None: a malformed id is simply not found."""
     if isinstance(value, UUID):
         return value
     if isinstance(value, str):
@@ -46,6 +46,6 @@ def parse_id(value: object) -> UUID | None:
             parsed = UUID(value)
         except ValueError:
             return None
-        # UUID() reads its digits with int(), which takes "0x", "_", blanks and other scripts' digits too.
+        # UUID() parses digits with int(), which also accepts "0x", "_", blanks and digits of other scripts.
         return parsed if parsed.hex in value.replace("-", "").lower() else None
     return None

@@ -1,4 +1,4 @@
-"""Blocking calls on threads, from a loop, so that a cancelled task leaves nothing open."""
+"""Blocking calls from an event loop, and an event loop for threads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from typing import Any, ParamSpec, TypeVar
 
 logger = logging.getLogger("jobkit")
 
-
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """What ``function`` returns in a thread. A file that nobody waits for any more is closed."""
+    """Call ``function`` in a thread and return its result. When this task is cancelled the call goes on, and a file
+    that it returns is closed.
+    """
     task = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
     try:
         return await asyncio.shield(task)
@@ -33,8 +34,8 @@ def _drop(task: asyncio.Future[Any]) -> None:
 
 
 class Serialized:
-    """Calls on something that is no good for two threads at once, and its end: after any call that a cancelled task has
-    left behind, and before any other.
+    """Calls that only one thread may make at a time, and their end: ``close`` runs after a call that a cancelled task
+    left running, and calls after it are cancelled.
     """
 
     def __init__(self, close: Callable[[], object]) -> None:
@@ -46,7 +47,7 @@ class Serialized:
         return await asyncio.to_thread(self._call, partial(function, *args, **kwargs))
 
     async def close(self) -> None:
-        """Close it, whether or not the task that waits here is cancelled, and although the loop may end."""
+        """Run the ``close`` function, even when this task is cancelled or its loop ends meanwhile."""
         await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, self._end))
 
     def _call(self, function: Callable[[], T]) -> T:
@@ -62,14 +63,14 @@ class Serialized:
 
 
 class LoopThread:
-    """One asyncio event loop on a daemon thread of its own, started by the first coroutine."""
+    """An asyncio event loop on a daemon thread of its own, which the first coroutine starts."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
-        """Run ``coroutine`` on the loop; what it returns or raises comes with the future."""
+        """Run ``coroutine`` on the loop. The future has its result or exception."""
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
@@ -91,8 +92,8 @@ def _serve(loop: asyncio.AbstractEventLoop) -> None:
             try:
                 loop.run_forever()
                 break
-            except (SystemExit, KeyboardInterrupt) as error:  # asyncio ends a loop whose task raises these
-                logger.warning("a coroutine raised %s; the loop of the others goes on", type(error).__name__)
+            except (SystemExit, KeyboardInterrupt) as error:  # these end run_forever
+                logger.warning("a coroutine raised %s; its event loop goes on", type(error).__name__)
     finally:
         for task in asyncio.all_tasks(loop):
             task.cancel()

@@ -1,4 +1,4 @@
-"""Text that comes from outside: refused where it is input, made harmless where it is a report of a failure."""
+"""Text from outside: input that a database cannot hold is refused, messages are made safe to store and print."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import re
 
 MAX_ERROR_CHARACTERS = 2_000
 
-# C0 and C1 controls except tab and newline, the bidirectional overrides, and the halves of surrogate pairs: PostgreSQL
-# refuses NUL and surrogates, terminals obey the rest.
+# C0 and C1 controls except tab and newline, bidirectional overrides and lone surrogates: PostgreSQL refuses NUL and
+# surrogates, terminals obey the rest.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-# All that ends a line or that a terminal may obey: a file's name is one line.
+# Everything that ends a line or that a terminal may obey; a file name is one line.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
@@ -37,16 +37,16 @@ def storable(value: str, field: str, *, blank: bool = False, limit: int | None =
 
 
 def require_company_id(value: object) -> str:
-    """``str(value)`` when it can be a company id: not None, not blank, no NUL, at most 255 characters."""
+    """``str(value)`` as a company id. ``ValueError`` for None, blank text, NUL and more than 255 characters."""
     if value is None:
         raise ValueError("company_id is missing")
     return storable(str(value), "company_id", limit=255)
 
 
 def company_id_or_none(value: object) -> str | None:
-    """The company of a question, None when no row can have it: whatever is asked of such a one is not found.
+    """``str(value)``, or None when no row can have this company id: a query for it finds nothing.
 
-    ``ValueError`` for None, which is no id but a forgotten argument.
+    ``ValueError`` for None, which is a forgotten argument.
     """
     try:
         return require_company_id(value)
@@ -57,14 +57,13 @@ def company_id_or_none(value: object) -> str | None:
 
 
 def error_message(error: BaseException) -> str:
-    """What to write on a job that failed with ``error``: its message, or its class name when it has none or cannot say.
+    """The message to store with a job that failed with ``error``: its text, or its class name when it has none.
 
-    Never raises; at most 2,000 characters; no traceback; characters that a database or terminal would trip over are
-    replaced.
+    Never raises; at most 2,000 characters; no traceback; characters unsafe for a database or terminal are replaced.
     """
     try:
         message = sanitise(str(error))
-    except BaseException:  # an exception whose __str__ raises must not keep its failure from being recorded
+    except BaseException:  # its __str__ raises: the failure is recorded all the same
         message = ""
     return message or sanitise(type.__dict__["__name__"].__get__(type(error)))
 
@@ -77,5 +76,5 @@ def sanitise(message: str) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` as one line that no terminal obeys."""
+    """``text`` as one line without control characters."""
     return _CONTROLS.sub("\ufffd", _UNSAFE.sub("\ufffd", text))

@@ -1,4 +1,4 @@
-"""Threads that never keep the interpreter from ending, and an event loop in one of them."""
+"""Daemon threads: a pool, a periodic task, and the state of a task that may be taken from its thread."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Protocol
 from jobkit.base.clock import Backoff
 from jobkit.base.text import error_message
 
-# True when the thread that ran it was replaced meanwhile, and should end.
+# Returns True when its thread was replaced meanwhile: then the thread ends.
 Task = Callable[[], bool | None]
 
 logger = logging.getLogger("jobkit")
@@ -23,8 +23,7 @@ logger = logging.getLogger("jobkit")
 class DaemonPool:
     """Up to ``size`` daemon threads that run tasks in the order of submission.
 
-    Not ``concurrent.futures``: that joins its threads when the interpreter ends, and a renderer that hangs would hold
-    it.
+    Not ``concurrent.futures``: it joins its threads at the interpreter's exit, which a renderer that hangs would block.
     """
 
     waits = True
@@ -38,21 +37,21 @@ class DaemonPool:
         self._count = 0
 
     def submit(self, task: Task) -> None:
-        """Run ``task`` on a thread, or in this one when there is none and none can be started.
+        """Run ``task`` on a thread, or at once in the calling one when no thread can be started.
 
-        Called from one thread only. A task that raises is logged.
+        Called from one thread only. An exception of ``task`` is logged.
         """
         with self._resize:
             if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
                 self._start_thread()
-            there_is_one = bool(self._threads)
-        if there_is_one:
+            has_threads = bool(self._threads)
+        if has_threads:
             self._tasks.put(task)
         else:
             self._run(task)
 
     def replace(self) -> None:
-        """Allow one more thread, in the place of one whose task goes on: that task will return True when it ends.
+        """Allow one more thread in place of one that is blocked in a task; that task has to return True when it ends.
 
         Called from the thread that submits.
         """
@@ -62,7 +61,7 @@ class DaemonPool:
                 self._start_thread()
 
     def close(self) -> None:
-        """Let every thread end once the tasks before this call are through. Waits for none."""
+        """Let every thread end after the tasks submitted so far. Does not wait."""
         for _ in list(self._threads):
             self._tasks.put(None)
 
@@ -70,7 +69,7 @@ class DaemonPool:
         thread = threading.Thread(target=self._work, name=f"{self._name}-{self._count}", daemon=True)
         try:
             thread.start()
-        except RuntimeError as error:  # there are too many, or the host stops its runner at the exit of Python 3.12
+        except RuntimeError as error:  # too many threads, or Python 3.12 is exiting
             logger.warning("%s goes on with %d threads: %s", self._name, len(self._threads), error)
         else:
             self._threads.append(thread)
@@ -95,7 +94,7 @@ class DaemonPool:
 
 
 class InlinePool:
-    """Runs each task at once, in the thread that submits it: for databases that one thread only can use."""
+    """Runs each task at once in the thread that submits it: for databases that only one thread can use."""
 
     waits = False
 
@@ -103,7 +102,7 @@ class InlinePool:
         task()
 
     def replace(self) -> None:
-        pass  # the task is over when anybody could ask
+        pass  # no task runs when this can be called
 
     def close(self) -> None:
         pass
@@ -128,7 +127,7 @@ class Periodic:
 
     @property
     def busy(self) -> float:
-        """For how many seconds the task has been running; 0 between two runs. From any thread."""
+        """Seconds that the task has been running, 0 between two runs. Read by any thread."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
@@ -213,7 +212,9 @@ class TaskState:
 
 
 class Pool(Protocol):
-    #: Whether what is submitted may wait for a thread.
+    """Runs tasks: a ``DaemonPool`` or an ``InlinePool``."""
+
+    #: Whether a submitted task may wait for a thread.
     waits: bool
 
     def submit(self, task: Task) -> None: ...

@@ -1,1 +1,1 @@
-"""What is done now and then: lost jobs rescued, old ones pruned, stored files audited."""
+"""Maintenance: lost jobs are rescued, old ones pruned, stored files audited."""

@@ -1,4 +1,4 @@
-"""The audit: reads every object that has a row, and tells which are not what their row says."""
+"""The audit: reads the object of every asset, and reports those that differ from their row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _c = assets.c
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """An asset whose object was read. ``problem``: what is wrong with it, None when nothing is."""
+    """An asset whose object was read. ``problem``: how it differs from the row, None when it does not."""
 
     asset: Asset
     problem: str | None
@@ -31,8 +31,8 @@ def audit(engine: sa.Engine, store: AssetStore, *, company_id: str | None = None
         for asset in page:
             try:
                 store.verify(asset)
-            except Exception as error:  # whatever the storage raises: the others are read all the same
-                # Between the page and the object its row may have gone, and a sweep may have come.
+            except Exception as error:  # whatever the storage raises: go on with the other assets
+                # Its row may have been deleted since the page was read, and the object collected.
                 if _exists(engine, asset):
                     yield Finding(asset, error_message(error))
             else:
@@ -41,7 +41,7 @@ def audit(engine: sa.Engine, store: AssetStore, *, company_id: str | None = None
 
 
 def elsewhere(engine: sa.Engine, store: AssetStore, *, company_id: str | None = None) -> dict[str, int]:
-    """How many assets other storages have, by provider: ``store`` cannot read those."""
+    """The number of assets in other storages, by provider: ``store`` cannot read those."""
     query = sa.select(_c.provider, sa.func.count()).where(_c.provider != store.provider).group_by(_c.provider)
     if company_id is not None:
         query = query.where(_c.company_id == company_id)

@@ -1,9 +1,8 @@
-"""Prune: old jobs that are over go, with their events and, when asked, their assets.
+"""Prune: deletes old ended jobs with their events and, when asked, their assets.
 
-The table is read by pages, and what is old in a page is deleted in batches, each a short transaction of its own that
-locks only what it deletes: a job that a host has just taken up again is passed over. What pruned events leave behind is
-one row of the log, the mark: the position up to which events may be gone. A reader whose cursor lies before it has
-missed some.
+Jobs are read in pages and deleted in batches, each a short transaction that locks only the rows it deletes; a job that
+was retried meanwhile is passed over. One row of the log, the mark, keeps the position up to which events may have been
+deleted: a reader with an earlier cursor may have missed some.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from jobkit.db.sqlite import refuse_deadlock
 
 logger = logging.getLogger("jobkit")
 
-# How many jobs one look at the table reads, and how many one transaction deletes.
+# Jobs that one query reads, that one transaction deletes, and whose ids a report names.
 PAGE = 5_000
 BATCH = 100
 SAMPLE = 10
@@ -36,10 +35,10 @@ SAMPLE = 10
 
 @dataclass(frozen=True, slots=True)
 class PruneReport:
-    """What ``prune`` deleted or, when ``dry_run``, would delete: jobs, their events, and rows of assets.
+    """How many jobs, events and asset rows ``prune`` deleted or, with ``dry_run``, would delete.
 
-    ``refused``: jobs that the database did not let go, because rows of the host refer to them or to their assets; they
-    are whole, and count nowhere else. ``sample``: the ids of up to ten of the jobs.
+    ``refused``: jobs that were kept whole because rows of the host refer to them or to their assets; they are in no
+    other count. ``sample``: the ids of up to ten of the jobs.
     """
 
     dry_run: bool
@@ -58,17 +57,17 @@ def prune(
     dry_run: bool = True,
     clock: Clock = utcnow,
 ) -> PruneReport:
-    """Delete the jobs that ended ``older_than`` ago (seconds or timedelta) or before, done, failed or cancelled, with
-    all their events; ``dry_run`` only counts them.
+    """Delete the jobs that ended (done, failed or cancelled) at least ``older_than`` ago (seconds or timedelta), with
+    all their events. With ``dry_run``, only count them.
 
-    When a job ended is its ``finished_at``; one that was ended by hand without it counts from its last change. Their
-    idempotency keys are free again. Rows of assets stay, naming a job that is gone, unless ``assets`` is given: then
-    those in that store go with their job, as by ``AssetStore.delete``, and their objects at a later sweep.
+    A job ended at its ``finished_at``; one without it, ended by hand, at its last change. Idempotency keys of deleted
+    jobs are free again. Asset rows stay, with the id of the deleted job, unless ``assets`` is given: then the assets in
+    that store are deleted with their job, as by ``AssetStore.delete``, and their objects by a later garbage collection.
 
-    Blocks on the database, in short transactions; beside everything else, and killed at any moment, it leaves each job
-    whole or gone. What a host is changing at that moment is left for the next call. A cursor from before the newest
-    event that was deleted is ``EventsPruned`` to a ``Relay``, so let ``older_than`` exceed the time that any process
-    is behind. ``ConfigurationError`` within an SQLite transaction of this thread that has written.
+    Commits in short transactions of its own; killed at any moment, it leaves each job whole or deleted. Rows that a
+    host is changing are left to the next call. A ``Relay`` raises ``EventsPruned`` for a cursor before the newest
+    deleted event: let ``older_than`` exceed the time that any process lags behind. ``ConfigurationError`` when this
+    thread has an SQLite transaction that has written.
     """
     chosen = sync_engine(engine)
     age = seconds(older_than, "older_than", positive=False)
@@ -104,7 +103,7 @@ class _Pruning:
         began = time.monotonic()
         self._delete(jobs)
         if self._statements.one_writer:
-            # Those that wait for the lock look again only now and then, and would never find it free.
+            # SQLite's waiters poll for the lock: pause as long as it was held, or they would never find it free.
             time.sleep(time.monotonic() - began)
 
     def _delete(self, jobs: Sequence[UUID]) -> None:
@@ -112,7 +111,7 @@ class _Pruning:
             with self._transaction() as connection:
                 gone = self._statements.prune(connection, jobs, before=self._before, provider=self._provider)
         except sa.exc.IntegrityError as error:
-            # A row of the host's refers to one of them: the others go without it.
+            # A row of the host refers to one of these jobs: halve the batch until that job is found.
             if len(jobs) > 1:
                 middle = len(jobs) // 2
                 self._delete(jobs[:middle])
@@ -133,6 +132,6 @@ class _Pruning:
     def _transaction(self) -> AbstractContextManager[sa.Connection]:
         engine = self._engine
         if engine.dialect.name == "postgresql":
-            # Each statement has to see what was committed before it, whatever the host's transactions are to see.
+            # Each statement must see what was committed before it, whatever isolation the host's engine has.
             engine = engine.execution_options(isolation_level="READ COMMITTED")
         return engine.begin()

@@ -1,4 +1,4 @@
-"""Rescue: jobs whose worker died go back into the queue, and a job that kills its workers is stopped."""
+"""Rescue: jobs whose lease expired are queued again, or failed when they have lost too many workers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Statements
 from jobkit.jobs import claims
 
-# How often a started runner looks for expired leases, in seconds, and how many jobs one transaction rescues.
+# Seconds between two checks for expired leases by a started runner; jobs that one transaction rescues.
 INTERVAL = 1.0
 BATCH = 100
-# A pause that was longer by so much, in seconds, was no pause: the process or its machine stood still.
+# Seconds: when a pause took this much longer, the process or its machine was frozen.
 OVERSLEPT = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class RescueReport:
-    """How many jobs of lost workers were queued again, failed for having lost too many, or cancelled as was asked."""
+    """How many jobs of lost workers were queued again, failed after too many losses, or cancelled as requested."""
 
     queued: int = 0
     failed: int = 0
@@ -38,9 +38,9 @@ def rescue(
     clock: Clock,
     on_commit: Callable[[Sequence[EventRow]], object],
 ) -> RescueReport:
-    """Take every job whose lease is over from its worker, in transactions of its own; their events go to ``on_commit``.
+    """Take every job with an expired lease from its worker, in transactions of its own. ``on_commit`` gets the events.
 
-    Compare and set: a worker that renews or ends its job at the same moment wins or loses as a whole.
+    Fenced: of a rescue and a worker that renews or ends its job at the same moment, one wins as a whole.
     """
     told: list[str] = []
     with link.use() as connection:
@@ -62,7 +62,7 @@ def rescue(
 
 
 class Rescuer:
-    """Rescues every second, on a thread of its own, whether the runner is idle or not."""
+    """Rescues every second on a thread of its own, while the runner is idle too; ``wake`` is called after it queued jobs."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Rescuer:
         self.timer = Periodic("jobkit-rescue", self._pause, self._tick)
 
     def _tick(self) -> None:
-        # Whoever was frozen together with its keeper lets that renew first, rather than take its own jobs.
+        # After a freeze the leases of this process may have expired: let it renew them rather than take its own jobs.
         frozen = time.monotonic() - self._awake > self._pause + OVERSLEPT
         self._awake = time.monotonic()
         if frozen:

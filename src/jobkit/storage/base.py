@@ -1,4 +1,4 @@
-"""An upload: a finished file on its way into a storage."""
+"""What a storage does, and a range of bytes of a file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class Upload(NamedTuple):
-    """A finished file on local disk, and where it shall be stored."""
+    """A finished file on local disk, and the key to store it under."""
 
     path: Path
     key: str
@@ -21,38 +21,39 @@ class Upload(NamedTuple):
 
 
 class Storage(Protocol):
-    """One place for objects. ``publish`` shows an object only when it is whole. Safe to share by threads."""
+    """Objects by key. An object is visible only when it is whole. Threads may share a storage."""
 
     provider: str
-
     scratch: Scratch
 
     #: Up to how many bytes of files one thread stores together in less time than several, each by itself.
     together: int
 
     def spool_folder(self) -> Path:
-        """A private local folder to make files in, from which ``publish`` is cheapest."""
+        """A private local folder for unfinished files, on the storage's own disk if it has one."""
 
     def publish(self, uploads: Sequence[Upload]) -> dict[str, BaseException]:
-        """Store each file durably under its key; what was stored is no longer at its path. Each that was not, by its
-        key, with the reason.
+        """Store each file durably under its key, and remove it from its path. The exceptions of files that were not
+        stored, by key.
         """
 
     def open(self, key: str) -> BinaryIO:
-        """The object as a seekable binary file; ``FileNotFoundError``."""
+        """The object as a seekable binary file. ``FileNotFoundError`` when there is none."""
 
     def size(self, key: str) -> int | None:
-        """How many bytes the object has, 0 when there is none; None when that would take a request."""
+        """The object's size in bytes, 0 when there is none; None where asking would take a request."""
 
     def remove(self, key: str) -> None:
-        """Remove exactly this object, or what ``publish`` left of it; nothing happens when there is none."""
+        """Remove the object, or what an interrupted ``publish`` left of it. No error when there is none."""
 
     def url(self, key: str, *, expires_in: int, content_type: str, disposition: str) -> str:
-        """Where anyone can get the object for ``expires_in`` seconds, with these headers; ``AssetUrlUnavailable``."""
+        """A URL that gives anyone the object with these headers for ``expires_in`` seconds. ``AssetUrlUnavailable``
+        where the storage signs none.
+        """
 
 
 def byte_range(file: BinaryIO, start: int, end: int) -> BinaryIO:
-    """``file`` from ``start`` up to ``end``, as a buffered binary file of its own; closing it closes ``file``."""
+    """The bytes ``[start, end)`` of ``file`` as a buffered binary file; closing it closes ``file``."""
     return cast("BinaryIO", io.BufferedReader(_Window(file, start, end), buffer_size=1 << 16))
 
 

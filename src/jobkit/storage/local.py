@@ -1,4 +1,4 @@
-"""A folder of this machine as a storage: files are flushed to disk, then renamed to their key."""
+"""A local folder as a storage."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 LOCAL = "local_disk"
 # So many bytes of small files share what the disk does for them; a larger file is worth a thread of its own.
 _TOGETHER = 1 << 18
-# How many files are open at once while they are flushed.
+# Files open at once while they are flushed.
 _OPEN = 32
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class LocalStorage:
-    """A folder of this machine: files are flushed to disk, then renamed to their key."""
+    """A local folder: files are flushed to disk, then renamed to their key."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._real_root = "\0"  # what no path begins with
+        self._real_root = "\0"  # not resolved yet: no path starts with this
         self.provider = LOCAL
         self.together = _TOGETHER
         self.scratch = Scratch(lambda: root / ".spool")
 
     def __repr__(self) -> str:
-        return f"{self.root.as_uri()}"
+        return self.root.as_uri()
 
     def spool_folder(self) -> Path:
         return self.scratch.folder()
@@ -45,7 +45,7 @@ class LocalStorage:
                 with self._folder(self._path(path)) as folder:
                     failures |= _move(there, folder)
                     os.fsync(folder)
-            except Exception as error:  # nobody knows what of the folder is on the disk
+            except Exception as error:  # which of its files are on the disk is unknown
                 failures |= {upload.key: error for upload in there}
         return failures
 
@@ -60,7 +60,7 @@ class LocalStorage:
             raise
         try:
             return os.fdopen(descriptor, "rb")
-        except OSError:  # a folder: Python has not taken the descriptor over
+        except OSError:  # a folder: fdopen has not taken the descriptor over
             os.close(descriptor)
             raise
 
@@ -84,7 +84,9 @@ class LocalStorage:
 
     @contextlib.contextmanager
     def _folder(self, path: Path) -> Iterator[int]:
-        """The folder ``path`` open, made when it is missing, and within the root whatever happens to its name."""
+        """A descriptor of the folder ``path``, created when missing. It stays this folder, within the root, even when
+        the path is replaced meanwhile.
+        """
         try:
             descriptor = os.open(path, _FOLDER)
         except FileNotFoundError:
@@ -98,16 +100,16 @@ class LocalStorage:
             os.close(descriptor)
 
     def _inside(self, folder: Path, descriptor: int | None = None) -> None:
-        # A symbolic link planted within the root must not lead out of it.
+        # A symbolic link within the root must not lead out of it.
         real = _real(folder, descriptor)
-        if not real.startswith(self._real_root):  # the root itself may be a link, and lead elsewhere than before
+        if not real.startswith(self._real_root):  # the root may be a link that was changed
             self._real_root = os.path.realpath(self.root).rstrip(os.sep) + os.sep
             if not real.startswith(self._real_root):
                 raise AssetKeyRefused(f"the folder {folder.name!r} of an object leaves the storage root")
 
 
 def _by_folder(uploads: Sequence[Upload]) -> dict[str, list[Upload]]:
-    """By the folders of their keys."""
+    """Uploads by the folder of their keys."""
     found: dict[str, list[Upload]] = {}
     for upload in uploads:
         found.setdefault(upload.key.rpartition("/")[0], []).append(upload)
@@ -115,7 +117,7 @@ def _by_folder(uploads: Sequence[Upload]) -> dict[str, list[Upload]]:
 
 
 def _move(uploads: Sequence[Upload], folder: int) -> dict[str, BaseException]:
-    """Flush files, then let each take its name in an open folder. Those that could not, by their keys."""
+    """Flush files, then rename each into an open folder. The exceptions of those that failed, by key."""
     failures: dict[str, BaseException] = {}
     for start in range(0, len(uploads), _OPEN):
         with contextlib.ExitStack() as opened:
@@ -145,8 +147,8 @@ def _move_some(uploads: Sequence[Upload], folder: int, opened: contextlib.ExitSt
 
 
 def _begin_to_flush(file: int) -> None:
-    """Let the kernel begin to write a file. Flushed one after the other from nothing, each would wait for the disk; so
-    the first waits for all of them.
+    """Start writing a file to disk without waiting. When several are flushed after this, the first waits for all of
+    them; else each would wait for the disk.
     """
     if hasattr(os, "posix_fadvise"):
         with contextlib.suppress(OSError):  # only a hint
@@ -154,9 +156,7 @@ def _begin_to_flush(file: int) -> None:
 
 
 def _make_folders(root: Path, folder: Path) -> None:
-    """Make what is missing between ``root`` and ``folder``, each flushed into its parent so that it survives power
-    loss.
-    """
+    """Create the missing folders from ``root`` to ``folder``, each flushed into its parent to survive power loss."""
     missing = []
     while not folder.is_dir() and folder != root.parent:
         missing.append(folder)
@@ -167,21 +167,15 @@ def _make_folders(root: Path, folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    with _opened(folder, _FOLDER) as descriptor:
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    descriptor = os.open(path, flags | os.O_CLOEXEC)
+    descriptor = os.open(folder, _FOLDER)
     try:
-        yield descriptor
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _real(folder: Path, descriptor: int | None) -> str:
-    """Where a folder really is. Of an open one Linux says it at once; else each part of the path is looked at."""
+    """The path of a folder without symbolic links. Linux knows that of a descriptor; else each part is resolved."""
     if descriptor is not None:
         with contextlib.suppress(OSError):
             return os.readlink(f"/proc/self/fd/{descriptor}")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def open_storage(url: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Storage:
-    """The storage a URL names: ``file://`` or a path is a local folder, everything else goes to fsspec, which connects
-    on first use.
+    """The storage a URL names: a local folder for ``file://`` or a path, else an fsspec filesystem, which connects on
+    first use.
 
     ``ConfigurationError`` for a URL that chains protocols, names a host or no folder, a protocol that fsspec does not
     know or whose package is missing, or options for a local folder.

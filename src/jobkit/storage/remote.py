@@ -1,6 +1,4 @@
-"""Where published objects lie: a local folder, or any fsspec filesystem. Only single, literal keys; no listing, no
-glob.
-"""
+"""Any fsspec filesystem as a storage. It is asked for single, literal keys only: no listing, no glob."""
 
 from __future__ import annotations
 
@@ -22,28 +20,27 @@ from jobkit.storage.scratch import Scratch
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-
-# 8 MiB parts, four at a time: the default of s3fs (ten of 50 MiB) takes a gigabyte of memory for a file of 500 MiB.
+# Bytes. The default of s3fs, ten parts of 50 MiB at a time, takes a gigabyte of memory for a file of 500 MiB.
 _PART = 8 << 20
 _PARTS_AT_ONCE = 4
 PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+._-]+):(//)?")
 _S3 = ("s3", "s3a")
-# Object stores, which show an object only when it is whole. The first part of the path is the bucket: without one, a
-# company's prefix would name it.
+# Object stores: an object is visible only when it is whole. Their paths begin with the bucket; without one, a company's
+# prefix would be taken for it.
 BUCKETS = (*_S3, "gs", "gcs", "az", "abfs", "abfss")
-# A connection that does one thing at a time.
+# A connection of these serves one thread at a time: each thread has its own.
 _ONE_THREAD = ("ftp",)
-# What is being stored where a file grows under its name. ``remove`` takes it too, so a record of the key covers it.
+# Suffix while a file is stored, where files grow under their name. ``remove`` removes it too: an intent covers both.
 _UNFINISHED = ".part"
-# How long an upload may take: so many seconds, and one more for each so many bytes.
+# Timeout of an upload: PATIENCE seconds, and one more for each SLOWEST bytes.
 PATIENCE = 600.0
 SLOWEST = 64 << 10
-# AWS refuses a signature of version 4 that is valid for longer.
+# Seconds. AWS refuses signatures of version 4 that are valid for longer.
 _LONGEST_URL = 7 * 24 * 3600
 
 
 class FsspecStorage:
-    """Any other fsspec filesystem, made on first use in each process, never with a cache of listings."""
+    """An fsspec filesystem, opened on first use in each process, without fsspec's caches of instances and listings."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.protocol = self.provider = url.partition("://")[0].lower()
@@ -53,7 +50,7 @@ class FsspecStorage:
         self.scratch = Scratch(lambda: Path(tempfile.gettempdir()) / f"jobkit-spool-{os.getuid()}")
 
     def __repr__(self) -> str:
-        # Not by urlsplit: a password with a slash or a number sign in it would count as part of the host.
+        # Not by urlsplit, which takes a password with "/" or "#" in it for a part of the host.
         return f"{self.protocol}://{self._url.partition('://')[2].rpartition('@')[2].partition('?')[0]}"
 
     def spool_folder(self) -> Path:
@@ -64,8 +61,8 @@ class FsspecStorage:
             try:
                 self._publish(*upload)
                 upload.path.unlink(missing_ok=True)
-            except BaseException as error:  # storages run event loops, whose CancelledError is no Exception
-                # One that does not answer would be waited for as often as there are files.
+            except BaseException as error:  # fsspec runs an event loop: CancelledError is no Exception
+                # Give up on the others: a server that is silent would be waited for once per file.
                 return {missed.key: error for missed in uploads[place:]}
         return {}
 
@@ -73,7 +70,7 @@ class FsspecStorage:
         filesystem, root = self._filesystem()
         path, size = f"{root}/{key}", source.stat().st_size
         if self.protocol == "memory":
-            filesystem.pipe_file(path, source.read_bytes())  # its put_file shows the file while it is being written
+            filesystem.pipe_file(path, source.read_bytes())  # put_file of fsspec's memory shows unfinished files
         elif self.protocol in _S3:
             parts = {"chunksize": _PART, "max_concurrency": _PARTS_AT_ONCE}
             _send(filesystem, source, path, **parts, ContentType=content_type)
@@ -87,9 +84,9 @@ class FsspecStorage:
             raise AssetError(f"the storage kept {stored} of {size} bytes of {key!r}")
 
     def open(self, key: str) -> BinaryIO:
-        # A file may be read by another thread than the one that opened it.
+        # Another thread may read the file than the one that opens it: it gets a connection of its own.
         filesystem, root = self._open_filesystem() if self.protocol in _ONE_THREAD else self._filesystem()
-        if self.protocol == "memory":  # its open() hands every reader the same file position
+        if self.protocol == "memory":  # all files that its open() returns share one position
             return io.BytesIO(filesystem.cat_file(f"{root}/{key}"))
         # s3fs reads 50 MiB ahead by default.
         options = {"block_size": _PART} if self.protocol in _S3 else {}
@@ -113,8 +110,8 @@ class FsspecStorage:
         return str(filesystem.sign(f"{root}/{key}", expiration=expires_in, **headers))
 
     def _renames(self, filesystem: Any) -> bool:
-        """Whether a file grows under its name here, and can be renamed. The ``mv`` that fsspec gives to the others is a
-        copy, which would grow as well.
+        """Whether files grow under their name here, and can be renamed. The ``mv`` that others inherit copies the file,
+        so that the copy would grow as well.
         """
         import fsspec
 
@@ -126,7 +123,7 @@ class FsspecStorage:
         opened: tuple[int, Any, str] | None = getattr(holder, "opened", None)
         if opened is None or opened[0] != os.getpid():
             opened = os.getpid(), *self._open_filesystem()
-            # Without a lock, which another thread of a parent process could hold for ever: the first one made stays.
+            # No lock: a forked child would find it held by a thread of its parent. The filesystem set first is used.
             former = getattr(holder, "opened", None)
             if former is None or former[0] != os.getpid():
                 holder.opened = opened
@@ -139,12 +136,12 @@ class FsspecStorage:
 
         options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False, **self._options}
         if self.protocol in _S3:
-            # The older signatures know no expiry longer than a day and are refused by most servers.
+            # Older signatures last for a day at most, and most servers refuse them.
             options["config_kwargs"] = {"signature_version": "s3v4", **(options.get("config_kwargs") or {})}
         try:
             filesystem, root = fsspec.core.url_to_fs(self._url, **options)
         except Exception as error:
-            # Neither the driver's words nor its traceback: they may quote a password.
+            # Neither the driver's message nor its traceback: they may contain a password.
             names = ", ".join(sorted(self._options)) or "none"
             raise ConfigurationError(
                 f"the driver of {self!r} cannot be set up, options {names}: {type(error).__name__}"
@@ -153,8 +150,8 @@ class FsspecStorage:
 
 
 def _send(filesystem: Any, source: Path, path: str, **options: Any) -> None:
-    """Let the filesystem store a file, for as long as a slow one may take. The HTTP client of s3fs and others has no
-    timeout of its own while it sends: a server that falls silent then would be waited for for ever.
+    """Store a file, with a timeout by its size: the HTTP clients of s3fs and others have none while they send, and
+    would wait for a silent server for ever.
     """
     size = source.stat().st_size
     patience, began = PATIENCE + size / SLOWEST, time.monotonic()
@@ -169,8 +166,8 @@ def _send(filesystem: Any, source: Path, path: str, **options: Any) -> None:
 
 
 def _make_remote_folders(filesystem: Any, folder: str) -> None:
-    """Make what is missing of ``folder``. Of two that make a folder at once one is refused, and is a level further when
-    it tries again. What is really wrong, ``put_file`` will tell.
+    """Create the missing parts of ``folder``. When two processes create one at once, the second is refused and tries
+    again, a level deeper. Errors are left to ``put_file``.
     """
     for _ in range(folder.count("/") + 1):
         try:
@@ -188,6 +185,6 @@ def _remove(filesystem: Any, path: str) -> None:
     except FileNotFoundError:
         pass
     except Exception:
-        with contextlib.suppress(FileNotFoundError):  # FTP, for one, has other words for a file that is not there
+        with contextlib.suppress(FileNotFoundError):  # FTP raises another error for a missing file
             filesystem.info(path)
             raise

@@ -1,9 +1,9 @@
-"""A private folder of this process for files that are being made; what dead processes left in theirs is removed.
+"""A private folder of this process for unfinished files; those of dead processes are removed.
 
-A process holds a lock on its folder (``flock``) as long as it lives: however it ends, the kernel lets go. So a folder
-whose lock can be had is that of a dead process, whatever pids and containers there are. That proves nothing about
-another machine, because network file systems keep such locks to themselves or have none: what another machine made is
-removed only when nothing in it has changed for a week.
+A process holds a lock on its folder (``flock``) while it lives, and however it ends, the kernel releases it. So a
+folder that can be locked belongs to a dead process, whatever pids and containers there are. This says nothing about
+another machine, since network file systems keep such locks local or have none: a folder of another machine is removed
+only when nothing in it has changed for a week.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from jobkit.errors import ConfigurationError
 
 logger = logging.getLogger("jobkit")
 
+# Seconds without a change after which a folder of another machine counts as abandoned.
 ABANDONED = 7 * 24 * 3600.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Scratch:
-    """A folder within ``base()``, made on first use and again in each forked child. Safe to share by threads."""
+    """A folder within ``base()``, created on first use and again in each forked child. Threads may share it."""
 
     def __init__(self, base: Callable[[], Path]) -> None:
         self._base = base
@@ -42,9 +43,9 @@ class Scratch:
         reset_in_children(self)
 
     def folder(self) -> Path:
-        """A folder that only this object uses; empty when it is new, and then what dead processes left is removed.
+        """A folder that only this object uses. When it is created, the folders of dead processes are removed.
 
-        ``ConfigurationError`` when ``base`` is someone else's, or a symbolic link.
+        ``ConfigurationError`` when ``base`` belongs to another user or is a symbolic link.
         """
         held = self._held
         if held is None or not held.stands():
@@ -57,14 +58,14 @@ class Scratch:
         return held.folder
 
     def sweep(self) -> int:
-        """Remove what dead processes left; from how many. What cannot be removed is tried again another time."""
+        """Remove the folders of dead processes; their number. One that cannot be removed is left to the next call."""
         base, count = self._base(), 0
         with suppress(OSError):
             for folder in base.iterdir():
                 with suppress(OSError):
                     count += _settle(folder)
         if count:
-            logger.info("removed the unfinished files of %d ended processes from %s", count, base)
+            logger.info("removed the unfinished files of %d dead processes from %s", count, base)
         return count
 
     def _make(self) -> _Held:
@@ -88,7 +89,7 @@ class Scratch:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A folder of this process, and the descriptor that holds its lock."""
+    """A folder of this process, and the descriptor that locks it."""
 
     folder: Path
     descriptor: int
@@ -96,17 +97,17 @@ class _Held:
     pid: int
 
     def stands(self) -> bool:
-        """Whether it is there and locked still. A cleaner of temporary files may have come, or the program has closed
-        all descriptors to become a daemon, or has forked in a way that Python did not notice.
+        """Whether the folder exists and is locked still. A cleaner of temporary files may have removed it, or the
+        process has closed all descriptors to become a daemon, or has forked without Python's knowledge.
         """
         return self.pid == os.getpid() and self.inode == _inode(self.folder) and self.holds()
 
     def holds(self) -> bool:
-        """Whether the descriptor is still that of the folder, and no other's."""
+        """Whether the descriptor is still the folder's."""
         return self.inode == _inode(self.descriptor)
 
     def release(self) -> None:
-        """Remove the folder if it is empty, and let go. What is in it goes when the next process comes."""
+        """Remove the folder if it is empty, and release the lock. Files in it are removed by the next process."""
         if self.pid != os.getpid():
             return
         with suppress(OSError):
@@ -116,13 +117,13 @@ class _Held:
 
 
 def _hold(folder: Path) -> _Held | None:
-    """Make and lock a folder. None when a sweep came in between and took it for a dead process's."""
+    """Create and lock a folder. None when another process removed it before it was locked."""
     folder.mkdir(mode=0o700)
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
-    with suppress(OSError):  # a file system without locks: then only time tells
+    with suppress(OSError):  # a file system without locks: its age decides
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     held = _Held(folder, descriptor, _inode(descriptor), os.getpid())
     if held.stands():
@@ -132,7 +133,7 @@ def _hold(folder: Path) -> _Held | None:
 
 
 def _settle(path: Path) -> bool:
-    """Remove what is in the base if its process has ended, as far as one can tell."""
+    """Remove a file or folder of the base when its process is known or presumed to be dead."""
     if path.is_symlink() or not path.is_dir():
         return _idle(path) > ABANDONED and _remove(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -158,7 +159,7 @@ def _remove(path: Path) -> bool:
 
 
 def _idle(path: Path) -> float:
-    """Seconds since something in ``path`` has changed; infinite when there is none."""
+    """Seconds since the last change in ``path``, infinite when it does not exist."""
     found = [path, *path.rglob("*")]
     times = [os.lstat(one).st_mtime for one in found if os.path.lexists(one)]
     return time.time() - max(times, default=-float("inf"))
@@ -173,7 +174,7 @@ def _inode(file: Path | int) -> tuple[int, int] | None:
 
 
 def _machine() -> str:
-    """What all processes have in common whose locks the same kernel keeps."""
+    """The same for all processes whose locks one kernel keeps: its boot id, else a hash of the host name."""
     try:
         return _BOOT_ID.read_text().strip().replace("-", "")
     except OSError:
