@@ -1,4 +1,4 @@
-"""The command line. The only reader of its environment; a module a noun, each adding its own commands."""
+"""The command line. Each module adds its commands; ``app`` alone reads the environment."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ __all__ = ["URL_VARIABLE", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status: 0, 1 when the work failed, 2 when the command could not begin."""
+    """Run one command and return its exit status: 0, 1 when the work failed, 2 when it could not start."""
     options = _parser().parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a letter is no failure
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without a letter is no failure
     try:
         status: int = options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read has read enough, such as head. What is left must not be complained about at the exit.
+        # The reader, such as ``head``, has closed the pipe: Python must not fail to flush the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (JobkitError, sa.exc.SQLAlchemyError, OSError) as error:

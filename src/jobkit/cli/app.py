@@ -1,4 +1,4 @@
-"""Which app: the Runner or the database that a command works on."""
+"""The Runner or the database that a command works on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PACKAGE = str(Path(__file__).parent.parent)
 
 
 def add_app(parser: argparse.ArgumentParser, whose: str) -> None:
-    """Add ``--app``, which a command cannot do without."""
+    """Add ``--app``, required, with ``whose`` as its help."""
     parser.add_argument("--app", required=True, metavar="MODULE:RUNNER", help=whose)
 
 
@@ -44,16 +44,16 @@ def add_schema(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """Add ``--app`` and ``--database``, of which a command needs one."""
+    """Add ``--app``, ``--database`` and ``--schema`` for a command that works on a migrated database."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--app", metavar="MODULE:RUNNER", help="whose database")
-    where.add_argument("--database", metavar="URL", help=f"its SQLAlchemy URL (default: ${URL_VARIABLE})")
+    where.add_argument("--app", metavar="MODULE:RUNNER", help="the database of this Runner")
+    where.add_argument("--database", metavar="URL", help=f"SQLAlchemy URL (default: ${URL_VARIABLE})")
     add_schema(parser)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The database that a command works on, and its Runner when the command was given one."""
+    """The database that a command works on, and the Runner when ``--app`` was given."""
 
     engine: sa.Engine
     runner: Runner | None
@@ -61,7 +61,9 @@ class Source:
 
 @contextmanager
 def opened(options: argparse.Namespace) -> Iterator[Source]:
-    """What ``add_source`` asked for, looked at; its connections are closed at the end. Makes no database."""
+    """The source that ``options`` name, its schema checked. Its connections are closed at the end. Creates no SQLite
+    file.
+    """
     runner = load(options.app) if options.app else None
     engine = _existing(options.database or os.environ.get(URL_VARIABLE)) if runner is None else runner.engine
     if options.schema is not None:
@@ -72,7 +74,7 @@ def opened(options: argparse.Namespace) -> Iterator[Source]:
 
 @contextmanager
 def migrated(app: str) -> Iterator[Runner]:
-    """The Runner, its database looked at; its connections are closed at the end."""
+    """The Runner that ``app`` names, with its database's schema checked. Its connections are closed at the end."""
     runner = load(app)
     with _looked_at(runner.engine):
         yield runner
@@ -103,13 +105,15 @@ def engine_of(url: str | None, *, option: str = "its URL") -> sa.Engine:
         engine = sa.create_engine(url)
     except ImportError as error:
         raise ConfigurationError(f"{error}: install the driver, for PostgreSQL with jobkit[postgresql]") from error
-    except ValueError as error:  # such as a port that is no number
-        raise ConfigurationError("that is no SQLAlchemy URL, such as postgresql+psycopg://user@host/name") from error
+    except ValueError as error:  # such as a port that is not a number
+        raise ConfigurationError("not a SQLAlchemy URL, such as postgresql+psycopg://user@host/name") from error
     return engine
 
 
 def load(name: str) -> Runner:
-    """The Runner that ``module:attribute`` names, modules of the working directory included."""
+    """The Runner that ``module:attribute`` names, or the function of this name returns. The working directory is on the
+    path.
+    """
     module_name, _, path = name.partition(":")
     if not module_name or not path:
         raise ConfigurationError(f"--app takes MODULE:RUNNER, such as myapp.jobs:runner, not {name!r}")
@@ -138,7 +142,7 @@ def load(name: str) -> Runner:
 
 
 def broken(what: str, error: Exception) -> ConfigurationError:
-    """One line that says ``what`` went wrong in the host's own code, how, and in which line of which file."""
+    """An error of the host's code in one line: ``what`` failed, the file and line in that code, the error."""
     libraries = ("<", PACKAGE, sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"))
     own = [at for at in traceback.extract_tb(error.__traceback__) if not at.filename.startswith(libraries)]
     place, message = (f"{own[-1].filename}, line {own[-1].lineno}: " if own else ""), error_message(error)

@@ -15,21 +15,21 @@ from jobkit.maintenance.audit import audit, elsewhere
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("assets", help="check what is stored, and remove what no row names")
+    parser = commands.add_parser("assets", help="check stored files, and remove those without a row")
     own = parser.add_subparsers(required=True, metavar="COMMAND")
     verify = own.add_parser("verify", help="read every asset and compare it with its row")
-    verify.add_argument("--company", metavar="ID", help="only those of one company")
+    verify.add_argument("--company", metavar="ID", help="only assets of this company")
     verify.set_defaults(command=_verify)
 
-    gc = own.add_parser("gc", help="tell what a sweep would remove; with --yes remove it")
+    gc = own.add_parser("gc", help="report objects without a row; with --yes remove them")
     gc.add_argument(
         "--older-than", type=duration("h"), default=timedelta(hours=24), metavar="HOURS",
-        help="how long a file may take from its record to its row (default: 24)",
+        help="how long a file may take until it has its row (default: 24)",
     )  # fmt: skip
-    gc.add_argument("--yes", action="store_true", help="do it")
+    gc.add_argument("--yes", action="store_true", help="remove them")
     gc.set_defaults(command=_collect_garbage)
     for command in (verify, gc):
-        add_app(command, "whose assets and database")
+        add_app(command, "the Runner with the assets and the database")
 
 
 def _verify(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Durations as people type them: a number, and its unit where it is not the one that the command expects."""
+"""Durations on the command line: a number, and a unit if it differs from the default of the option."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([dhms]?)", re.ASCII)
 
 
 def duration(unit: str) -> Callable[[str], timedelta]:
-    """A type for ``add_argument``: ``30d``, ``12h``, ``90m``, ``10s``; a number alone is of ``unit``."""
+    """A type for ``add_argument``: ``30d``, ``12h``, ``90m``, ``10s``, or a number in ``unit``."""
 
     def parse(given: str) -> timedelta:
         found = _DURATION.fullmatch(given)
@@ -22,6 +22,8 @@ def duration(unit: str) -> Callable[[str], timedelta]:
                 return float(found[1]) * _UNITS[found[2] or unit]
         except OverflowError:
             pass
-        raise argparse.ArgumentTypeError(f"not a number of {_NAMES[unit]}, nor such as 30d or 12h: {given!r}")
+        raise argparse.ArgumentTypeError(
+            f"not a number of {_NAMES[unit]}, nor a duration such as 30d or 12h: {given!r}"
+        )
 
     return parse

@@ -1,4 +1,4 @@
-"""``jobkit jobs list|show|cancel|retry``, for whoever operates the app: every company's jobs."""
+"""``jobkit jobs list|show|cancel|retry``, for operators: jobs of every company."""
 
 from __future__ import annotations
 
@@ -25,26 +25,26 @@ ASSET_COLUMNS = ("position", "id", "original_filename", "content_type", "byte_si
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("jobs", help="see, cancel and retry jobs")
+    parser = commands.add_parser("jobs", help="list, show, cancel and retry jobs")
     own = parser.add_subparsers(required=True, metavar="COMMAND")
     listing = own.add_parser("list", help="the newest jobs, of every company")
-    listing.add_argument("--status", choices=[str(status) for status in JobStatus], help="only those in this status")
-    listing.add_argument("--type", metavar="TYPE", help="only those of this type")
+    listing.add_argument("--status", choices=[str(status) for status in JobStatus], help="only jobs in this status")
+    listing.add_argument("--type", metavar="TYPE", help="only jobs of this type")
     listing.add_argument("--limit", type=_count, default=20, metavar="N", help="how many (default: 20)")
     listing.set_defaults(command=_list)
     show = own.add_parser("show", help="one job with its events and assets")
     show.add_argument("job", metavar="JOB", help="the job's id")
     show.set_defaults(command=_show)
-    cancel = own.add_parser("cancel", help="stop jobs: at once when queued, else as soon as their renderer asks")
+    cancel = own.add_parser("cancel", help="cancel jobs: at once when queued, else as soon as their renderer checks")
     cancel.set_defaults(command=_cancel)
-    retry = own.add_parser("retry", help="put failed or cancelled jobs back into the queue, as new")
+    retry = own.add_parser("retry", help="queue failed or cancelled jobs again, with all their attempts")
     retry.set_defaults(command=_retry)
     for command in (listing, show):
-        command.add_argument("--json", action="store_true", help="a JSON document on each line")
+        command.add_argument("--json", action="store_true", help="print a JSON document per line")
     for command in (cancel, retry):
         command.add_argument("job", metavar="JOB", nargs="+", help="a job's id")
     for command in (listing, show, cancel, retry):
-        command.add_argument("--company", metavar="ID", help="only of this company: others' jobs are not found")
+        command.add_argument("--company", metavar="ID", help="only jobs of this company")
         add_source(command)
 
 
@@ -55,7 +55,7 @@ def _count(given: str) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    # A JobStore lists one company's jobs, so that no web page shows another's. Who may run this sees the database.
+    # JobStore lists the jobs of one company only. Whoever runs this command has the database anyway.
     query = sa.select(content_jobs).order_by(_c.created_at.desc(), _c.id.desc()).limit(options.limit)
     for column, wanted in ((_c.company_id, options.company), (_c.status, options.status), (_c.job_type, options.type)):
         if wanted is not None:

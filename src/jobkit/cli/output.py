@@ -1,4 +1,4 @@
-"""What commands print: columns, JSON, one-line complaints. Whatever users wrote, no terminal obeys it."""
+"""Output of commands: tables, JSON, errors. Text of users is printed without control characters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jobkit.base.text import error_message, printable
 
 
 def table(names: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Columns as wide as what is in them; the last may be of any length."""
+    """Print a table; each column but the last is padded to its widest cell."""
     lines = [[name.upper() for name in names], *([shown(value) for value in row] for row in rows)]
     widths = [max(_width(line[number]) for line in lines) for number in range(len(names) - 1)]
     for line in lines:
@@ -34,7 +34,7 @@ def shown(value: object) -> str:
 
 
 def sample(some: Sequence[object], count: int) -> None:
-    """``some`` of ``count``, one a line, and how many more there are."""
+    """Print ``some`` of ``count`` items, one per line, and how many more there are."""
     for one in some:
         print(f"  {printable(str(one))}")
     if (more := count - len(some)) > 0:
@@ -42,12 +42,12 @@ def sample(some: Sequence[object], count: int) -> None:
 
 
 def document(value: object) -> None:
-    """``value`` as one line of JSON, in ASCII."""
+    """Print ``value`` as one line of JSON, in ASCII."""
     print(json.dumps(value))
 
 
 def plain(row: Any) -> dict[str, Any]:
-    """A dataclass as JSON has it: times and ids as text."""
+    """A dataclass as a JSON object: times and ids become text."""
     values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
     return {name: text(value) for name, value in values.items()}
 
@@ -59,14 +59,14 @@ def text(value: Any) -> Any:
 
 
 def complain(what: str | BaseException) -> None:
-    """One line on standard error."""
+    """Print an error or a message as one line on standard error."""
     if isinstance(what, sa.exc.DBAPIError) and what.orig is not None:
-        what = what.orig  # without the statement, and without the address of a page about it
+        what = what.orig  # without the statement and SQLAlchemy's link
     told = error_message(what) if isinstance(what, BaseException) else what
     print(f"jobkit: {printable(' '.join(told.split()))}", file=sys.stderr)
 
 
 def _width(cell: str) -> int:
-    """How many columns of a terminal ``cell`` takes."""
+    """The width of ``cell`` in columns of a terminal."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in cell)
     return len(cell) + wide - sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character in cell)

@@ -14,12 +14,16 @@ from jobkit.maintenance.prune import prune
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("prune", help="tell which old jobs would go; with --yes delete them")
+    parser = commands.add_parser("prune", help="report old jobs; with --yes delete them")
     parser.add_argument(
-        "--older-than", type=duration("d"), required=True, metavar="DAYS", help="how long ago they ended: 30, 30d, 12h"
+        "--older-than",
+        type=duration("d"),
+        required=True,
+        metavar="DAYS",
+        help="only jobs that ended at least this long ago: 30, 30d, 12h",
     )
-    parser.add_argument("--assets", action="store_true", help="their assets too; needs --app, whose storage has them")
-    parser.add_argument("--yes", action="store_true", help="do it")
+    parser.add_argument("--assets", action="store_true", help="delete their assets too; needs --app")
+    parser.add_argument("--yes", action="store_true", help="delete them")
     parser.set_defaults(command=_prune)
     add_source(parser)
 
@@ -27,7 +31,7 @@ def add(commands: Any) -> None:
 def _prune(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if options.assets and not options.app:
-        raise ConfigurationError("--assets needs --app: a database alone does not tell which storage has them")
+        raise ConfigurationError("--assets needs --app: the database does not say which storage has them")
     with opened(options) as source:
         store = source.runner.assets if source.runner is not None and options.assets else None
         report = prune(source.engine, older_than=options.older_than, assets=store, dry_run=not options.yes)

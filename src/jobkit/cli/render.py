@@ -1,4 +1,4 @@
-"""``jobkit render``: one renderer, without a database."""
+"""``jobkit render``: call one renderer, without a database."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ BUILT_IN = ("pdf_document", "convert", "spreadsheet")
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("render", help="make the files of one job type and input, without a database")
+    parser = commands.add_parser("render", help="render the files of one job, without a database")
     parser.add_argument("type", metavar="TYPE", help="the job type")
-    parser.add_argument("input", metavar="INPUT", help="a JSON file, the job's input; - reads standard input")
+    parser.add_argument("input", metavar="INPUT", help="a JSON file with the job's input; - for standard input")
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path(), metavar="DIR", help="where the files go (default: here)"
+        "-o", "--output", type=Path, default=Path(), metavar="DIR", help="folder of the files (default: here)"
     )
-    parser.add_argument("--app", metavar="MODULE:RUNNER", help="whose renderers (default: those that come with jobkit)")
+    parser.add_argument("--app", metavar="MODULE:RUNNER", help="the Runner with the renderers (default: jobkit's own)")
     parser.set_defaults(command=_render)
 
 
@@ -55,7 +55,7 @@ def _render(options: argparse.Namespace) -> int:
 
 
 def _unlike(names: set[str], name: str) -> str:
-    """``name``, or one like it that is not among ``names``."""
+    """``name``, with a number before it when ``names`` has it already."""
     found, number = name, 1
     while found in names:
         found, number = f"{number}-{name}", number + 1
@@ -63,7 +63,7 @@ def _unlike(names: set[str], name: str) -> str:
 
 
 def _built_in(job_type: str) -> Renderers:
-    """The renderer for ``job_type`` that comes with jobkit, if there is one; its extra has to be installed."""
+    """jobkit's own renderer for ``job_type``, if there is one. Its extra must be installed."""
     renderers = Renderers()
     for name in BUILT_IN:
         module = import_module(f"jobkit.contrib.renderers.{name}")

@@ -16,24 +16,29 @@ from jobkit.runner.runner import Runner
 
 
 def add(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="make a PDF of a real document, on an SQLite file and a folder")
+    demo = commands.add_parser("demo", help="render a PDF with an SQLite file and a folder")
+    demo.add_argument("document", type=Path, nargs="?", help="a Markdown file (default: one that comes with jobkit)")
     demo.add_argument(
-        "document", type=Path, nargs="?", help="a Markdown file (default: the one that comes with jobkit)"
-    )
-    demo.add_argument(
-        "--directory", type=Path, default=Path("jobkit-demo"), help="where everything goes (default: %(default)s)"
+        "--directory",
+        type=Path,
+        default=Path("jobkit-demo"),
+        help="folder of the database and the files (default: %(default)s)",
     )
     demo.set_defaults(command=_demo)
 
-    migrate = commands.add_parser("migrate", help="bring a database to this version of jobkit")
+    migrate = commands.add_parser("migrate", help="create or upgrade jobkit's tables in a database")
     add_database(migrate)
-    migrate.add_argument("--downgrade", action="store_true", help="remove the tables, jobs and asset rows with them")
+    migrate.add_argument("--downgrade", action="store_true", help="drop the tables, with all jobs and asset rows")
     migrate.set_defaults(command=_migrate)
 
     work = commands.add_parser("work", help="render queued jobs until SIGTERM or Ctrl-C")
-    add_app(work, "a Runner, or a function that makes one")
+    add_app(work, "a Runner, or a function that returns one")
     work.add_argument(
-        "--drain", type=float, default=30.0, metavar="SECONDS", help="how long jobs in flight may take to end"
+        "--drain",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long running jobs may take to end (default: 30)",
     )
     work.set_defaults(command=_work)
 
@@ -60,26 +65,26 @@ def _migrate(options: argparse.Namespace) -> int:
 
 
 def _work(options: argparse.Namespace) -> int:
-    """Until the first SIGTERM or SIGINT; then jobs in flight may end. A second one puts them back into the queue."""
+    """Run jobs until SIGTERM or SIGINT, then let running jobs end. A second signal puts them back into the queue."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     runner = load(options.app)
-    # The handlers raise nothing, so that no signal hits halfway through a stop; SimpleQueue.put may be re-entered.
-    told: SimpleQueue[int | None] = SimpleQueue()
+    # The handlers do not raise, lest a signal interrupt ``stop`` halfway. SimpleQueue.put is reentrant.
+    signals: SimpleQueue[int | None] = SimpleQueue()
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _frame: told.put(number))
+        signal.signal(number, lambda number, _frame: signals.put(number))
     runner.start()
     print(f"working for {options.app}; Ctrl-C stops", flush=True)
-    told.get()
+    signals.get()
     print(f"stopping: jobs in flight have {options.drain:g} s; once more to put them back now", flush=True)
-    threading.Thread(target=_drain, args=(runner, options.drain, told), daemon=True).start()
-    if told.get() is not None:
+    threading.Thread(target=_drain, args=(runner, options.drain, signals), daemon=True).start()
+    if signals.get() is not None:
         runner.stop(timeout=0)
     print("stopped", flush=True)
     return 0
 
 
-def _drain(runner: Runner, seconds: float, told: SimpleQueue[int | None]) -> None:
+def _drain(runner: Runner, seconds: float, signals: SimpleQueue[int | None]) -> None:
     try:
         runner.stop(timeout=seconds)
     finally:
-        told.put(None)
+        signals.put(None)

@@ -1,4 +1,4 @@
-"""The main job, shown: a Markdown document becomes a PDF, on an SQLite file and a folder."""
+"""The demo: renders a Markdown document as a PDF, with an SQLite file and a folder."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ Say = Callable[[str], None]
 
 
 def run(directory: Path, document: Path | None = None, *, say: Say = print) -> int:
-    """Make a PDF of ``document`` in ``directory`` and say where it lies; 0, or 1 when the job failed.
+    """Render ``document`` as a PDF in ``directory`` and print its path; 0, or 1 when the job failed.
 
-    Works again and again in the same directory: each run adds a job and its file.
+    Each run in the same directory adds a job and its file.
     """
     source = document or REPORT
     markdown = source.read_text(encoding="utf-8")

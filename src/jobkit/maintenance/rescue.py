@@ -62,7 +62,7 @@ def rescue(
 
 
 class Rescuer:
-    """Rescues every second on a thread of its own, while the runner is idle too; ``wake`` is called after it queued jobs."""
+    """Rescues every second on a thread of its own, also while the runner is idle. Calls ``wake`` after queuing jobs."""
 
     def __init__(
         self,

@@ -1,9 +1,9 @@
-"""jobkit's tables in the host's database: their own history, in their own version table, beside the host's.
+"""Migrations of jobkit's tables in the host's database, with a version table of their own.
 
     jobkit.migrations.upgrade(engine)
 
-A host that uses Alembic may call it in a revision, ``jobkit.migrations.upgrade(op.get_bind())``. Its autogenerate
-would propose to drop every table it does not know; one line of ``env.py`` keeps it off jobkit's::
+A host that uses Alembic may call it in a revision: ``jobkit.migrations.upgrade(op.get_bind())``. Autogenerate proposes
+to drop tables it does not know; this line of ``env.py`` makes it ignore jobkit's::
 
     context.configure(..., include_name=jobkit.migrations.include_name)
 """
@@ -29,39 +29,38 @@ logger = logging.getLogger("jobkit")
 
 
 def upgrade(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> None:
-    """Bring the database to this version of jobkit. Safe to call from several processes at once, and again.
+    """Create jobkit's tables or migrate them to this version. Safe to repeat and to call from several processes.
 
-    An Engine: one transaction of its own. A Connection: its transaction, which the caller commits, or one of its own.
-    Whatever this raises, nothing of it stays. ``schema`` (PostgreSQL) is created when it is not there; without it,
-    the one that a ``schema_translate_map`` of ``bind`` names for tables without a schema.
+    With an Engine, in a transaction of its own; with a Connection, in its transaction, which the caller commits, or
+    else in one of its own. When this raises, nothing has changed. ``schema`` (PostgreSQL) is created when missing; the
+    default is the one that a ``schema_translate_map`` of ``bind`` gives tables without a schema.
 
-    Tables of the same name that jobkit did not make are looked at first. The product jobkit descends from had
-    ``assets`` and ``content_jobs`` tables: such a table is adopted, with every row and value. **Foreign keys on its
+    Existing tables of the same names are examined first. The product that jobkit descends from had ``assets`` and
+    ``content_jobs`` tables: such a table is adopted, with every row and value. **Foreign keys on its
     ``company_id`` and ``created_by_agent_id`` are dropped, both columns become text, ``byte_size`` becomes bigint**,
     and the log says so. On SQLite times and UUIDs are spelled as jobkit spells them: an asset's id stays as it is, a
     company's id reads as ``str(uuid)`` where its column is declared as a UUID or CHAR(32). Foreign keys of other
     tables to an adopted one, its other constraints, its triggers, views and indexes stay.
 
-    Anything else is ``SchemaOutOfDate``, naming what differs, with nothing changed; so is a table that something of
-    the host's, a view on PostgreSQL for instance, keeps from being changed. ``ConfigurationError`` when the database
-    is read-only or the user may not change it. On PostgreSQL a table that stays locked for 10 seconds is
-    ``sqlalchemy.exc.OperationalError``: call again.
+    Any other table raises ``SchemaOutOfDate``, naming the differences; so does a table that an object of the host, such
+    as a PostgreSQL view, keeps from being changed. ``ConfigurationError`` when the database is read-only or the user
+    lacks the rights. ``sqlalchemy.exc.OperationalError`` when a PostgreSQL table stays locked for 10 seconds: call
+    again.
     """
     _migrate(bind, schema, "head", up=True)
 
 
 def downgrade(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> None:
-    """Remove everything ``upgrade`` made, except a schema. **Jobs and assets go with their tables.** An adopted table
-    stays, with its rows and its changed types.
+    """Drop everything ``upgrade`` created, except a schema. **Jobs and asset rows are lost with their tables.** Adopted
+    tables stay, with their rows and changed types.
 
-    ``ConfigurationError`` when something of the host's refers to a table or column that would go. Objects in storage
-    are not touched.
+    ``ConfigurationError`` when the host's schema refers to a table or column to be dropped. Stored objects stay.
     """
     _migrate(bind, schema, "base", up=False)
 
 
 def current(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> str | None:
-    """The revision the database is at, None without jobkit's tables."""
+    """The revision of the database, None without jobkit's tables."""
     supported(bind)
     with contextlib.ExitStack() as stack:
         connection = stack.enter_context(bind.connect()) if isinstance(bind, sa.Engine) else bind
@@ -72,8 +71,8 @@ def current(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> st
 def include_name(name: str | None, type_: str, parent_names: Any) -> bool:
     """For ``context.configure(include_name=...)`` in a host's ``env.py``: everything but jobkit's own tables.
 
-    A host that had a model of an adopted table takes it out of its own metadata, or autogenerate proposes to create
-    that table. With jobkit in a schema of its own this is needed only beside ``include_schemas=True``.
+    A host with a model of an adopted table must remove it from its metadata, or autogenerate proposes to create that
+    table. With jobkit in a schema of its own, this is only needed with ``include_schemas=True``.
     """
     return not (type_ == "table" and name is not None and (name in metadata.tables or name == VERSION_TABLE))
 
@@ -89,8 +88,8 @@ def _migrate(bind: sa.Engine | sa.Connection, schema: str | None, target: str, *
         schema = _schema(connection, schema)
         if schema is not None and not sa.inspect(connection).has_schema(schema):
             connection.execute(sa.schema.CreateSchema(schema, if_not_exists=True))
-        # Not EnvironmentContext.run_migrations: it takes alembic's global `op` away from a host's migration that calls
-        # this, and from other threads.
+        # Not EnvironmentContext.run_migrations, which replaces alembic's global ``op``: the caller may be a host's
+        # migration, or use ``op`` in another thread.
         context = _context(connection, schema)
         heads = context.get_current_heads()
         if not heads:
@@ -101,7 +100,7 @@ def _migrate(bind: sa.Engine | sa.Connection, schema: str | None, target: str, *
         except CommandError as error:
             raise SchemaOutOfDate(f"this database was migrated by another version of jobkit: {error}") from error
         with warnings.catch_warnings():
-            # The host's own indexes on expressions, which SQLAlchemy says it skips.
+            # SQLAlchemy warns that it does not reflect the host's indexes on expressions.
             warnings.filterwarnings("ignore", "Skipped unsupported reflection", sa.exc.SAWarning)
             for step in steps:
                 logger.info("%s", step)
@@ -129,7 +128,7 @@ def _schema(connection: sa.Connection, schema: str | None) -> str | None:
 
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
-    """What a database says that refuses a change, as ``ConfigurationError``."""
+    """Turn the database's refusal of a change into ``ConfigurationError``."""
     try:
         yield
     except sa.exc.DBAPIError as error:
@@ -137,9 +136,11 @@ def _explained() -> Iterator[None]:
         state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
         if state in ("42501", "25006") or "readonly database" in reason:
             raise ConfigurationError(
-                f"the database lets nothing be changed here: {reason}. Migrate as a user who may create and alter "
+                f"the database refuses to change the schema: {reason}. Migrate as a user who may create and alter "
                 "jobkit's tables"
             ) from error
         if state == "2BP01":
-            raise ConfigurationError(f"something of the host's depends on what would go: {reason}") from error
+            raise ConfigurationError(
+                f"an object of the host depends on a table or column to be dropped: {reason}"
+            ) from error
         raise

@@ -1,4 +1,4 @@
-"""Turning a table that was there before jobkit into ours, and giving it back."""
+"""Adoption: turns a table that existed before jobkit into one of jobkit's, and gives it back."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from jobkit.tables import SQLITE_NOW
 
 logger = logging.getLogger("jobkit")
 
-# Foreign keys on these are dropped: their tables, and their types, are the host's.
+# Foreign keys on these columns are dropped: they refer to tables and types of the host.
 LOOSE = {"company_id", "created_by_agent_id", "source_task_id", "result_asset_id"}
-# What the seed left open and jobkit needs, from the rest of the row.
+# Values for columns that may be NULL in an adopted table and not in jobkit's.
 _FILLED = {
     "input": "COALESCE(input, '{{}}')",
     "created_at": "COALESCE(created_at, started_at, finished_at, updated_at, {now})",
@@ -31,9 +31,9 @@ Added = dict[str, list[str]]
 
 
 def adopt(connection: sa.Connection, found: Found) -> Added:
-    """Turn the table into ours: types, foreign keys, missing columns, indexes. Every row and value stays.
+    """Turn the table into jobkit's: types, foreign keys, missing columns, indexes. Every row and value stays.
 
-    What was added, for ``give_back``. ``SchemaOutOfDate`` when something of the host's keeps it from being changed.
+    Returns what was added, for ``give_back``. ``SchemaOutOfDate`` when an object of the host prevents the change.
     """
     loose = [key for key in _foreign_keys(connection, found.table) if LOOSE.intersection(key["constrained_columns"])]
     columns = [column.name for column in found.missing]
@@ -53,7 +53,7 @@ def adopt(connection: sa.Connection, found: Found) -> Added:
 
 
 def give_back(connection: sa.Connection, table: sa.Table, added: Added, storage: str | None) -> None:
-    """Take what ``adopt`` added off an adopted table; its rows stay, and so do the changed types."""
+    """Remove from an adopted table what ``adopt`` added. Its rows and changed types stay."""
     name = connection.dialect.identifier_preparer.format_table(table)
     with _refused(ConfigurationError, f"table {table.fullname!r} cannot be given back, nothing was changed"):
         for index in table.indexes:
@@ -68,8 +68,8 @@ def give_back(connection: sa.Connection, table: sa.Table, added: Added, storage:
 
 
 def drop(connection: sa.Connection, table: sa.Table) -> None:
-    """Drop a table of ours; ``ConfigurationError`` when a table of the host's refers to it."""
-    # PostgreSQL refuses by itself; SQLite, with foreign keys off, would not.
+    """Drop a table of jobkit. ``ConfigurationError`` when a table of the host refers to it."""
+    # PostgreSQL refuses by itself; SQLite does not, with foreign keys off.
     children = _children(connection, table.name) if connection.dialect.name == "sqlite" else set()
     if children:
         raise ConfigurationError(f"table {table.name!r} is referred to by {', '.join(sorted(children))}")
@@ -77,7 +77,7 @@ def drop(connection: sa.Connection, table: sa.Table) -> None:
 
 
 def create_indexes(connection: sa.Connection, table: sa.Table) -> list[str]:
-    """Create those of the table's indexes that are not there; their names."""
+    """Create the missing indexes of the table; their names."""
     present = {index["name"] for index in sa.inspect(connection).get_indexes(table.name, schema=table.schema)}
     absent = {str(index.name): index for index in table.indexes if index.name not in present}
     for name in sorted(absent):
@@ -86,15 +86,15 @@ def create_indexes(connection: sa.Connection, table: sa.Table) -> list[str]:
 
 
 def remember(connection: sa.Connection, version_table: str, schema: str | None, added: dict[str, Added]) -> None:
-    """Note what was adopted, for ``downgrade``, as the default of a column of the version table, whose row is yet to
-    come.
+    """Store what was added to adopted tables, for ``downgrade``: as the default of a column of the version table, whose
+    row does not exist yet.
     """
     name = connection.dialect.identifier_preparer.format_table(sa.table(version_table, schema=schema))
     connection.exec_driver_sql(f"ALTER TABLE {name} ADD COLUMN adopted TEXT DEFAULT '{json.dumps(added)}'")
 
 
 def recall(connection: sa.Connection, version_table: str, schema: str | None) -> dict[str, Added]:
-    """What ``remember`` noted: the adopted tables with what was added."""
+    """The adopted tables that ``remember`` stored, with what was added to each."""
     columns = {column["name"] for column in sa.inspect(connection).get_columns(version_table, schema=schema)}
     if "adopted" not in columns:
         return {}
@@ -106,7 +106,7 @@ def recall(connection: sa.Connection, version_table: str, schema: str | None) ->
 
 @contextlib.contextmanager
 def _refused(kind: type[ConfigurationError], what: str) -> Iterator[None]:
-    """What the database says of something in the way, as ``kind``. Locks and rights are another matter."""
+    """Raise the database's refusal of a change as ``kind``; errors about locks, rights or outages stay as they are."""
     try:
         yield
     except sa.exc.DBAPIError as error:
@@ -122,7 +122,7 @@ def _foreign_keys(connection: sa.Connection, table: sa.Table) -> list[Any]:
 
 
 def _alter(connection: sa.Connection, found: Found, loose: list[Any]) -> None:
-    """PostgreSQL: one ALTER TABLE, so that the rows are rewritten once. Defaults are converted with their columns."""
+    """PostgreSQL: one ALTER TABLE, which rewrites the rows once. Defaults are converted with their columns."""
     table, quoted, dialect = found.table, connection.dialect.identifier_preparer, connection.dialect
     actions = [f"DROP CONSTRAINT {quoted.quote(key['name'])}" for key in loose]
     compiler: Any = dialect.ddl_compiler(dialect, None)  # type: ignore[arg-type]
@@ -145,7 +145,7 @@ def _alter(connection: sa.Connection, found: Found, loose: list[Any]) -> None:
 
 
 def _rebuild(connection: sa.Connection, found: Found) -> None:
-    """SQLite: a new table, the rows copied, the old one gone; indexes and triggers of the host made again."""
+    """SQLite: create a new table, copy the rows, drop the old one, recreate the host's indexes and triggers."""
     table = found.table
     master = sa.text(
         "SELECT sql FROM sqlite_master WHERE lower(tbl_name) = :name AND type IN ('index', 'trigger') "
@@ -167,7 +167,7 @@ def _rebuild(connection: sa.Connection, found: Found) -> None:
     connection.exec_driver_sql(
         f'INSERT INTO {copy.name} ({", ".join(shared)}) SELECT {target} FROM (SELECT {source} FROM "{table.name}")'
     )
-    # The new behaviour of RENAME stops at a view of the table that is away for this moment.
+    # RENAME fails on a view of the dropped table unless it behaves as in old versions.
     with pragma(connection, "legacy_alter_table", 1):
         connection.exec_driver_sql(f'DROP TABLE "{table.name}"')
         connection.exec_driver_sql(f'ALTER TABLE {copy.name} RENAME TO "{table.name}"')
@@ -181,7 +181,7 @@ def _rebuild(connection: sa.Connection, found: Found) -> None:
 
 
 def _like(connection: sa.Connection, found: Found) -> sa.Table:
-    """Our table under another name, with the defaults and constraints of the host's that ours does not have."""
+    """jobkit's table under another name, with the host's defaults and constraints that jobkit's lacks."""
     table, inspector = found.table, sa.inspect(connection)
     copy = table.to_metadata(sa.MetaData(), name=f"jobkit_new_{table.name}")
     copy.indexes.clear()
@@ -217,7 +217,7 @@ def _children(connection: sa.Connection, name: str) -> set[str]:
 
 
 def _dangling(connection: sa.Connection, children: set[str]) -> set[tuple[str, int]]:
-    """SQLite: the rows of these tables whose foreign keys find nothing."""
+    """SQLite: the rows of these tables whose foreign keys refer to no row."""
     return {
         (child, row[1])
         for child in children

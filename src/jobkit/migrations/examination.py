@@ -1,4 +1,4 @@
-"""Tables that were there before jobkit: ours, or one to adopt, or refused; nothing is changed here."""
+"""Examines existing tables: jobkit's, to be adopted, or refused. Changes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.migrations import spelling
 
-# The columns of the tables jobkit descends from, by kind; "?" marks one that may be NULL, "*" one that may be missing.
+# Columns of the tables that can be adopted, by kind: "?" for one that may be NULL, "*" for one that may be missing.
 SEED: dict[str, dict[str, str]] = {
     "assets": {
         "id": "uuid",
@@ -49,7 +49,7 @@ _STATUSES = ("queued", "running", "done", "failed", "cancelled")
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A table that is there already: ours, or one to adopt. ``declared`` are its types as the database writes them."""
+    """An existing table: jobkit's, or one to adopt. ``declared``: its column types as the database spells them."""
 
     table: sa.Table
     columns: dict[str, Any]
@@ -58,12 +58,12 @@ class Found:
 
     @property
     def missing(self) -> list[sa.Column[Any]]:
-        """Our columns that it does not have yet."""
+        """Columns of jobkit's table that it lacks."""
         return [column for column in self.table.columns if column.name not in self.columns]
 
 
 def examine(connection: sa.Connection, table: sa.Table) -> Found | None:
-    """What is there under this table's name, or None; ``SchemaOutOfDate`` when it is neither ours nor one to adopt."""
+    """The existing table of this name, or None. ``SchemaOutOfDate`` when it is neither jobkit's nor one to adopt."""
     inspector = sa.inspect(connection)
     if not inspector.has_table(table.name, schema=table.schema):
         return None
@@ -92,7 +92,7 @@ def examine(connection: sa.Connection, table: sa.Table) -> Found | None:
 
 
 def uniques(table: sa.Table) -> list[tuple[str, ...]]:
-    """The columns that this table of ours keeps unique without a condition."""
+    """The groups of columns that this table of jobkit keeps unique without a condition."""
     parts: list[Any] = [index for index in table.indexes if index.unique and not index.dialect_kwargs]
     parts += [part for part in table.constraints if isinstance(part, sa.UniqueConstraint)]
     return [tuple(column.name for column in part.columns) for part in parts]
@@ -167,7 +167,7 @@ def _key(connection: sa.Connection, table: sa.Table) -> list[str]:
 
 
 def _taken(connection: sa.Connection, table: sa.Table) -> list[str]:
-    """Unique indexes of ours whose name another index has."""
+    """Unique indexes of jobkit whose name another index has."""
     there = {index["name"]: index for index in sa.inspect(connection).get_indexes(table.name, schema=table.schema)}
     return [
         f"index {index.name} does not keep ({', '.join(c.name for c in index.columns)}) unique"
@@ -179,7 +179,7 @@ def _taken(connection: sa.Connection, table: sa.Table) -> list[str]:
 
 
 def _kind(type_: Any) -> str:
-    """The kind of a PostgreSQL type; its own name when it is none of them."""
+    """The kind of a PostgreSQL type as in SEED, else the type's name."""
     if isinstance(type_, sa.TEXT | sa.VARCHAR):
         return "text"
     for kind, known in {"uuid": sa.Uuid, "json": sa.JSON, "integer": sa.Integer}.items():
@@ -189,7 +189,7 @@ def _kind(type_: Any) -> str:
 
 
 def _may_hold(declared: str, kind: str) -> bool:
-    """Whether a column that SQLite declares so keeps values of this kind as they are, by the rules of affinity."""
+    """Whether a column with this SQLite type keeps values of ``kind`` unchanged, by the rules of affinity."""
     if "INT" in declared:
         return kind == "integer"
     textual = re.search("CHAR|CLOB|TEXT", declared) is not None
@@ -198,7 +198,7 @@ def _may_hold(declared: str, kind: str) -> bool:
 
 
 def _refuse_rows(connection: sa.Connection, table: sa.Table) -> None:
-    """``SchemaOutOfDate`` for rows that jobkit could not keep or read."""
+    """``SchemaOutOfDate`` for rows that break a unique constraint of jobkit or that it cannot read."""
     for names in uniques(table):
         columns: list[sa.ColumnClause[Any]] = [sa.column(name) for name in names]
         source = sa.table(table.name, *columns, schema=table.schema)

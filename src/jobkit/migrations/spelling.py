@@ -1,4 +1,4 @@
-"""How SQLite hosts write UUIDs and times, and how jobkit does. SQLite itself has neither type."""
+"""SQL that converts UUIDs and times in SQLite, which has neither type, from the host's text to jobkit's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _TIME = "[0-9][0-9]:[0-9][0-9]:[0-9][0-9]"
 
 
 def copied(table: sa.Table, name: str, declared: str) -> str:
-    """The value of a column as jobkit spells it."""
+    """SQL for the value of a column in jobkit's format."""
     if (table.name, name) == ("content_jobs", "id"):
         return "lower(replace(id, '-', ''))"  # as jobkit's statements compare it; an asset's id may have dashes
     # SQLAlchemy keeps a UUID as 32 digits in CHAR(32); as text, a company's id is what str(uuid) gives.
@@ -25,7 +25,7 @@ def copied(table: sa.Table, name: str, declared: str) -> str:
 
 
 def unreadable(table: sa.Table) -> dict[str, sa.ColumnElement[bool]]:
-    """For each column that needs it, the condition that a row's value is none that jobkit can read."""
+    """For each column to be checked, the condition that jobkit cannot read its value."""
     times = [column.name for column in table.columns if isinstance(column.type, UtcDateTime)]
     checks = {name: _no_time(name) for name in times if name != "lease_until"}
     if table.name == "content_jobs":

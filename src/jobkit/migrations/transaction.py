@@ -1,4 +1,4 @@
-"""A transaction for a migration: no other migration runs beside it, and all of it stays or nothing."""
+"""The transaction of a migration: exclusive, and committed as a whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import sqlalchemy as sa
 
 from jobkit.errors import ConfigurationError
 
-# Any number will do, as long as every version of jobkit takes the same: the first 8 bytes of SHA-256("jobkit"), as a
-# signed integer.
+# The key of the advisory lock, the same in every version of jobkit: the first 8 bytes of SHA-256("jobkit") as a signed
+# integer.
 _LOCK = -5676339625223235709
-# DDL that waits for a lock makes every later query on the table wait behind it, so it gives up rather soon.
+# DDL that waits for a lock blocks every later query on the table, so it gives up soon.
 LOCK_TIMEOUT = "10s"
 
 
 def supported(bind: object) -> None:
-    """Return for an Engine or Connection of a database that jobkit works on; ``ConfigurationError`` for the rest."""
+    """``ConfigurationError`` unless ``bind`` is an Engine or Connection of SQLite or PostgreSQL."""
     if not isinstance(bind, sa.Engine | sa.Connection):
         raise ConfigurationError(
             f"migrations need an Engine or Connection, not {type(bind).__name__}; "
@@ -30,7 +30,7 @@ def supported(bind: object) -> None:
 
 @contextlib.contextmanager
 def exclusive(bind: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
-    """A connection in a transaction: the caller's, as a savepoint in it, or one of its own."""
+    """A connection in a transaction: a savepoint in the caller's, or a transaction of its own."""
     lock = _sqlite if bind.dialect.name == "sqlite" else _postgresql
     if isinstance(bind, sa.Connection):
         with lock(bind):
@@ -38,8 +38,8 @@ def exclusive(bind: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
         return
     with bind.connect() as connection:
         if bind.dialect.name == "postgresql":
-            # The engine may be in AUTOCOMMIT, which would make half a migration possible, or in REPEATABLE READ, which
-            # would not see what the migration it waited for has made.
+            # The engine may be in AUTOCOMMIT, which could commit half a migration, or in REPEATABLE READ, which would
+            # not see the result of the migration it waited for.
             connection.execution_options(isolation_level="READ COMMITTED")
         with lock(connection):
             yield connection
@@ -53,9 +53,9 @@ def _sqlite(connection: sa.Connection) -> Iterator[None]:
         with connection.begin_nested():
             yield
         return
-    # Rebuilding a table that others refer to would fire their ON DELETE. The pragma is ignored within a transaction.
+    # Dropping a table to rebuild it would fire ON DELETE of others. The pragma is ignored within a transaction.
     with pragma(connection, "foreign_keys", 0), connection.begin():
-        if _driver(connection).in_transaction:  # a hook of the host's has begun one, DEFERRED
+        if _driver(connection).in_transaction:  # a listener of the host has begun a DEFERRED one
             _raw(connection, "ROLLBACK")
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         yield
@@ -82,7 +82,7 @@ def _set_lock_timeout(connection: sa.Connection, value: str) -> None:
 
 @contextlib.contextmanager
 def pragma(connection: sa.Connection, name: str, value: int) -> Iterator[None]:
-    """An SQLite setting for the time of the block. It is the same again afterwards, also on error."""
+    """Change an SQLite setting for the block; restored afterwards, also on error."""
     before = _raw(connection, f"PRAGMA {name}")
     _raw(connection, f"PRAGMA {name} = {value}")
     try:
@@ -92,7 +92,7 @@ def pragma(connection: sa.Connection, name: str, value: int) -> Iterator[None]:
 
 
 def _raw(connection: sa.Connection, statement: str) -> Any:
-    """Run a statement that must not begin a transaction; the first value of its first row."""
+    """Run a statement without beginning a transaction; the first value of its first row."""
     cursor = connection.connection.cursor()
     try:
         cursor.execute(statement)
