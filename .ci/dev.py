@@ -54,6 +54,7 @@ def main() -> int:
 
 
 def test(arguments: list[str]) -> int:
+    settle()
     if arguments:
         return run(BIN / "python", "-m", "pytest", *arguments)
     steps: list[tuple[str, list[Any]]] = [
@@ -195,6 +196,14 @@ def lock() -> int:
 
 
 # --- commands
+
+
+def settle() -> None:
+    """Let the tests see the same signals, umask, locale and environment however this was started."""
+    sys.path.insert(0, str(ROOT))
+    from tests.support import surroundings
+
+    surroundings.settle()
 
 
 def run(*command: object) -> int:

@@ -3,6 +3,10 @@ S3 servers; and a real browser."""
 
 from __future__ import annotations
 
+from tests.support import surroundings
+
+surroundings.settle()  # before jobkit and its libraries, which read the environment when they are imported
+
 import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator
@@ -18,11 +22,18 @@ from tests.support.asynchronous import DRIVERS, Lane
 from tests.support.browser import browser as a_browser
 from tests.support.browser import page as a_page
 from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
+from tests.support.peak import Peaks
 from tests.support.postgres import Server, start_server
 from tests.support.recorder import ALL, Recorder
 from tests.support.s3 import Moto, Rclone, environment
 
 COMPANY = "acme"
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    surroundings.settle_colours()
+    config.pluginmanager.register(Peaks())
 
 
 @pytest.hookimpl(wrapper=True)
