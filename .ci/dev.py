@@ -2,7 +2,10 @@
 """Everything a clone needs, in one command each, with nothing but Python 3.11 or newer:
 
     python3 .ci/dev.py demo [ARGS]    make a PDF on an SQLite file and a folder; ARGS go to ``jobkit demo``
-    python3 .ci/dev.py test [ARGS]    all checks and tests; with ARGS only pytest, which gets them
+    python3 .ci/dev.py test           all checks and tests
+    python3 .ci/dev.py test --quick   all checks and the quick tests, in about a minute: before each commit
+    python3 .ci/dev.py test --measure as without it; also writes tests/slow.txt anew, which says what is not quick
+    python3 .ci/dev.py test ARGS      pytest alone, which gets ARGS
     python3 .ci/dev.py lock           pin the newest releases that fit together anew
 
 The environment is ``.venv`` beside this folder. Every package comes in the version and with the hash that
@@ -54,14 +57,20 @@ def main() -> int:
 
 
 def test(arguments: list[str]) -> int:
-    if arguments:
+    settle()
+    which: list[str] = []
+    if arguments == ["--quick"]:
+        which = ["-m", "not slow"]
+    elif arguments == ["--measure"]:
+        which = ["--measure-tiers"]
+    elif arguments:
         return run(BIN / "python", "-m", "pytest", *arguments)
     steps: list[tuple[str, list[Any]]] = [
         ("style", [BIN / "ruff", "check", "."]),
         ("format", [BIN / "ruff", "format", "--check", "."]),
         ("types", [BIN / "mypy"]),
         ("layers", [BIN / "lint-imports"]),
-        ("tests", [BIN / "python", "-m", "pytest", "-q", "--durations=10", *PARALLEL]),
+        ("tests", [BIN / "python", "-m", "pytest", "-q", "--durations=10", *PARALLEL, *which]),
     ]
     for name, step in steps:
         say(f"{name}: {' '.join([step[0].name, *map(str, step[1:])])}")
@@ -195,6 +204,14 @@ def lock() -> int:
 
 
 # --- commands
+
+
+def settle() -> None:
+    """Let the tests see the same signals, umask, locale and environment however this was started."""
+    sys.path.insert(0, str(ROOT))
+    from tests.support import surroundings
+
+    surroundings.settle()
 
 
 def run(*command: object) -> int:

@@ -3,10 +3,15 @@ S3 servers; and a real browser."""
 
 from __future__ import annotations
 
+from tests.support import surroundings, tiers
+
+surroundings.settle()  # before jobkit and its libraries, which read the environment when they are imported
+
 import threading
 import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,18 +23,40 @@ from tests.support.asynchronous import DRIVERS, Lane
 from tests.support.browser import browser as a_browser
 from tests.support.browser import page as a_page
 from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
+from tests.support.peak import Peaks
 from tests.support.postgres import Server, start_server
 from tests.support.recorder import ALL, Recorder
 from tests.support.s3 import Moto, Rclone, environment
 
 COMPANY = "acme"
+NO_CASE = SimpleNamespace(params={})
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(tiers.OPTION, action="store_true", help="write tests/slow.txt anew: run all tests with it")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    surroundings.settle_colours()
+    config.pluginmanager.register(Peaks())
+    config.pluginmanager.register(tiers.Tiers())
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Reports travel between processes as UTF-8; what tests log need not be."""
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Keep what a test printed and logged only if it failed: pytest keeps reports and items until the run ends, and
+    some tests log megabytes. Reports travel between processes as UTF-8; what tests log need not be.
+    """
     report = yield
+    if report.passed and not set("PA") & set(item.config.option.reportchars):
+        report.sections = []
     report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    if report.when == "teardown":
+        item._report_sections.clear()
+        for value in getattr(item, "callspec", NO_CASE).params.values():
+            if isinstance(value, BaseException):  # the frames it was raised through hold engines and files
+                value.__traceback__ = value.__context__ = None
     return report
 
 
@@ -180,5 +207,5 @@ def no_thread_left() -> Iterator[None]:
     }
     left = [thread for thread in threading.enumerate() if thread.name in names]
     for thread in left:
-        thread.join(5)
+        thread.join(60)
     assert not [thread for thread in left if thread.is_alive()]

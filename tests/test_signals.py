@@ -343,7 +343,7 @@ def test_receivers_may_come_and_go_on_other_threads_while_events_are_sent() -> N
     signals.deliver(event("running", f"steady-{number}") for number in range(3_000))
     stop.set()
     for thread in threads:
-        thread.join(20)
+        thread.join(60)
     sys.setswitchinterval(interval)
     signals.content_job_running.disconnect(steady)
     assert failures == []

@@ -115,8 +115,8 @@ def test_sweeps_beside_writers_that_die_deletes_and_a_runner_lose_nothing_and_le
             assert violations(engine, folder) == []
     finally:
         writers.kill()
-        writers.wait(20)
-        reader.join(20)
+        writers.wait(60)
+        reader.join(60)
         writers.stdout.close()
     outcomes = Counter(status(engine, job.id) for job in jobs)
     assert (writers.returncode, told["failed"]) == (0, 0)
@@ -183,7 +183,7 @@ def test_a_row_for_a_key_that_a_sweep_is_just_claiming_is_refused_if_it_commits(
         thread.join(0.2)
         assert thread.is_alive(), raised
         transaction.commit() if commits else transaction.rollback()
-    thread.join(20)
+    thread.join(60)
     assert len(raised) == 1
     if commits:
         assert isinstance(raised[0], AssetNotFound)

@@ -64,7 +64,7 @@ def test_a_job_whose_file_is_swept_fails_with_that_message_and_what_it_stores_la
     monkeypatch.setattr(LocalStorage, "publish", swept_first)
     job = create("note")
     renderers = jobkit.Renderers(default=lambda ctx: jobkit.Rendered("a.txt", "text/plain", b"x"))
-    jobkit.Runner(engine, disk, renderers).run_until_idle(timeout=30)
+    jobkit.Runner(engine, disk, renderers).run_until_idle(timeout=60)
     with engine.connect() as connection:
         found = jobkit.JobStore(connection).get_by_id(job.id)
     assert found is not None

@@ -360,6 +360,13 @@ ATTEMPTS = [
         "costs/test_statements.py::test_a_claim_that_goes_on_after_it_was_cut_is_given_back",
     ),
     bug(
+        "a refusal counts as a reply that was lost",
+        "runner/turns.py",
+        "if turn.limit and (done or not is_refusal(error)):",
+        "if turn.limit:",
+        "runner/test_turns.py::test_a_claim_that_was_refused_with_the_rest_of_its_turn_is_not_looked_for",
+    ),
+    bug(
         "a commit that is flushed slowly is overlooked",
         "events/hints.py",
         "SETTLED = 2_000_000_000",

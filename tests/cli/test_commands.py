@@ -65,7 +65,7 @@ def jobkit_command(*arguments: str, cwd: Path | None = None, **environment: str)
 
 
 def wait_for(path: Path) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not path.exists():
         assert time.monotonic() < deadline, f"{path.name} did not appear"
         time.sleep(0.01)
@@ -235,7 +235,7 @@ def status(database: Database, job: jobkit.Job) -> str:
 
 
 def wait_done(database: Database, job: jobkit.Job) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while status(database, job) != "done":
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -252,7 +252,7 @@ def test_the_first_signal_drains(database: Database, tmp_path: Path, number: int
         assert worker.stdout is not None
         assert "in flight" in worker.stdout.readline()
         (tmp_path / "go").touch()
-        assert worker.wait(30) == 0
+        assert worker.wait(60) == 0
         assert worker.stdout.read() == "stopped\n"
         assert status(database, job) == "done"
     finally:
@@ -269,7 +269,7 @@ def test_the_second_signal_puts_jobs_back_and_ends(database: Database, tmp_path:
         assert worker.stdout is not None
         assert "in flight" in worker.stdout.readline()
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(30) == 0
+        assert worker.wait(60) == 0
         assert status(database, job) == "queued"
         with database.engine.connect() as connection:
             assert JobStore(connection).get_by_id(job.id).attempt == 0  # type: ignore[union-attr]

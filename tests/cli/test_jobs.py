@@ -87,7 +87,7 @@ def test_list_shows_the_newest_jobs_of_every_company_and_filters(run: Run, here:
 
 def test_show_tells_everything_of_a_job(run: Run, engine: sa.Engine, disk: AssetStore, create: Create) -> None:
     job = create(input={"month": "may"}, source_task_id="task 7")
-    Runner(engine, disk, only(note)).run_until_idle(timeout=30)
+    Runner(engine, disk, only(note)).run_until_idle(timeout=60)
     status, told, _ = run("jobs", "show", str(job.id))
     assert status == 0
     for pattern in (r"status +done", r'input +\{"month": "may"\}', r"source_task_id +task 7", r"fence +1"):
@@ -145,7 +145,7 @@ def test_prune_tells_and_with_yes_deletes(
     run: Run, here: Run, engine: sa.Engine, disk: AssetStore, create: Create
 ) -> None:
     old, young = create(), create()
-    Runner(engine, disk, only(note)).run_until_idle(timeout=30)
+    Runner(engine, disk, only(note)).run_until_idle(timeout=60)
     with engine.begin() as connection:
         long_ago = old.created_at.replace(year=2020, day=1)
         connection.execute(content_jobs.update().where(content_jobs.c.id == old.id).values(finished_at=long_ago))

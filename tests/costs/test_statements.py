@@ -235,8 +235,8 @@ def test_a_claim_that_goes_on_after_it_was_cut_is_given_back(postgres_database: 
             until(lambda number=number: waiting() == number)  # type: ignore[misc]
             if number == 1:
                 committer.link.cut()
-                thread.join(20)
-    thread.join(20)
+                thread.join(60)
+    thread.join(60)
     claim()
     assert isinstance(outcomes[0], sa.exc.DBAPIError)
     assert sum(outcomes[1:]) == 3  # whether the second came before the first or after it

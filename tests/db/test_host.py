@@ -102,7 +102,7 @@ def render_one(engine: sa.Engine, folder: Path, company: str) -> list[str]:
     with Session(engine) as session, session.begin():
         job = jobkit.JobStore(session).create(company, job_type="note")
     renderers = jobkit.Renderers(default=lambda ctx: jobkit.Rendered("a.txt", "text/plain", ctx.company_id.encode()))
-    assert jobkit.Runner(engine, store, renderers).run_until_idle(timeout=30) == 1
+    assert jobkit.Runner(engine, store, renderers).run_until_idle(timeout=60) == 1
     with Session(engine) as session:
         [asset] = store.list_by_job(session, job.id)
         assert [found.status for found in jobkit.JobStore(session).list_by_company(company)] == ["done"]

@@ -67,7 +67,7 @@ def pooled(postgres_database: Database, tmp_path_factory: pytest.TempPathFactory
     finally:
         engine.dispose()
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 def answers(engine: sa.Engine) -> bool:

@@ -261,7 +261,7 @@ def test_an_event_that_the_scan_told_before_it_was_offered_comes_once(
     with Runner(engine, disk, only()) as runner:
         jobs = [runner.submit("acme", job_type="note") for _ in range(3)]
         recorder.wait(lambda types: types.count("done") == 3)
-        runner.run_until_idle(timeout=20)
+        runner.run_until_idle(timeout=60)
     assert [recorder.types(job.id) for job in jobs] == [["queued", "running", "done"]] * 3
 
 
@@ -340,7 +340,7 @@ def test_what_was_told_ahead_is_forgotten_once_scanned(
     with Runner(engine, disk, only(), concurrency=8) as runner:
         for _ in range(100):
             create()
-        runner.run_until_idle(timeout=30)
+        runner.run_until_idle(timeout=60)
         running = jobkit.events.relay.running_feed(engine)
         assert running is not None
         until(lambda: not running._place.ahead, "an empty set of events told ahead")
@@ -405,7 +405,7 @@ def test_while_the_log_cannot_be_read_own_events_wait_rather_than_overtake(
         monkeypatch.setattr(Feed, "_scan", unreadable(scan))
         jobs = [create() for _ in range(3)]
         recorder.wait(lambda types: types.count("done") == 3)
-        runner.run_until_idle(timeout=20)
+        runner.run_until_idle(timeout=60)
     assert [recorder.types(job.id) for job in jobs] == [["queued", "running", "done"]] * 3
 
 

@@ -50,7 +50,7 @@ renderers = jobkit.Renderers(default=lambda ctx: jobkit.Rendered("a.txt", "text/
 runner = jobkit.Runner(engine, jobkit.AssetStore(sys.argv[2]), renderers)
 for _ in range(20):
     runner.submit("acme", job_type="note")
-print(runner.run_until_idle(timeout=30))
+print(runner.run_until_idle(timeout=60))
 """
 
 
@@ -94,7 +94,7 @@ def test_a_relay_tells_only_what_is_committed_after_it_began_and_nothing_again(
     runner = Runner(engine, disk, only())
     create()
     runner.submit("acme", job_type="note")
-    assert runner.run_until_idle(timeout=20) == 2
+    assert runner.run_until_idle(timeout=60) == 2
     before = list(recorder.events)
     assert len(before) == 6
     create()
@@ -143,7 +143,7 @@ def test_start_and_stop_may_be_repeated_and_stop_waits_for_the_receiver_that_run
 
     def slow(_: str, *, event: JobEvent) -> None:
         entered.set()
-        assert let_go.wait(20)
+        assert let_go.wait(60)
         told.append(event.type)
 
     one = Relay(engine)
@@ -154,7 +154,7 @@ def test_start_and_stop_may_be_repeated_and_stop_waits_for_the_receiver_that_run
             entered.clear()
             let_go.clear()
             create()
-            assert entered.wait(20)
+            assert entered.wait(60)
             threading.Timer(0.05, let_go.set).start()
             one.stop()
             one.stop()

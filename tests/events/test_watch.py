@@ -134,7 +134,7 @@ engine = sa.create_engine(sys.argv[1])
 if engine.dialect.name == "sqlite":
     jobkit.configure_sqlite(engine)
 renderers = jobkit.Renderers(default=lambda ctx: jobkit.Rendered("a.txt", "text/plain", b"x"))
-print(jobkit.Runner(engine, jobkit.AssetStore(sys.argv[2]), renderers).run_until_idle(timeout=30))
+print(jobkit.Runner(engine, jobkit.AssetStore(sys.argv[2]), renderers).run_until_idle(timeout=60))
 """
 
 

@@ -73,7 +73,7 @@ def at_once(count, work):
             failed.append(repr(error))
     threads = [threading.Thread(target=guarded, args=(number,)) for number in range(count)]
     [thread.start() for thread in threads]
-    [thread.join(40) for thread in threads]
+    [thread.join(60) for thread in threads]
     assert not failed and not any(thread.is_alive() for thread in threads), failed
 
 preloaded = keep("master", b"preloaded")

@@ -78,7 +78,7 @@ def test_a_killed_worker_leaves_only_what_the_step_before_committed(
 
 def others_work_on(database: Database, folder: Path, job: jobkit.Job) -> None:
     renderers = jobkit.Renderers(default=lambda ctx: jobkit.Rendered("a.txt", "text/plain", b"x"))
-    jobkit.Runner(database.engine, jobkit.AssetStore(folder), renderers).run_until_idle(timeout=30)
+    jobkit.Runner(database.engine, jobkit.AssetStore(folder), renderers).run_until_idle(timeout=60)
     with database.engine.connect() as connection:
         found = jobkit.JobStore(connection).get_by_id(job.id)
     assert found is not None

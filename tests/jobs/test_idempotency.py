@@ -129,7 +129,7 @@ def test_twenty_threads_make_one_job(engine: sa.Engine, database: Database) -> N
         barrier = threading.Barrier(20)
 
         def work(mine: sa.Engine, key: str, made: list[jobkit.Job], barrier: threading.Barrier) -> None:
-            barrier.wait(20)
+            barrier.wait(60)
             with mine.begin() as connection:
                 made.append(JobStore(connection).create("acme", job_type="note", idempotency_key=key, input={"a": 1}))
 
@@ -194,7 +194,7 @@ def test_who_comes_second_waits_for_the_first_to_commit_or_roll_back(
         until(lambda: begun.is_set() and (other.dialect.name == "sqlite" or blocked(engine)), "the second's wait")
         assert not made
         connection.commit() if commits else connection.rollback()
-    thread.join(20)
+    thread.join(60)
     assert (made[0].id == first.id) is commits
     assert count(engine) == (1, 1)
 

@@ -96,7 +96,7 @@ def test_assets_stay_unless_their_store_is_given_and_then_go_at_a_sweep(
     other = AssetStore(tmp_path / "other", provider="other")
     for store in (disk, disk, other):
         create()
-        Runner(engine, store, only(note)).run_until_idle(timeout=30)
+        Runner(engine, store, only(note)).run_until_idle(timeout=60)
     with engine.begin() as connection:
         one, _, of_other = list(connection.execute(sa.select(content_jobs.c.id).order_by(content_jobs.c.id)).scalars())
         connection.execute(content_jobs.update().where(content_jobs.c.id == one).values(finished_at=LONG_AGO))
@@ -118,7 +118,7 @@ def test_assets_stay_unless_their_store_is_given_and_then_go_at_a_sweep(
 
 def test_an_asset_whose_key_is_recorded_already_goes_too(engine: sa.Engine, disk: AssetStore, create: Create) -> None:
     create()
-    Runner(engine, disk, only(note)).run_until_idle(timeout=30)
+    Runner(engine, disk, only(note)).run_until_idle(timeout=60)
     with engine.connect() as connection:
         key = connection.execute(sa.select(assets.c.object_key)).scalar_one()
     intend(engine, object_key=key, state="collected")

@@ -95,7 +95,7 @@ def test_jobs_and_assets_work_on_adopted_rows(planted: sa.Engine, tmp_path: Path
     migrations.upgrade(planted)
     store = jobkit.AssetStore(tmp_path, engine=planted)
     renderers = jobkit.Renderers(default=lambda ctx: jobkit.Rendered("a.txt", "text/plain", b"new"))
-    assert jobkit.Runner(planted, store, renderers).run_until_idle(timeout=30) == 1
+    assert jobkit.Runner(planted, store, renderers).run_until_idle(timeout=60) == 1
     with Session(planted) as session, session.begin():
         jobs = jobkit.JobStore(session)
         rendered = jobs.get_by_id(OPEN)

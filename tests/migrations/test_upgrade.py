@@ -45,7 +45,7 @@ def render_one(engine: sa.Engine, folder: Path) -> jobkit.Job:
     store = jobkit.AssetStore(folder, engine=engine)
     with Session(engine) as session, session.begin():
         job = jobkit.JobStore(session).create("acme", job_type="note")
-    jobkit.Runner(engine, store, renderers).run_until_idle(timeout=30)
+    jobkit.Runner(engine, store, renderers).run_until_idle(timeout=60)
     with Session(engine) as session:
         found = jobkit.JobStore(session).get_by_id(job.id)
         assert found is not None

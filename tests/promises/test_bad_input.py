@@ -348,7 +348,7 @@ def test_a_log_handler_that_raises_does_not_keep_a_failure_from_being_recorded(
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk.storage, "publish", refuses)
-            assert Runner(engine, disk, renderers).run_until_idle(timeout=20) == 3
+            assert Runner(engine, disk, renderers).run_until_idle(timeout=60) == 3
     finally:
         logging.getLogger("jobkit").removeHandler(handler)
     assert handler.called
@@ -365,7 +365,7 @@ def test_an_unknown_job_type_is_one_line_in_the_log_and_a_renderers_error_has_it
     renderers = Renderers()
     renderers.register("bad")(raises(lambda: ValueError("as said")))
     with caplog.at_level(logging.WARNING, logger="jobkit"):
-        Runner(engine, disk, renderers).run_until_idle(timeout=20)
+        Runner(engine, disk, renderers).run_until_idle(timeout=60)
     told = {record.getMessage().split("failed: ")[-1]: record.exc_info for record in caplog.records}
     assert told.keys() == {"no renderer for job type 'pdf-documnet'", "as said"}
     assert told["no renderer for job type 'pdf-documnet'"] is None
@@ -381,7 +381,7 @@ def test_a_file_name_that_would_break_a_line_fails_its_job_and_names_the_field(
 
     for renderer in (lambda ctx: jobkit.Rendered("a\r\nSet-Cookie: b", "text/plain", b"x"), writer):
         job = create()
-        Runner(engine, disk, only(renderer)).run_until_idle(timeout=20)
+        Runner(engine, disk, only(renderer)).run_until_idle(timeout=60)
         row = seen(engine, job)
         assert row.status == "failed"
         assert row.error_message.startswith("original_filename contains the control character '\\")
@@ -395,7 +395,7 @@ def test_inputs_that_were_put_in_the_table_by_hand_fail_their_own_job_or_none(
     with engine.begin() as connection:
         connection.execute(content_jobs.update().where(content_jobs.c.id == job.id).values(input=sa.text("'[1, 2]'")))
     Runner(engine, disk, only(lambda ctx: jobkit.Rendered("a", "text/plain", ctx.input.get("x", b"y")))).run_until_idle(
-        timeout=20
+        timeout=60
     )
     assert (seen(engine, job).status, seen(engine, other).status) == ("failed", "done")
     assert "get" in seen(engine, job).error_message

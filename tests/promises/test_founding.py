@@ -161,7 +161,7 @@ def test_4_4_a_file_of_exactly_the_limit_passes_and_one_byte_more_fails_before_s
     store = AssetStore(storage_url, max_bytes=100)
     renderers = Renderers(default=lambda ctx: Rendered("a.bin", "application/octet-stream", b"x" * size))
     job = create()
-    Runner(engine, store, renderers).run_until_idle(timeout=30)
+    Runner(engine, store, renderers).run_until_idle(timeout=60)
     job = fresh(engine, job)
     assert job.status == status
     with engine.connect() as connection:
@@ -235,7 +235,7 @@ def test_4_6_without_a_default_an_unknown_type_fails_the_job_and_names_it(
     engine: sa.Engine, assets: AssetStore, create: Create, recorder: Recorder
 ) -> None:
     job = create("wall-paper")
-    Runner(engine, assets, Renderers()).run_until_idle(timeout=30)
+    Runner(engine, assets, Renderers()).run_until_idle(timeout=60)
     assert "'wall-paper'" in (fresh(engine, job).error_message or "")
     assert recorder.types(job.id) == ["queued", "running", "failed"]
 
@@ -243,7 +243,7 @@ def test_4_6_without_a_default_an_unknown_type_fails_the_job_and_names_it(
 def test_4_6_an_empty_file_fails_the_job(engine: sa.Engine, assets: AssetStore, create: Create) -> None:
     job = create()
     Runner(engine, assets, Renderers(default=lambda ctx: Rendered("a.txt", "text/plain", b""))).run_until_idle(
-        timeout=30
+        timeout=60
     )
     assert fresh(engine, job).error_message == "'a.txt' is empty"
 
@@ -253,7 +253,7 @@ def test_4_6_an_empty_file_fails_the_job(engine: sa.Engine, assets: AssetStore, 
 
 def test_4_7_dispatch_returns_nothing_at_once_and_the_work_happens_later(runner: Runner, create: Create) -> None:
     released = threading.Event()
-    runner.renderers.register("slow")(lambda ctx: released.wait(30) and Rendered("a.txt", "text/plain", b"x"))
+    runner.renderers.register("slow")(lambda ctx: released.wait(60) and Rendered("a.txt", "text/plain", b"x"))
     job = create("slow")
     runner.start()
     try:
@@ -261,7 +261,7 @@ def test_4_7_dispatch_returns_nothing_at_once_and_the_work_happens_later(runner:
         assert fresh(runner.engine, job).status in ("queued", "running")
     finally:
         released.set()
-    runner.run_until_idle(timeout=30)
+    runner.run_until_idle(timeout=60)
     assert fresh(runner.engine, job).status == "done"
 
 
@@ -269,7 +269,7 @@ def test_4_7_a_job_runs_queued_running_done_with_its_file_and_its_conversation(
     runner: Runner, assets: AssetStore, recorder: Recorder
 ) -> None:
     job = runner.submit(COMPANY, job_type="diagram", input={}, source_task_id="conversation-1")
-    assert runner.run_until_idle(timeout=30) == 1
+    assert runner.run_until_idle(timeout=60) == 1
     done = fresh(runner.engine, job)
     with runner.engine.connect() as connection:
         (asset,) = assets.list_by_job(connection, job.id)
@@ -288,7 +288,7 @@ def test_4_7_any_error_fails_the_job_with_its_message_and_without_a_file(
         raise KeyError("no such slide")
 
     job = create()
-    Runner(engine, assets, Renderers(default=broken)).run_until_idle(timeout=30)
+    Runner(engine, assets, Renderers(default=broken)).run_until_idle(timeout=60)
     failed = fresh(engine, job)
     assert (failed.status, failed.error_message, failed.result_asset_id) == ("failed", "'no such slide'", None)
     assert failed.finished_at is not None
@@ -326,7 +326,7 @@ def test_4_7_a_listener_that_throws_changes_nothing(runner: Runner, recorder: Re
 
     jobkit.signals.content_job_done.connect(throw)
     job = runner.submit(COMPANY, job_type="diagram")
-    runner.run_until_idle(timeout=30)
+    runner.run_until_idle(timeout=60)
     assert fresh(runner.engine, job).status == "done"
     assert recorder.types(job.id) == ["queued", "running", "done"]
 
@@ -336,9 +336,9 @@ def test_4_7_dispatched_twice_or_when_terminal_it_runs_once(runner: Runner, reco
     with runner:
         for _ in range(5):
             runner.dispatch(job)
-        runner.run_until_idle(timeout=30)
+        runner.run_until_idle(timeout=60)
         runner.dispatch(fresh(runner.engine, job))
-        runner.run_until_idle(timeout=30)
+        runner.run_until_idle(timeout=60)
     assert recorder.types(job.id) == ["queued", "running", "done"]
 
 
@@ -349,7 +349,7 @@ def test_4_7_a_job_whose_row_is_gone_is_left_alone(runner: Runner, create: Creat
         connection.execute(sa.delete(jobkit.tables.content_job_events))
     with runner:
         runner.dispatch(job)
-        runner.run_until_idle(timeout=30)
+        runner.run_until_idle(timeout=60)
     assert recorder.types(job.id) == []
 
 
@@ -360,7 +360,7 @@ def test_4_8_the_object_is_in_the_generated_namespace_and_the_row_says_what_was_
     runner: Runner, assets: AssetStore, storage_url: str
 ) -> None:
     job = runner.submit(COMPANY, job_type="diagram", source_task_id="t")
-    runner.run_until_idle(timeout=30)
+    runner.run_until_idle(timeout=60)
     with runner.engine.connect() as connection:
         (asset,) = assets.list_by_job(connection, job.id, company_id=COMPANY)
     assert re.fullmatch(r"acme/generated/\d{4}/\d\d/\d\d/[0-9a-f-]{36}-placeholder\.txt", asset.object_key)
@@ -393,7 +393,7 @@ def test_4_8_a_file_over_ten_megabytes_is_stored_and_read_back(
 
 def test_4_9_payloads_and_the_wire_form_are_the_seeds(runner: Runner, recorder: Recorder) -> None:
     job = runner.submit(COMPANY, job_type="diagram")
-    runner.run_until_idle(timeout=30)
+    runner.run_until_idle(timeout=60)
     queued, running, done = (json.loads(json.dumps(event.to_dict())) for event in recorder.events)
     assert queued["payload"] == running["payload"] == {"jobId": str(job.id)}
     assert list(done) == ["id", "companyId", "type", "createdAt", "payload"]
@@ -408,10 +408,10 @@ def test_4_9_a_subscriber_hears_its_company_only_until_it_unsubscribes(runner: R
     unsubscribe = jobkit.signals.subscribe(COMPANY, heard.append)
     runner.submit(COMPANY, job_type="diagram")
     runner.submit("other", job_type="diagram")
-    runner.run_until_idle(timeout=30)
+    runner.run_until_idle(timeout=60)
     unsubscribe()
     runner.submit(COMPANY, job_type="diagram")
-    runner.run_until_idle(timeout=30)
+    runner.run_until_idle(timeout=60)
     assert [(event.company_id, event.seq) for event in heard] == [(COMPANY, 1), (COMPANY, 2), (COMPANY, 3)]
 
 

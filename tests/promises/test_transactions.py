@@ -404,5 +404,5 @@ def test_postgresql_is_notified_once_a_committed_transaction_and_only_if_wanted(
             JobStore(connection, notify=False).create("acme", job_type="note")
         with engine.begin() as connection:
             connection.exec_driver_sql("NOTIFY jobkit, 'last'")
-        heard = [n.payload for n in driver.notifies(timeout=10, stop_after=2)]
+        heard = [n.payload for n in driver.notifies(timeout=60, stop_after=2)]
     assert heard == ["", "last"]

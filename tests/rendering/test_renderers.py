@@ -380,7 +380,7 @@ def test_rendering_needs_no_database_and_leaves_nothing_behind(monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
     loops = [thread for thread in threading.enumerate() if thread.name == "jobkit-loop"]
     for thread in loops:
-        thread.join(10)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in loops)
 
 

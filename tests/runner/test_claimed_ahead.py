@@ -163,7 +163,7 @@ def test_a_runner_that_gets_no_more_threads_waits_for_those_it_has(
         threading.Event().wait(0.5)
         meanwhile = len(looks)
         gate.open()
-        runner.run_until_idle(timeout=20)
+        runner.run_until_idle(timeout=60)
     assert statuses(engine) == ["done", "done"]
     assert meanwhile < 40
 

@@ -62,7 +62,7 @@ def test_whatever_a_renderer_raises_fails_its_job_with_a_message_that_can_be_sto
     error: BaseException, message: str, engine: sa.Engine, disk: AssetStore, create: Create, recorder: Recorder
 ) -> None:
     job = create()
-    assert Runner(engine, disk, raising(error)).run_until_idle(timeout=20) == 1
+    assert Runner(engine, disk, raising(error)).run_until_idle(timeout=60) == 1
     row = seen(engine, job)
     assert (row.status, row.error_message, row.result_asset_id) == ("failed", message, None)
     assert row.finished_at is not None
@@ -103,7 +103,7 @@ def test_a_failed_job_leaves_no_row_and_no_object(
     renderers: Renderers, complaint: str, engine: sa.Engine, tmp_path: Path, create: Create, recorder: Recorder
 ) -> None:
     job, folder = create(), tmp_path / "assets"
-    assert Runner(engine, AssetStore(folder, max_bytes=1_000), renderers).run_until_idle(timeout=20) == 1
+    assert Runner(engine, AssetStore(folder, max_bytes=1_000), renderers).run_until_idle(timeout=60) == 1
     assert complaint in seen(engine, job).error_message
     assert recorder.types() == FAILED
     assert counted(engine) == {"assets": 0, "asset_intents": 0, "content_job_events": 3}
@@ -112,7 +112,7 @@ def test_a_failed_job_leaves_no_row_and_no_object(
 
 def test_a_file_of_exactly_the_limit_passes(engine: sa.Engine, tmp_path: Path, create: Create) -> None:
     job = create()
-    Runner(engine, AssetStore(tmp_path / "assets", max_bytes=36), only()).run_until_idle(timeout=20)
+    Runner(engine, AssetStore(tmp_path / "assets", max_bytes=36), only()).run_until_idle(timeout=60)
     assert seen(engine, job).status == "done"
 
 
@@ -132,7 +132,7 @@ def test_a_storage_that_fails_fails_the_job_and_its_object_has_an_intent(
     original = assets.storage.publish
     monkeypatch.setattr(assets.storage, "publish", second_fails)
     job = create()
-    assert Runner(engine, assets, only(lambda ctx: [note(ctx), note(ctx)])).run_until_idle(timeout=20) == 1
+    assert Runner(engine, assets, only(lambda ctx: [note(ctx), note(ctx)])).run_until_idle(timeout=60) == 1
     assert (seen(engine, job).status, recorder.types()) == ("failed", FAILED)
     assert counted(engine) == {"assets": 0, "asset_intents": 2, "content_job_events": 3}
     assert list(tmp_path.rglob("*.part")) == []
@@ -164,7 +164,7 @@ def test_a_job_that_was_ended_by_hand_is_not_ended_again(
         take(engine, job, status)
         before = seen(engine, job)
         gate.open()
-        assert runner.run_until_idle(timeout=20) == 0
+        assert runner.run_until_idle(timeout=60) == 0
         recorder.wait(lambda types: types == ["queued", "running", status])
     assert seen(engine, job) == before
     assert counted(engine) == {"assets": 0, "asset_intents": 1, "content_job_events": 3}
@@ -183,7 +183,7 @@ def test_a_job_that_was_deleted_leaves_nothing_but_an_intent(
         with engine.begin() as connection:
             connection.execute(content_jobs.delete().where(content_jobs.c.id == job.id))
         gate.open()
-        assert runner.run_until_idle(timeout=20) == 0
+        assert runner.run_until_idle(timeout=60) == 0
     assert counted(engine) == {"assets": 0, "asset_intents": 1, "content_job_events": 2}
 
 
@@ -199,14 +199,14 @@ def test_a_job_taken_from_a_runner_and_claimed_by_it_again_is_ended_by_the_secon
         number = len(contexts)
         contexts.append(ctx)
         entered.release()
-        assert doors[number].wait(30)
+        assert doors[number].wait(60)
         return Rendered(f"{number}.txt", "text/plain", b"x")
 
     with Runner(engine, disk, only(render), concurrency=2, poll_interval=0.05) as runner:
         job = create()
-        assert entered.acquire(timeout=20)
+        assert entered.acquire(timeout=60)
         take(engine, job, "queued")
-        assert entered.acquire(timeout=20)
+        assert entered.acquire(timeout=60)
         with pytest.raises(jobkit.LeaseLost):
             contexts[0].check()
         contexts[1].check()
@@ -264,11 +264,11 @@ def test_a_result_that_the_database_refuses_fails_alone(
     barrier = threading.Barrier(6)
 
     def together(ctx: jobkit.RenderContext) -> Rendered:
-        barrier.wait(20)
+        barrier.wait(60)
         return Rendered(ctx.input["name"], "text/plain", b"x")
 
     jobs = [create(input={"name": name}) for name in ("a.txt", "poison.txt", "b.txt", "c.txt", "poison.txt", "d.txt")]
-    assert Runner(engine, disk, only(together), concurrency=6).run_until_idle(timeout=30) == 6
+    assert Runner(engine, disk, only(together), concurrency=6).run_until_idle(timeout=60) == 6
     assert statuses(engine) == ["done", "failed", "done", "done", "failed", "done"]
     message = seen(engine, jobs[1]).error_message
     assert message.startswith("the result could not be recorded: ")
@@ -289,7 +289,7 @@ def test_a_job_whose_failure_cannot_even_be_written_is_left_to_its_lease_alone(
     impose(engine, rule)
     for job_type in ("note", "cursed", "note"):
         create(job_type)
-    assert Runner(engine, disk, only()).run_until_idle(timeout=20) == 2
+    assert Runner(engine, disk, only()).run_until_idle(timeout=60) == 2
     assert statuses(engine) == ["done", "running", "done"]
 
 
@@ -307,7 +307,7 @@ def test_a_file_that_was_swept_before_the_finish_fails_its_job_alone(
     monkeypatch.setattr(disk.storage, "publish", swept)
     renderers = only(lambda ctx: Rendered(ctx.input["name"], "text/plain", b"x"))
     jobs = [create(input={"name": name}) for name in ("a.txt", "swept.txt", "b.txt")]
-    assert Runner(engine, disk, renderers).run_until_idle(timeout=20) == 3
+    assert Runner(engine, disk, renderers).run_until_idle(timeout=60) == 3
     assert statuses(engine) == ["done", "failed", "done"]
     assert "the sweep was faster: 1 of 1 stored files are gone" in seen(engine, jobs[1]).error_message
     assert counted(engine)["assets"] == 2
@@ -330,7 +330,7 @@ def test_at_most_four_connections_are_used_at_any_concurrency(
     together = threading.Barrier(concurrency)
 
     def render(ctx: jobkit.RenderContext) -> Rendered:
-        together.wait(30)
+        together.wait(60)
         with ctx.open_asset(asset.id) as file:
             return Rendered("out.txt", "text/plain", file.read())
 
@@ -373,7 +373,7 @@ def test_a_full_runner_waits_instead_of_looking_again_and_again(
     assert running is not None
     monkeypatch.setattr(Pipeline, "_plan", lambda self: plans.append(self) or plan(self))
     other = Runner(database.connect(), disk, only(), concurrency=1)
-    other.run_until_idle(timeout=20)
+    other.run_until_idle(timeout=60)
     assert plans.count(running.pipeline) < 10
     assert len(plans) > 1
     gate.open()
@@ -395,7 +395,7 @@ def test_coroutines_render_at_once_on_one_loop(engine: sa.Engine, disk: AssetSto
 
     for _ in range(4):
         create()
-    assert Runner(engine, disk, only(together), concurrency=4).run_until_idle(timeout=30) == 4
+    assert Runner(engine, disk, only(together), concurrency=4).run_until_idle(timeout=60) == 4
     assert statuses(engine) == ["done"] * 4
     assert len(loops) == 1
 

@@ -281,7 +281,7 @@ def test_a_renderer_that_only_reports_hears_that_it_is_cancelled(
             threading.Event().wait(0.001)
 
     with Runner(engine, disk, only(endless)) as runner:
-        assert began.wait(20)
+        assert began.wait(60)
         with Session(engine) as session, session.begin():
             JobStore(session).cancel(job.id)
         until(lambda: seen(engine, job).status == "cancelled")

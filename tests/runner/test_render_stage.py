@@ -29,23 +29,23 @@ def test_a_job_claimed_again_while_its_first_files_are_stored_is_at_work_until_i
     def slow(uploads: Any) -> Any:
         if not storing.is_set():
             storing.set()
-            assert stored.wait(30)
+            assert stored.wait(60)
         return publish(uploads)
 
     def render(ctx: jobkit.RenderContext) -> Rendered:
         attempts.append(ctx)
         if len(attempts) > 1:
             second.set()
-            assert door.wait(30)
+            assert door.wait(60)
         return note(ctx)
 
     monkeypatch.setattr(disk.storage, "publish", slow)
     with Runner(engine, disk, only(render), concurrency=1, poll_interval=0.05) as runner:
         job = create()
-        assert storing.wait(20)
+        assert storing.wait(60)
         with engine.begin() as connection:
             jobkit.JobStore(connection).transition(job.id, expect="running", status="queued")
-        assert second.wait(20)
+        assert second.wait(60)
         assert runner._running is not None
         workshop = runner._running.pipeline._workshop
         stored.set()
@@ -54,7 +54,7 @@ def test_a_job_claimed_again_while_its_first_files_are_stored_is_at_work_until_i
             assert len(workshop.rendering) == 1
         finally:
             door.set()
-        runner.run_until_idle(timeout=20)
+        runner.run_until_idle(timeout=60)
     assert (seen(engine, job).status, seen(engine, job).fence) == ("done", 2)
     assert violations(engine, tmp_path / "assets") == []
 
@@ -80,7 +80,7 @@ def test_what_was_rendered_and_not_stored_when_a_runner_stops_leaves_no_file(
     monkeypatch.setattr(Attempt, "discard", slowly)
     job = create()
     with Runner(engine, disk, only(note)) as runner:
-        assert failed.wait(20)
+        assert failed.wait(60)
         runner.stop(timeout=0)
     assert seen(engine, job).status == "queued"
     assert list(disk.spool_folder().iterdir()) == []

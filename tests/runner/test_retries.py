@@ -59,7 +59,7 @@ def run(engine: sa.Engine, disk: jobkit.AssetStore, clock: Clock) -> Callable[..
     def run(renderer: Any, max_attempts: int = 1) -> int:
         renderers = jobkit.Renderers()
         renderers.register("note", max_attempts=max_attempts)(renderer)
-        return jobkit.Runner(engine, disk, renderers, clock=clock).run_until_idle(timeout=30)
+        return jobkit.Runner(engine, disk, renderers, clock=clock).run_until_idle(timeout=60)
 
     return run
 
@@ -112,7 +112,7 @@ def test_by_default_there_is_one_attempt(engine: sa.Engine, create: Create, disk
     jobs = [create(), create("other")]
     renderers = jobkit.Renderers(default=Fails(ValueError("no")))
     renderers.register("other")(Fails(ValueError("no")))
-    assert jobkit.Runner(engine, disk, renderers).run_until_idle(timeout=30) == 2
+    assert jobkit.Runner(engine, disk, renderers).run_until_idle(timeout=60) == 2
     assert [seen(engine, job).status for job in jobs] == ["failed", "failed"]
 
 
@@ -128,14 +128,14 @@ def test_retry_says_when(
     renderers = jobkit.Renderers()
     renderers.register("note", max_attempts=2)(renderer)
     runner = jobkit.Runner(engine, disk, renderers, clock=clock)
-    ended = runner.run_until_idle(timeout=30)
+    ended = runner.run_until_idle(timeout=60)
     told = next(event for event in recorder.events if event.type.endswith("retrying"))
     assert told.payload["runAt"] == (START + timedelta(seconds=after)).isoformat()
     assert told.payload["errorMessage"] == str(failure)
     if after:
         assert (ended, seen(engine, job).run_at) == (0, START + timedelta(seconds=after))
         clock.forward(after)
-        ended = runner.run_until_idle(timeout=30)
+        ended = runner.run_until_idle(timeout=60)
     assert (ended, renderer.attempts) == (1, [1, 2])
 
 
@@ -275,7 +275,7 @@ def test_an_asynchronous_renderer_and_one_that_ends_the_interpreter_are_repeated
         raise SystemExit(3)
 
     first, second = create("async"), create("exit")
-    assert jobkit.Runner(engine, disk, renderers).run_until_idle(timeout=30) == 1
+    assert jobkit.Runner(engine, disk, renderers).run_until_idle(timeout=60) == 1
     assert sorted(seen_attempts) == [("async", 1), ("async", 2), ("exit", 1)]
     assert (seen(engine, first).status, seen(engine, second).status) == ("done", "queued")
     assert seen(engine, second).error_message == "3"

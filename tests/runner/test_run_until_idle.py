@@ -34,9 +34,9 @@ def test_run_until_idle_does_what_is_queued_and_tells_of_all_of_it(
     runner = Runner(engine, disk, only(), concurrency=3)
     assert runner.run_until_idle() == 0
     jobs = [create() for _ in range(20)]
-    assert runner.run_until_idle(timeout=30) == 20
+    assert runner.run_until_idle(timeout=60) == 20
     assert [recorder.types(job.id) for job in jobs] == [WHOLE] * 20
-    assert runner.run_until_idle(timeout=30) == 0
+    assert runner.run_until_idle(timeout=60) == 0
     until(no_threads)
     assert violations(engine, tmp_path / "assets") == []
 
@@ -57,7 +57,7 @@ def test_run_until_idle_includes_jobs_that_renderers_and_receivers_create(
     echoes: list[jobkit.Job] = []
     create(input={"children": 2})
     with signals.content_job_done.connected_to(again):
-        assert Runner(engine, disk, only(parent)).run_until_idle(timeout=30) == 7 + 5
+        assert Runner(engine, disk, only(parent)).run_until_idle(timeout=60) == 7 + 5
     assert statuses(engine) == ["done"] * 12
     assert sorted(recorder.types()) == sorted(WHOLE * 12)
 
@@ -74,13 +74,13 @@ def test_a_job_that_a_receiver_creates_after_the_last_look_is_done_too(
 
     def late(_: str, *, event: JobEvent) -> None:
         if event.job_id == first.id:
-            assert looked.wait(20)
+            assert looked.wait(60)
             create("late")
 
     monkeypatch.setattr(Pipeline, "wait_idle", wait_idle)
     first = create()
     with signals.content_job_done.connected_to(late):
-        assert Runner(engine, disk, only()).run_until_idle(timeout=30) == 2
+        assert Runner(engine, disk, only()).run_until_idle(timeout=60) == 2
 
 
 def test_run_until_idle_on_a_started_runner_waits_for_its_jobs(
@@ -88,9 +88,9 @@ def test_run_until_idle_on_a_started_runner_waits_for_its_jobs(
 ) -> None:
     with Runner(engine, disk, only()) as runner:
         jobs = [create() for _ in range(10)]
-        runner.run_until_idle(timeout=30)
+        runner.run_until_idle(timeout=60)
         assert [recorder.types(job.id) for job in jobs] == [WHOLE] * 10
-        assert runner.run_until_idle(timeout=30) == 0
+        assert runner.run_until_idle(timeout=60) == 0
     until(no_threads)
 
 
@@ -112,7 +112,7 @@ def test_concurrent_callers_do_every_job_once(
 
     def call() -> None:
         try:
-            runner.run_until_idle(timeout=30)
+            runner.run_until_idle(timeout=60)
         except BaseException as error:
             errors.append(error)
 
@@ -120,7 +120,7 @@ def test_concurrent_callers_do_every_job_once(
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(40)
+        thread.join(60)
     assert errors == []
     runner.stop()
     assert sorted(rendered) == sorted(job.id for job in jobs)
@@ -137,7 +137,7 @@ def test_a_timeout_puts_the_jobs_back_unless_the_runner_is_started(
     began = time.monotonic()
     with pytest.raises(TimeoutError, match=r"in flight after 0\.3 s; 0 ended"):
         runner.run_until_idle(timeout=0.3)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert (seen(engine, job).status, seen(engine, job).attempt) == ("queued", 0)
     with runner:
         gate.entered(2)
@@ -158,7 +158,7 @@ def test_stop_ends_a_wait_for_idleness(engine: sa.Engine, disk: AssetStore, crea
     gate.entered()
     until(lambda: runner._running is not None and runner._running.pipeline._asked > 0)
     runner.stop(timeout=0)
-    waiting.join(10)
+    waiting.join(60)
     gate.open()
     assert counts == [0]
 
@@ -170,7 +170,7 @@ def test_a_queued_event_that_a_relay_told_is_not_told_again(
         told, other = create(), create()
         recorder.wait(lambda types: len(types) == 2)
     later = create()
-    assert Runner(engine, disk, only()).run_until_idle(timeout=20) == 3
+    assert Runner(engine, disk, only()).run_until_idle(timeout=60) == 3
     assert [recorder.types(job.id) for job in (told, other, later)] == [WHOLE] * 3
 
 
@@ -201,14 +201,14 @@ def test_a_receiver_may_submit_run_and_create(
             with Session(engine) as session, session.begin():
                 jobkit.JobStore(session).create("acme", job_type="note")
             runner.submit("acme", job_type="note")
-            runner.run_until_idle(timeout=20)
+            runner.run_until_idle(timeout=60)
 
     runner = Runner(engine, disk, only())
     with signals.content_job_done.connected_to(receiver):
         if started:
             runner.start()
         runner.submit("acme", job_type="note")
-        runner.run_until_idle(timeout=20)
+        runner.run_until_idle(timeout=60)
         recorder.wait(lambda types: types.count("done") == 9)
         runner.stop()
     assert len(depth) == 4
@@ -235,7 +235,7 @@ def test_a_receiver_may_stop_the_runner(
         runner.dispatch(job)
         recorder.wait(lambda types: "done" in types)
     assert len(stopped) == 1
-    assert stopped[0] < 5
+    assert stopped[0] < 30
     assert recorder.types(job.id) == WHOLE
     until(no_threads)
 
@@ -250,7 +250,7 @@ def test_a_receiver_that_raises_changes_nothing_and_the_others_still_run(
     for name in names:
         getattr(signals, f"content_job_{name}").connect(broken)
     job = create()
-    assert Runner(engine, disk, only()).run_until_idle(timeout=20) == 1
+    assert Runner(engine, disk, only()).run_until_idle(timeout=60) == 1
     assert recorder.types(job.id) == WHOLE
     assert (seen(engine, job).status, seen(engine, job).error_message) == ("done", None)
     assert violations(engine, tmp_path / "assets") == []

@@ -103,7 +103,7 @@ def test_running_is_committed_before_the_render_and_the_intent_before_the_object
 
     original = assets.storage.publish
     monkeypatch.setattr(assets.storage, "publish", publish)
-    assert Runner(engine, assets, only(render)).run_until_idle(timeout=20) == 1
+    assert Runner(engine, assets, only(render)).run_until_idle(timeout=60) == 1
     look("end")
     rows = {"assets": 0, "asset_intents": 0, "content_job_events": 2}
     assert at == {
@@ -125,7 +125,7 @@ def test_a_job_becomes_files_with_rows_in_any_storage(engine: sa.Engine, assets:
         ]
 
     job = create("pair", source_task_id="task-7")
-    assert Runner(engine, assets, renderers).run_until_idle(timeout=20) == 1
+    assert Runner(engine, assets, renderers).run_until_idle(timeout=60) == 1
     with engine.connect() as connection:
         files = assets.list_by_job(connection, job.id)
     assert [assets.open(file).read() for file in files] == [b"first", b"second"]
@@ -156,7 +156,7 @@ def test_submit_commits_signals_and_dispatches(
     assert (job.status, job.input, job.source_task_id, job.event_seq) == ("queued", {"a": 1}, "t", 1)
     if not started:
         assert seen(engine, job).status == "queued"
-        assert runner.run_until_idle(timeout=20) == 1
+        assert runner.run_until_idle(timeout=60) == 1
     recorder.wait(lambda types: len(types) == 3)
     runner.stop()
     assert recorder.types(job.id) == WHOLE
@@ -220,7 +220,7 @@ def test_dispatch_before_the_commit_is_harmless(engine: sa.Engine, disk: AssetSt
         with Session(engine) as session, session.begin():
             job = jobkit.JobStore(session).create("acme", job_type="note")
             runner.dispatch(job)
-            assert runner.run_until_idle(timeout=20) == 0
+            assert runner.run_until_idle(timeout=60) == 0
             assert recorder.types() == []
         recorder.wait(lambda types: types == WHOLE)
     assert recorder.types(job.id) == WHOLE
@@ -241,7 +241,7 @@ def test_twenty_threads_dispatching_one_job_render_it_once(
             thread.join()
         until(lambda: runner.metrics().ended == 1)  # the relay may tell of it before it is counted
         runner.dispatch(job)
-        assert runner.run_until_idle(timeout=20) == 0
+        assert runner.run_until_idle(timeout=60) == 0
     assert gate.jobs == [job.id]
     assert recorder.types() == WHOLE
 
@@ -261,7 +261,7 @@ def test_stop_drains_what_is_in_flight_and_claims_nothing_more(
     stopping.start()
     until(lambda: runner._running is None)
     gate.open()
-    stopping.join(20)
+    stopping.join(60)
     assert not stopping.is_alive()
     assert sorted(statuses(engine)) == ["done", "done", "queued"]
     assert recorder.types().count("done") == 2
@@ -277,7 +277,7 @@ def test_a_renderer_that_hangs_does_not_hold_stop_and_its_job_is_queued_again_un
     gate.entered()
     began = time.monotonic()
     runner.stop(timeout=timeout)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     row = seen(engine, job)
     assert (row.status, row.attempt, row.lease_until, row.worker_id, row.started_at) == ("queued", 0, None, None, None)
     assert recorder.types()[-1] == "queued"
@@ -289,7 +289,7 @@ def test_a_renderer_that_hangs_does_not_hold_stop_and_its_job_is_queued_again_un
     assert (row.status, row.fence, row.event_seq) == ("queued", 1, 3)
     assert counted(engine) == {"assets": 0, "asset_intents": 0, "content_job_events": 3}
     assert list((tmp_path / "assets").rglob("*.part")) == []
-    assert runner.run_until_idle(timeout=20) == 1
+    assert runner.run_until_idle(timeout=60) == 1
     assert recorder.types() == ["running", "queued", "running", "done"]
     assert violations(engine, tmp_path / "assets") == []
 
@@ -306,7 +306,7 @@ def test_start_and_stop_and_start_again(
         runner.stop()
         runner.stop()
     create()
-    assert runner.run_until_idle(timeout=20) == 1
+    assert runner.run_until_idle(timeout=60) == 1
     with runner as entered:
         assert entered is runner
     assert recorder.types() == WHOLE * 4
@@ -344,7 +344,7 @@ def hung(ctx):
     threading.Event().wait()
 runner = jobkit.Runner(engine, jobkit.AssetStore(sys.argv[2]), jobkit.Renderers(default=locals()[sys.argv[3]])).start()
 runner.submit("acme", job_type="note")
-assert entered.wait(20)
+assert entered.wait(60)
 print("leaving", flush=True)
 """
 

@@ -26,7 +26,7 @@ class Renderer:
     def __call__(self, attempt: Any) -> bool:
         self.begun.append(attempt)
         self.threads.add(threading.current_thread().name)
-        assert self.open.wait(30)
+        assert self.open.wait(60)
         return attempt in self.late
 
 

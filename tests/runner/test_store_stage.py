@@ -116,7 +116,7 @@ def test_of_jobs_that_are_stored_together_one_fails_alone(
 
     monkeypatch.setattr(disk.storage, "publish", failing)
     renderers = only(lambda ctx: Rendered(f"{ctx.input['n']}.txt", "text/plain", b"x"))
-    assert Runner(engine, disk, renderers, concurrency=12).run_until_idle(timeout=30) == 12
+    assert Runner(engine, disk, renderers, concurrency=12).run_until_idle(timeout=60) == 12
     assert sum(sizes) == 12
     assert max(sizes) > 1
     assert statuses(engine).count("done") == 11

@@ -152,11 +152,11 @@ def test_a_thread_does_not_wait_for_ever_for_its_turn_of_a_shared_connection(dat
     def hold() -> None:
         with shared.use():
             entered.set()
-            assert let_go.wait(30)
+            assert let_go.wait(60)
 
     thread = threading.Thread(target=hold)
     thread.start()
-    assert entered.wait(30)
+    assert entered.wait(60)
     with shared.use() as connection:
         assert connection.exec_driver_sql("SELECT 1").scalar_one() == 1
         assert shared.waiting > 0.05

@@ -119,7 +119,7 @@ def test_check_raises_when_the_time_is_over_and_the_thread_stays(
 
     runner = Runner(engine, disk, slow(polite), concurrency=1)
     job = create(job_type="slow")
-    runner.run_until_idle(timeout=30)
+    runner.run_until_idle(timeout=60)
     assert [type(error) for error in raised] == [JobTimeout]
     assert (seen(engine, job).status, seen(engine, job).error_message) == ("failed", LATE)
 

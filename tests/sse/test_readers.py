@@ -462,7 +462,7 @@ def test_a_server_with_open_streams_stops_at_once(
                 begun(client.follow())
                 server.send_signal(end)
                 assert client.all() == []
-                assert server.wait(30) in (0, -end)
+                assert server.wait(60) in (0, -end)
         finally:
             if server.poll() is None:
                 os.killpg(server.pid, signal.SIGKILL)

@@ -109,7 +109,7 @@ def ftp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, 
         threading.Thread(target=log.read, daemon=True).start()
         yield f"ftp://me:hunter2secret@127.0.0.1:{told[1]}", folder
         server.terminate()
-        server.wait(10)
+        server.wait(60)
 
 
 @pytest.fixture

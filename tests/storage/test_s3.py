@@ -246,7 +246,7 @@ def test_sixteen_threads_share_one_store_from_its_first_use_on(server: S3Server,
     barrier = threading.Barrier(16)
 
     def work(number: int) -> None:
-        barrier.wait(20)
+        barrier.wait(60)
         for turn in range(3):
             body = f"{number}-{turn} ".encode() * 1_000
             stored = put(store, body, f"company-{number}")

@@ -44,7 +44,7 @@ def store_on(server: S3Server, engine: sa.Engine) -> AssetStore:
 
 def fetch(url: str) -> tuple[int, HTTPMessage, bytes]:
     try:
-        with urlopen(url, timeout=20) as answer:
+        with urlopen(url, timeout=60) as answer:
             return answer.status, answer.headers, answer.read()
     except HTTPError as error:
         with error:

@@ -185,7 +185,7 @@ def test_an_object_is_visible_only_when_it_is_whole(storage: Storage) -> None:
         assert len(read(storage)) == len(content)
     finally:
         stop.set()
-        observer.join(20)
+        observer.join(60)
     assert seen <= {-1, len(content)}
     assert -1 in seen
 

@@ -142,7 +142,7 @@ def main(url: str, folder: str, step: str, bug: str | None = None) -> None:
     if bug is not None:
         BUGS[bug]()
     jobkit.signals.content_job_done.connect(print)
-    jobkit.Runner(engine, jobkit.AssetStore(folder), renderers).run_until_idle(timeout=30)
+    jobkit.Runner(engine, jobkit.AssetStore(folder), renderers).run_until_idle(timeout=60)
 
 
 def half() -> Iterator[bytes]:

@@ -43,11 +43,13 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = url
+        # One connection for all the databases that are made and dropped; a restarted server gets a new one.
+        self._engine = sa.create_engine(url, isolation_level="AUTOCOMMIT", pool_size=1, pool_pre_ping=True)
 
     def create_database(self, template: str | None = None) -> str:
         """A new database, empty or a copy of the one at the URL ``template``; its URL."""
         name = f"jobkit_{uuid.uuid4().hex}"
-        copied = "" if template is None else f" TEMPLATE {sa.make_url(template).database}"
+        copied = "" if template is None else f" TEMPLATE {sa.make_url(template).database}{self._strategy()}"
         self._execute(f"CREATE DATABASE {name}{copied}")
         return sa.make_url(self.url).set(database=name).render_as_string(hide_password=False)
 
@@ -55,11 +57,17 @@ class Server:
         self._execute(f"DROP DATABASE {sa.make_url(url).database} WITH (FORCE)")
 
     def stop(self) -> None:
-        """Nothing: whoever gave the URL keeps the server."""
+        """Let go of the server: whoever gave the URL keeps it."""
+        self._engine.dispose()
+
+    def _strategy(self) -> str:
+        """Copying files instead of logging each page costs half as much, and as little again when it is dropped."""
+        with self._engine.connect() as connection:
+            version = connection.dialect.server_version_info or (0,)
+        return " STRATEGY file_copy" if version >= (15,) else ""
 
     def _execute(self, statement: str) -> None:
-        engine = sa.create_engine(self.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
-        with engine.connect() as connection:
+        with self._engine.connect() as connection:
             connection.exec_driver_sql(statement)
 
 
@@ -105,6 +113,8 @@ class OwnServer(Server):
         self.start()
 
     def stop(self) -> None:
+        if self._process is not None:
+            super().stop()
         self._signal(signal.SIGINT)
         for folder in (self._data, self._folder):
             shutil.rmtree(folder, ignore_errors=True)
@@ -115,7 +125,7 @@ class OwnServer(Server):
             return
         process.send_signal(number)
         try:
-            process.wait(20)
+            process.wait(60)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

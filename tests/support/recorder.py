@@ -28,7 +28,7 @@ class Recorder:
         """The short names of the events, in the order of arrival."""
         return [e.type.removeprefix("content_job.") for e in self.events if job_id is None or e.job_id == job_id]
 
-    def wait(self, until: Callable[[list[str]], bool], timeout: float = 20.0) -> None:
+    def wait(self, until: Callable[[list[str]], bool], timeout: float = 60.0) -> None:
         """Return once ``until(types())`` holds; fail the test after ``timeout`` seconds."""
         with self._changed:
             arrived = self._changed.wait_for(lambda: until(self.types()), timeout)

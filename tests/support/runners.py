@@ -14,7 +14,7 @@ import jobkit
 from jobkit.tables import asset_intents, assets, content_job_events, content_jobs
 
 
-def until(holds: Callable[[], Any], what: str = "the condition", timeout: float = 20.0) -> None:
+def until(holds: Callable[[], Any], what: str = "the condition", timeout: float = 60.0) -> None:
     """Return once ``holds()``; fail the test after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while not holds():
@@ -50,7 +50,7 @@ class Gate:
     def entered(self, count: int = 1) -> None:
         """Wait until ``count`` more jobs are in the renderer."""
         for _ in range(count):
-            assert self._entered.acquire(timeout=20)
+            assert self._entered.acquire(timeout=60)
 
     def open(self) -> None:
         self._open.set()

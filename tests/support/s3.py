@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 KEY, SECRET = "AKIDJOBKITTESTS", "wJalrXUtnFEMI-bPxRfiCYEXAMPLEKEY"
-START_DEADLINE = 30.0
+START_DEADLINE = 60.0
 
 
 class S3Server(Protocol):
@@ -160,7 +160,7 @@ class Rclone:
     def stop(self) -> None:
         self._process.terminate()
         try:
-            self._process.wait(10)
+            self._process.wait(60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

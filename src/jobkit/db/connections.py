@@ -160,3 +160,8 @@ def is_outage(error: Exception) -> bool:
     if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
         return True
     return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError | OSError)
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the database replied that it will not have these values, and so has rolled the transaction back."""
+    return isinstance(error, sa.exc.DBAPIError) and not is_outage(error)

@@ -17,7 +17,7 @@ from jobkit.assets import intents
 from jobkit.assets.intents import Intent
 from jobkit.base.clock import Clock
 from jobkit.base.text import error_message
-from jobkit.db.connections import DedicatedConnection, autocommitting
+from jobkit.db.connections import DedicatedConnection, autocommitting, is_refusal
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow
 from jobkit.jobs import claims, outcomes
@@ -120,12 +120,15 @@ class Committer:
 
     def commit(self, turn: Turn) -> Committed:
         """Do what ``turn`` says, as a whole."""
+        done = False
         try:
             with self.link.use() as connection:
                 events, taken = self._commit(connection, turn)
+                done = True
                 settled = self._settled(connection, turn, {event.job_id for event in events}) if turn.again else {}
-        except BaseException:
-            if turn.limit:
+        except BaseException as error:
+            # What the database refused, it rolled back: no claim of it can be unknown.
+            if turn.limit and (done or not is_refusal(error)):
                 self._unsure_until = time.monotonic() + self._lease
             raise
         return Committed(events, taken, settled)

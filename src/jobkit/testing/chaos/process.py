@@ -25,6 +25,8 @@ from jobkit.types import JobEvent
 T = TypeVar("T")
 # In ``assets.provider``, whichever way a process reaches the storage.
 PROVIDER = "chaos"
+# The signals for which a process has a handler. They are blocked when it is forked, and delivered once it has them.
+HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Process:
@@ -40,6 +42,7 @@ class Process:
         signal.signal(signal.SIGTERM, lambda *_: self._end())
         # What every thread is at goes to the log when the harness asks for it, because something is stuck.
         faulthandler.register(signal.SIGUSR1)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
 
     def tell(self, **told: Any) -> None:
         """Tell the harness. Written in one go to a pipe: it arrives even when this process is killed right after."""

@@ -26,7 +26,7 @@ from fsspec import get_filesystem_class
 
 from jobkit.testing.chaos.creator import main as creator
 from jobkit.testing.chaos.janitor import main as janitor
-from jobkit.testing.chaos.process import Process
+from jobkit.testing.chaos.process import HANDLED, Process
 from jobkit.testing.chaos.subscriber import main as subscriber
 from jobkit.testing.chaos.worker import main as worker
 
@@ -71,9 +71,12 @@ def _obey(order: dict[str, Any], children: dict[int, str], folder: str, pipe: tu
             if name == order["name"]:
                 os.kill(pid, order["signal"])
         return
+    # What the harness sends before the child has a handler for it waits, instead of killing the child.
+    signal.pthread_sigmask(signal.SIG_BLOCK, HANDLED)
     pid = os.fork()
     if pid == 0:
         _become(order, folder, pipe)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HANDLED)
     children[pid] = order["name"]
 
 

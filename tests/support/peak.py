@@ -1,0 +1,56 @@
+"""How much memory each process of a run needed, and that it was not too much."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# A test process that grows beyond this, in MB, keeps what it should have let go of.
+LIMIT = 600
+STATUS = Path("/proc/self/status")
+
+
+def peak() -> int | None:
+    """The most memory this process has had, in MB; None where the system does not say. Not ``ru_maxrss``, which counts
+    what a parent had before ``exec``."""
+    if not STATUS.exists():
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text("ascii", "replace"), re.MULTILINE)
+    return int(found[1]) // 1024 if found else None
+
+
+class Peaks:
+    """A plugin: workers tell their peak to the process that controls them, which fails the run if one is too high."""
+
+    def __init__(self) -> None:
+        self._peaks: dict[str, int] = {}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        told = getattr(node, "workeroutput", {}).get("peak")
+        if told is not None:
+            self._peaks[node.gateway.id] = told
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        own = peak()
+        output: dict[str, Any] | None = getattr(session.config, "workeroutput", None)
+        if output is not None:
+            output["peak"] = own
+        elif own is not None:
+            self._peaks["this process"] = own
+            if self._too_high() and session.exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        told = ", ".join(f"{name} {megabytes} MB" for name, megabytes in sorted(self._peaks.items()))
+        if high := self._too_high():
+            terminalreporter.write_line(f"peak memory: {told}; above {LIMIT} MB: {', '.join(high)}", red=True)
+        elif len(self._peaks) > 1:
+            terminalreporter.write_line(f"peak memory: {told}")
+
+    def _too_high(self) -> list[str]:
+        return [name for name, megabytes in sorted(self._peaks.items()) if megabytes > LIMIT]
