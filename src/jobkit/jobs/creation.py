@@ -34,7 +34,7 @@ class NewJob(NamedTuple):
     text: str
 
     def values(self) -> dict[str, Any]:
-        """The parameters of ``Statements.insert_job``."""
+        """The parameters of ``Dialect.insert_job``."""
         job = self.job
         return {
             "id": job.id,
@@ -50,7 +50,7 @@ class NewJob(NamedTuple):
         }
 
     def document(self) -> str:
-        """The job as ``Statements.insert_jobs`` reads it; its input is JSON text already."""
+        """The job as ``Dialect.insert_jobs`` reads it; its input is JSON text already."""
         job, rest = self.job, ""
         if job.source_task_id is not None:
             rest = f',"task":{json.dumps(job.source_task_id)}'
@@ -138,7 +138,7 @@ def checked_many(requests: Iterable[JobRequest], max_input_bytes: int) -> deque[
 
 class Chunk(NamedTuple):
     """Some of the jobs of a call, in its order: the ``keyed`` ones to be inserted one by one, the others together, as
-    the JSON array that ``Statements.insert_jobs`` reads; None when there are no others.
+    the JSON array that ``Dialect.insert_jobs`` reads; None when there are no others.
     """
 
     jobs: list[Job]
