@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import queue
 import re
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -25,6 +24,8 @@ MAX_CHUNK_JOBS = 1_000
 MAX_CHUNK_CHARACTERS = 4 << 20
 
 MAX_PRIORITY = (1 << 31) - 1
+
+T = TypeVar("T")
 
 
 class NewJob(NamedTuple):
@@ -179,6 +180,26 @@ def _chunk(jobs: list[Job], keyed: list[NewJob], documents: list[str]) -> Chunk:
     return Chunk(jobs, keyed, f"[{','.join(documents)}]" if documents else None)
 
 
+def prefetched(first: T, rest: Iterator[T]) -> Generator[T]:
+    """``first`` and ``rest``; a thread makes each item while the one before is in use. ``close`` ends the thread.
+
+    Where no thread can be started, items are made when they are asked for.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="jobkit-prefetch") as thread:
+        item: T | None = first
+        while item is not None:
+            try:
+                coming = thread.submit(next, rest, None)
+            except RuntimeError:  # the interpreter is ending, or the system has no more threads
+                yield from chain([item], rest)
+                return
+            yield item
+            try:
+                item = coming.result()
+            finally:
+                del coming  # else a failed one would keep this frame, and this frame it
+
+
 MAX_DEPTH = 100
 MAX_INPUT_BYTES = 1 << 20
 # Numbers that jsonb would change: it reads 1e+23 as an integer, which is another number, and has no negative zero. The
@@ -244,48 +265,3 @@ def _inspect(value: object, depth: int) -> None:
             _inspect(key, depth)
     for item in value.values() if isinstance(value, dict) else value:
         _inspect(item, depth + 1)
-
-
-T = TypeVar("T")
-
-
-@contextmanager
-def prefetched(items: Iterator[T]) -> Iterator[Iterator[T]]:
-    """Within it, the same items: a thread draws the first at once, and each of the others while the one before is in
-    use. It has ended, or ends with what it draws just then, when this is left.
-
-    What ``items`` raises is raised where the item would come. Where no thread can be started, items are drawn when they
-    are asked for.
-    """
-    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    drawn: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
-
-    def draw() -> None:
-        while wanted.get():
-            try:
-                drawn.put((next(items),))
-            except StopIteration:
-                drawn.put(None)
-            except BaseException as error:  # SystemExit too: whoever waits for the item shall hear of it
-                drawn.put(error)
-
-    def taken() -> Iterator[T]:
-        while (found := drawn.get()) is not None:
-            if isinstance(found, BaseException):
-                try:
-                    raise found
-                finally:
-                    del found  # its traceback has this frame
-            wanted.put(True)
-            yield found[0]
-
-    wanted.put(True)
-    try:
-        try:
-            threading.Thread(target=draw, name="jobkit-prefetch", daemon=True).start()
-            given = taken()
-        except RuntimeError:  # the interpreter is ending, or the system has no more threads
-            given = items
-        yield given
-    finally:
-        wanted.put(False)
