@@ -47,7 +47,7 @@ def main(count: int) -> None:
         total = 0.0
         steps: list[tuple[str, float, Callable[[sa.Connection], object]]] = [
             ("renew", LEASE / 3, lambda connection: claims.renew(connection, held, lease=3600.0)),
-            ("look", look_every(count), lambda connection: claims.look(connection, held)),
+            ("look", look_every(count), lambda connection: claims.check(connection, held)),
             ("rescue", INTERVAL, lambda _: rescue(link, statements_for(engine), clock=utcnow, on_commit=len)),
             ("sweep", SWEEP_INTERVAL, lambda _: store.collect_garbage(dry_run=False)),
         ]

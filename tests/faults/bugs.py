@@ -17,8 +17,9 @@ from jobkit import signals
 from jobkit.assets import intents
 from jobkit.assets.intents import GarbageCollector
 from jobkit.assets.spool import StagedFile
-from jobkit.db.dialects.base import EventRow, Sql
+from jobkit.db.dialects.base import EventRow
 from jobkit.db.dialects.postgresql import jobs as postgresql
+from jobkit.db.dialects.sql import Sql
 from jobkit.db.dialects.sqlite import jobs as sqlite
 from jobkit.db.host import connection_of
 from jobkit.jobs import claims

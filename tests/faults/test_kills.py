@@ -15,8 +15,8 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit.base.clock import utcnow
-from jobkit.db.dialects.base import Sql
 from jobkit.db.dialects.postgresql import jobs as postgresql
+from jobkit.db.dialects.sql import Sql
 from jobkit.db.dialects.sqlite import jobs as sqlite
 from jobkit.jobs import claims
 from jobkit.tables import asset_intents, content_jobs

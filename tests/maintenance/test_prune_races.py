@@ -45,15 +45,15 @@ def in_thread(act: Callable[[], object]) -> Iterator[threading.Thread]:
 def after_looking(monkeypatch: pytest.MonkeyPatch, engine: sa.Engine, act: Callable[[], object]) -> None:
     """Let something happen between a prune's look at the table and what it deletes."""
     kind = type(statements_for(engine))
-    look = kind.over
+    look = kind.ended_before
 
-    def over(*arguments: Any, **options: Any) -> tuple[list[UUID], UUID | None]:
+    def ended_before(*arguments: Any, **options: Any) -> tuple[list[UUID], UUID | None]:
         found: tuple[list[UUID], UUID | None] = look(*arguments, **options)
         if found[0]:
             act()
         return found
 
-    monkeypatch.setattr(kind, "over", over)
+    monkeypatch.setattr(kind, "ended_before", ended_before)
 
 
 def test_a_job_that_a_host_takes_up_again_meanwhile_stays_whole(database: Database, create: Create) -> None:
@@ -305,9 +305,9 @@ def test_what_a_look_and_a_deletion_read_is_bounded_by_keys(engine: sa.Engine) -
         connection.execute(sa.text("ANALYZE"))
     statements, before = statements_for(engine), utcnow() - DAY * 30
     with explained(engine) as found, engine.begin() as connection:
-        jobs, last = statements.over(connection, before=before, after=UUID(int=0), limit=100)
+        jobs, last = statements.ended_before(connection, before=before, after=UUID(int=0), limit=100)
         assert (len(jobs), last) == (50, jobs[-1])
-        assert statements.weigh(connection, jobs[:25], provider="local_disk")[1:] == (75, 25)
+        assert statements.count_related(connection, jobs[:25], provider="local_disk")[1:] == (75, 25)
         assert statements.prune(connection, jobs[:25], before=before, provider="local_disk")[1:] == (75, 25)
     assert [path for path in found if path.endswith(": all")] == []
     assert {path.partition(": index ")[0] for path in found} >= {"content_jobs", "content_job_events", "assets"}

@@ -166,7 +166,7 @@ class Machine(Ground):
         mine = [one, other] if one.job_id != other.job_id else [one]
         expected = {c.job_id: self.model.jobs[c.job_id] for c in mine if self.model.jobs[c.job_id].holds(c)}
         with self.transaction(commit) as connection:
-            assert claims.look(connection, mine) == {job.id: job.asked for job in expected.values()}
+            assert claims.check(connection, mine) == {job.id: job.asked for job in expected.values()}
             assert claims.renew(connection, mine, lease=3600.0) == {job.id: job.asked for job in expected.values()}
         self.seen["renewal refused"] += len(expected) < len(mine)
         for job in expected.values() if commit else ():

@@ -247,7 +247,7 @@ def test_a_renewal_of_an_old_claim_changes_nothing(engine: sa.Engine, create: Cr
     expire(engine, job)
     with engine.begin() as connection:
         assert claims.renew(connection, [old], lease=60.0) == {}
-        assert claims.look(connection, [old]) == {}
+        assert claims.check(connection, [old]) == {}
         assert fresh(engine, job).lease_until == datetime(2020, 1, 1, tzinfo=UTC)
         assert claims.renew(connection, [old, new], lease=60.0) == {job.id: False}
 

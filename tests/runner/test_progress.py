@@ -50,7 +50,7 @@ def claim_one(engine: sa.Engine) -> claims.Claim:
 
 def advance(engine: sa.Engine, claim: claims.Claim, fraction: float, message: str | None = None) -> dict[Any, bool]:
     with engine.begin() as connection:
-        held, _ = claims.advance(connection, [(claim, Report(fraction, message))], lease=60.0, now=utcnow())
+        held, _ = claims.update_progress(connection, [(claim, Report(fraction, message))], lease=60.0, now=utcnow())
     return held
 
 
@@ -138,7 +138,7 @@ def test_a_rollback_takes_the_report_and_its_event(engine: sa.Engine, create: Cr
     job = create()
     claim = claim_one(engine)
     with engine.connect() as connection, connection.begin() as transaction:
-        claims.advance(connection, [(claim, Report(0.5, None))], lease=60.0, now=utcnow())
+        claims.update_progress(connection, [(claim, Report(0.5, None))], lease=60.0, now=utcnow())
         transaction.rollback()
     assert seen(engine, job).progress is None
     assert told(engine, job) == []
@@ -292,13 +292,13 @@ def test_reports_of_many_jobs_go_together(
     engine: sa.Engine, disk: AssetStore, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    plain = claims.advance
+    plain = claims.update_progress
 
     def counted(connection: Any, reports: Any, **options: Any) -> Any:
         asked.append(len(reports))
         return plain(connection, reports, **options)
 
-    monkeypatch.setattr(claims, "advance", counted)
+    monkeypatch.setattr(claims, "update_progress", counted)
     jobs, gate = [create() for _ in range(8)], Gate()
     with Runner(engine, disk, only(gate), concurrency=8) as runner:
         gate.entered(8)
@@ -317,7 +317,7 @@ def test_leases_are_renewed_although_reports_cannot_be_recorded(
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("no")
 
-    monkeypatch.setattr(claims, "advance", refuse)
+    monkeypatch.setattr(claims, "update_progress", refuse)
     job, gate = create(), Gate()
     with Runner(engine, disk, only(gate), lease=1.0) as runner:
         gate.entered()
@@ -397,8 +397,10 @@ def test_no_statement_of_several_jobs_locks_them_in_another_order(postgres_datab
     backwards = sorted(taken, key=lambda claim: claim.job_id, reverse=True)
     with hearing(engine, order), engine.begin() as connection:
         claims.renew(connection, backwards, lease=60.0)
-        claims.look(connection, backwards)
-        claims.advance(connection, [(claim, Report(0.5, None)) for claim in backwards], lease=60.0, now=utcnow())
+        claims.check(connection, backwards)
+        claims.update_progress(
+            connection, [(claim, Report(0.5, None)) for claim in backwards], lease=60.0, now=utcnow()
+        )
         claims.release(connection, backwards, now=utcnow())
     assert len(orders) == 4
     assert all(order == sorted(order) for order in orders)

@@ -14,7 +14,7 @@ from jobkit.assets import intents
 from jobkit.assets.intents import Intent
 from jobkit.base.clock import utcnow
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import ClaimTerms, DueKey, Position, Start, Statements
+from jobkit.db.dialects.base import ClaimTerms, Dialect, DueKey, Position, Start
 from jobkit.events import log
 from jobkit.events.hub import subscribers
 from jobkit.events.watch import Watcher
@@ -47,7 +47,7 @@ class Host:
         return JobStore(self.connection)
 
     @property
-    def statements(self) -> Statements:
+    def statements(self) -> Dialect:
         return statements_for(self.connection)
 
     def committer(self) -> Committer:
@@ -125,13 +125,13 @@ HOT: dict[str, Callable[[Host], object]] = {
     "claim_of": lambda h: h.statements.claim_of(h.connection, COMPANIES, 2, terms=terms()),
     "claim_these": lambda h: h.statements.claim_these(h.connection, [job_id(n) for n in QUEUED[:9]], terms=terms()),
     "due": lambda h: h.statements.due(h.connection, window=DUE_WINDOW, limit=DUE, now=utcnow()),
-    "heads": lambda h: h.statements.heads(h.connection, COMPANIES, 8),
+    "first_queued": lambda h: h.statements.first_queued(h.connection, COMPANIES, 8),
     "companies": lambda h: h.statements.companies(h.connection, limit=1_000),
     "record_intents": lambda h: intents.record_intents(h.connection, [Intent("c1", "local_disk", "c1/x/new")]),
     "finish": finish,
     "renew": lambda h: claims.renew(h.connection, HELD, lease=60.0),
-    "look": lambda h: claims.look(h.connection, HELD),
-    "advance": lambda h: claims.advance(
+    "check": lambda h: claims.check(h.connection, HELD),
+    "update_progress": lambda h: claims.update_progress(
         h.connection, [(claim, Report(0.5, None)) for claim in HELD], lease=60.0, now=utcnow()
     ),
     "rescue": lambda h: claims.rescue(h.connection, limit=100, now=utcnow()),

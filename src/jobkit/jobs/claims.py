@@ -134,12 +134,12 @@ def renew(connection: sa.Connection, claims: Sequence[Claim], *, lease: float) -
     return dict(statements_for(connection).renew(connection, _tokens(claims), lease=lease))
 
 
-def look(connection: sa.Connection, claims: Sequence[Claim]) -> dict[UUID, bool]:
+def check(connection: sa.Connection, claims: Sequence[Claim]) -> dict[UUID, bool]:
     """As ``renew``, and writes nothing."""
-    return dict(statements_for(connection).look(connection, _tokens(claims)))
+    return dict(statements_for(connection).held(connection, _tokens(claims)))
 
 
-def advance(
+def update_progress(
     connection: sa.Connection, reports: Sequence[tuple[Claim, Report]], *, lease: float, now: datetime
 ) -> tuple[dict[UUID, bool], list[EventRow]]:
     """As ``renew``, and records how far the jobs are; with their events. A job's fraction never goes back."""
@@ -147,7 +147,7 @@ def advance(
         {"job": claim.job_id.hex, "fence": claim.fence, "progress": report.fraction, "message": report.message}
         for claim, report in sorted(reports, key=lambda reported: _by_id(reported[0]))
     ]
-    moved = statements_for(connection).advance(connection, jobs, lease=lease, now=now)
+    moved = statements_for(connection).update_progress(connection, jobs, lease=lease, now=now)
     return {event.job_id: cancelled for event, cancelled in moved}, [event for event, _ in moved]
 
 

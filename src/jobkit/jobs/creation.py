@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import queue
 import re
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import chain
 from typing import Any, NamedTuple, TypeVar
 from uuid import UUID
 
@@ -26,6 +25,8 @@ MAX_CHUNK_CHARACTERS = 4 << 20
 
 MAX_PRIORITY = (1 << 31) - 1
 
+T = TypeVar("T")
+
 
 class NewJob(NamedTuple):
     """A job that is not inserted yet; ``text`` is its input as JSON."""
@@ -34,7 +35,7 @@ class NewJob(NamedTuple):
     text: str
 
     def values(self) -> dict[str, Any]:
-        """The parameters of ``Statements.insert_job``."""
+        """The parameters of ``Dialect.insert_job``."""
         job = self.job
         return {
             "id": job.id,
@@ -50,7 +51,7 @@ class NewJob(NamedTuple):
         }
 
     def document(self) -> str:
-        """The job as ``Statements.insert_jobs`` reads it; its input is JSON text already."""
+        """The job as ``Dialect.insert_jobs`` reads it; its input is JSON text already."""
         job, rest = self.job, ""
         if job.source_task_id is not None:
             rest = f',"task":{json.dumps(job.source_task_id)}'
@@ -138,7 +139,7 @@ def checked_many(requests: Iterable[JobRequest], max_input_bytes: int) -> deque[
 
 class Chunk(NamedTuple):
     """Some of the jobs of a call, in its order: the ``keyed`` ones to be inserted one by one, the others together, as
-    the JSON array that ``Statements.insert_jobs`` reads; None when there are no others.
+    the JSON array that ``Dialect.insert_jobs`` reads; None when there are no others.
     """
 
     jobs: list[Job]
@@ -177,6 +178,26 @@ def chunks(wanted: deque[CheckedRequest], company_id: str, now: datetime) -> Ite
 
 def _chunk(jobs: list[Job], keyed: list[NewJob], documents: list[str]) -> Chunk:
     return Chunk(jobs, keyed, f"[{','.join(documents)}]" if documents else None)
+
+
+def prefetched(first: T, rest: Iterator[T]) -> Generator[T]:
+    """``first`` and ``rest``; a thread makes each item while the one before is in use. ``close`` ends the thread.
+
+    Where no thread can be started, items are made when they are asked for.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="jobkit-prefetch") as thread:
+        item: T | None = first
+        while item is not None:
+            try:
+                coming = thread.submit(next, rest, None)
+            except RuntimeError:  # the interpreter is ending, or the system has no more threads
+                yield from chain([item], rest)
+                return
+            yield item
+            try:
+                item = coming.result()
+            finally:
+                del coming  # else a failed one would keep this frame, and this frame it
 
 
 MAX_DEPTH = 100
@@ -244,48 +265,3 @@ def _inspect(value: object, depth: int) -> None:
             _inspect(key, depth)
     for item in value.values() if isinstance(value, dict) else value:
         _inspect(item, depth + 1)
-
-
-T = TypeVar("T")
-
-
-@contextmanager
-def prefetched(items: Iterator[T]) -> Iterator[Iterator[T]]:
-    """Within it, the same items: a thread draws the first at once, and each of the others while the one before is in
-    use. It has ended, or ends with what it draws just then, when this is left.
-
-    What ``items`` raises is raised where the item would come. Where no thread can be started, items are drawn when they
-    are asked for.
-    """
-    wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    drawn: queue.SimpleQueue[tuple[T] | BaseException | None] = queue.SimpleQueue()
-
-    def draw() -> None:
-        while wanted.get():
-            try:
-                drawn.put((next(items),))
-            except StopIteration:
-                drawn.put(None)
-            except BaseException as error:  # SystemExit too: whoever waits for the item shall hear of it
-                drawn.put(error)
-
-    def taken() -> Iterator[T]:
-        while (found := drawn.get()) is not None:
-            if isinstance(found, BaseException):
-                try:
-                    raise found
-                finally:
-                    del found  # its traceback has this frame
-            wanted.put(True)
-            yield found[0]
-
-    wanted.put(True)
-    try:
-        try:
-            threading.Thread(target=draw, name="jobkit-prefetch", daemon=True).start()
-            given = taken()
-        except RuntimeError:  # the interpreter is ending, or the system has no more threads
-            given = items
-        yield given
-    finally:
-        wanted.put(False)

@@ -85,8 +85,8 @@ class RoundRobin:
             rest = terms._replace(limit=terms.limit - len(found))
             names = list(dict.fromkeys([*self._companies, *(job.company_id for job in self._due)]))
             turn, each = self._turn(names, rest.limit)
-            heads = self._statements.heads(connection, turn, each * SPARE)
-            chosen = _in_turn([*heads, *(job for job in self._due if job.company_id in turn)], each * SPARE)
+            first = self._statements.first_queued(connection, turn, each * SPARE)
+            chosen = _in_turn([*first, *(job for job in self._due if job.company_id in turn)], each * SPARE)
             some = self._statements.claim_these(connection, [job.job_id for job in chosen], terms=rest)
             # Of those that were named and not taken, others have some, unless the limit was reached first.
             gone = {one.job_id for one in some} if len(some) == rest.limit else {job.job_id for job in chosen}

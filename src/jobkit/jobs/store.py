@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import datetime
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -20,7 +19,7 @@ from jobkit.db.host import connection_of, of_company, page_size
 from jobkit.db.sqlite import require_configured
 from jobkit.errors import ConfigurationError, IdempotencyConflict, InvalidTransition, JobNotFound
 from jobkit.jobs import outbox
-from jobkit.jobs.creation import MAX_INPUT_BYTES, Chunk, NewJob, checked, checked_many, chunks, prefetched
+from jobkit.jobs.creation import MAX_INPUT_BYTES, NewJob, checked, checked_many, chunks, prefetched
 from jobkit.tables import content_jobs
 from jobkit.types import Job, JobRequest, JobStatus
 
@@ -100,9 +99,8 @@ class JobStore:
         # A host may catch the error of a later statement and commit; the savepoint takes the earlier ones back.
         one = whole and first.statements == 1
         savepoint: AbstractContextManager[object] = nullcontext() if one else connection.begin_nested()
-        rest: AbstractContextManager[Iterator[Chunk]] = nullcontext(iter(())) if whole else prefetched(pieces)
-        with savepoint, rest as others:
-            for chunk in chain([first], others):
+        with savepoint, closing(prefetched(first, pieces)) as prepared:
+            for chunk in [first] if whole else prepared:
                 made += chunk.jobs
                 keyed += chunk.keyed
                 if chunk.array is not None:

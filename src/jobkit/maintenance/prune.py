@@ -90,7 +90,7 @@ class _Pruning:
         last: UUID | None = UUID(int=0)
         while last is not None:
             with self._transaction() as connection:
-                found, last = self._statements.over(connection, before=self._before, after=last, limit=PAGE)
+                found, last = self._statements.ended_before(connection, before=self._before, after=last, limit=PAGE)
             for start in range(0, len(found), BATCH):
                 self._batch(found[start : start + BATCH])
         return PruneReport(self._dry_run, self._jobs, self._events, self._assets, self._refused, tuple(self._sample))
@@ -98,7 +98,7 @@ class _Pruning:
     def _batch(self, jobs: Sequence[UUID]) -> None:
         if self._dry_run:
             with self._transaction() as connection:
-                self._count(self._statements.weigh(connection, jobs, provider=self._provider))
+                self._count(self._statements.count_related(connection, jobs, provider=self._provider))
             return
         began = time.monotonic()
         self._delete(jobs)

@@ -12,7 +12,7 @@ from jobkit.base.clock import Clock
 from jobkit.base.threads import Periodic
 from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import EventRow, Statements
+from jobkit.db.dialects.base import Dialect, EventRow
 from jobkit.jobs import claims
 
 # Seconds between two checks for expired leases by a started runner; jobs that one transaction rescues.
@@ -33,7 +33,7 @@ class RescueReport:
 
 def rescue(
     link: DedicatedConnection | SharedConnection,
-    statements: Statements,
+    statements: Dialect,
     *,
     clock: Clock,
     on_commit: Callable[[Sequence[EventRow]], object],

@@ -85,7 +85,7 @@ class LeaseKeeper:
         self._record_at = sent + record_every(len(news))
         reports = [(attempt.claim, said) for attempt, said in news.items() if said is not None]
         with self.link.use() as connection, connection.begin():
-            held, events = claims.advance(connection, reports, lease=self._lease, now=self._clock())
+            held, events = claims.update_progress(connection, reports, lease=self._lease, now=self._clock())
         for attempt, said in news.items():
             attempt.recorded = said
         self._told(list(news), held, renewed=sent)
@@ -117,7 +117,7 @@ class LeaseKeeper:
             if old:
                 held = claims.renew(connection, [attempt.claim for attempt in old], lease=self._lease)
             else:
-                held = claims.look(connection, [attempt.claim for attempt in attempts])
+                held = claims.check(connection, [attempt.claim for attempt in attempts])
         if renewing:
             self._renew_at = sent + self._lease / 3
         else:

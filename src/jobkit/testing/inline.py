@@ -132,14 +132,14 @@ class _Inline:
             progressed=lambda: self._home.ask(partial(self._record, attempt)),
             lease=LEASE,
         )
-        attempt.look = lambda: self._home.ask(partial(claims.look, self._connection, [claim]))
+        attempt.look = lambda: self._home.ask(partial(claims.check, self._connection, [claim]))
         return attempt
 
     def _record(self, attempt: _Attempt) -> None:
         assert attempt.reported is not None
         with self._connection.begin_nested():
             reports = [(attempt.claim, attempt.reported)]
-            claims.advance(self._connection, reports, lease=LEASE, now=self._clock())
+            claims.update_progress(self._connection, reports, lease=LEASE, now=self._clock())
         self._tell(attempt.claim.job_id)
 
     def _end(self, attempt: _Attempt) -> None:

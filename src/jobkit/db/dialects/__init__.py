@@ -14,12 +14,12 @@ from jobkit.errors import ConfigurationError
 if TYPE_CHECKING:
     import sqlalchemy as sa
 
-    from jobkit.db.dialects.base import Statements
+    from jobkit.db.dialects.base import Dialect
 
-_KNOWN: dict[str, Statements] = {"postgresql": postgresql.Postgresql(), "sqlite": sqlite.Sqlite()}
+_KNOWN: dict[str, Dialect] = {"postgresql": postgresql.Postgresql(), "sqlite": sqlite.Sqlite()}
 
 
-def statements_for(bind: sa.Connection | sa.Engine) -> Statements:
+def statements_for(bind: sa.Connection | sa.Engine) -> Dialect:
     """The statements of ``bind``'s database; ``ConfigurationError`` when it is neither SQLite nor PostgreSQL."""
     try:
         return _KNOWN[bind.dialect.name]

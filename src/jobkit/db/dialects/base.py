@@ -1,22 +1,26 @@
-"""What a dialect must offer, and the text of a statement with the schema of the connection it runs on."""
+"""What the two databases are asked to do: signatures, what both do alike, and the rows that come back.
+
+Every method works in the transaction of the connection it is given, and commits nothing. A batch goes in as one JSON
+document, which both databases read as rows, with any driver.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit.tables import JsonObject, UtcDateTime
+from jobkit.db.dialects.sql import Sql
 
 Document = list[dict[str, Any]]
 _CURSOR = re.compile(r"([0-9]{1,19})-([0-9]{1,19})", re.ASCII)
-# The row of the event log that says up to where events were removed from it.
+# The row of the event log, of no job, that says up to where events were removed. No scan gives it.
 MARK = UUID(int=0)
 PRUNED = "pruned"
 
@@ -39,14 +43,14 @@ class Position(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where a reader began: its first position, and the snapshot whose events it leaves out (empty on SQLite)."""
+    """Where a reader of the log began: its position, and the snapshot whose events it leaves out (empty on SQLite)."""
 
     position: Position
     snapshot: str
 
 
 class ClaimedRow(NamedTuple):
-    """A claimed job with the number of its ``running`` event."""
+    """A claimed job, with the ``seq`` and id of its ``running`` event."""
 
     job_id: UUID
     company_id: str
@@ -60,7 +64,7 @@ class ClaimedRow(NamedTuple):
 
 
 class ClaimTerms(NamedTuple):
-    """On what a claim is made: how many jobs at most, for whom, for how many seconds of the database's clock."""
+    """At most ``limit`` jobs for ``worker_id``, leased for ``lease`` seconds of the database's clock."""
 
     limit: int
     worker_id: str
@@ -69,8 +73,8 @@ class ClaimTerms(NamedTuple):
 
 
 class QueuedJob(NamedTuple):
-    """A queued job that may run now, and what orders it within its company: ``at`` is its ``run_at``, or when it was
-    created.
+    """A queued job that may run now, with its place within its company: by ``priority``, then by ``at``, which is its
+    ``run_at`` or, without one, its ``created_at``.
     """
 
     job_id: UUID
@@ -80,8 +84,8 @@ class QueuedJob(NamedTuple):
 
 
 class RescueTerms(NamedTuple):
-    """How jobs of lost workers go on: ``reason`` for those that are queued again, ``stopped`` for those that were
-    rescued ``max_rescues`` times already.
+    """At most ``limit`` jobs; the error message ``reason`` for those that are queued again, ``stopped`` for those that
+    were rescued ``max_rescues`` times already, which fail.
     """
 
     limit: int
@@ -120,7 +124,7 @@ class EventRow(NamedTuple):
 
 
 class DueKey(NamedTuple):
-    """A recorded key that a sweep may visit."""
+    """A recorded object key that a sweep may visit from ``not_before`` on."""
 
     company_id: str
     object_key: str
@@ -128,147 +132,203 @@ class DueKey(NamedTuple):
 
 
 class PruneCounts(NamedTuple):
-    """What went, or would go, with a batch of old jobs."""
+    """The jobs of a batch that are deleted, and how many events and assets with them."""
 
     jobs: Sequence[UUID]
     events: int
     assets: int
 
 
-class JobStatements(Protocol):
-    """Creating jobs."""
-
-    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
-        """Insert a queued job with its first event; return the event's id, or None when its key has a job already."""
-
-    def insert_jobs(
-        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
-    ) -> None:
-        """Insert a company's queued jobs, each with its first event; ``jobs`` is a JSON array of ``{id, type, input,
-        task, run_at, priority}``.
-        """
-
-
-class QueueStatements(Protocol):
-    """What waits, and in which order. Locks nothing."""
-
-    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[QueuedJob]:
-        """Jobs whose ``run_at`` has come: the first ``limit``, the companies in turn, among the ``window`` first of
-        each priority. Locks nothing.
-        """
-
-    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[QueuedJob]:
-        """The first ``each`` jobs without ``run_at`` of each of these companies. Locks nothing."""
-
-    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
-        """Companies with jobs that may run now, in order; the first ``limit`` of them."""
-
-    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
-        """Whether a claim is worth its write lock. A hint."""
+def event_payload(
+    kind: str,
+    job_id: UUID,
+    *,
+    asset_id: UUID | None = None,
+    error: str | None = None,
+    attempt: int | None = None,
+    run_at: datetime | None = None,
+    progress: float | None = None,
+    message: str | None = None,
+) -> dict[str, Any]:
+    """The payload of a job's event of type ``kind``, as JSON has it. PostgreSQL's statements make the same."""
+    payload: dict[str, Any] = {"jobId": str(job_id)}
+    match kind:
+        case "content_job.done":
+            payload["assetId"] = None if asset_id is None else str(asset_id)
+        case "content_job.failed":
+            payload["errorMessage"] = error
+        case "content_job.retrying":
+            payload |= {
+                "attempt": attempt,
+                "errorMessage": error,
+                "runAt": None if run_at is None else run_at.isoformat(),
+            }
+        case "content_job.progress":
+            payload |= {"progress": progress, "message": message}
+    return payload
 
 
-class ClaimStatements(Protocol):
-    """Claims: taken, prolonged, ended, rescued."""
+# Both databases go from one company, or one priority, to the next by index; they begin the recursion differently.
+NEXT_COMPANIES = """  UNION ALL
+    SELECT (SELECT company_id FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NULL AND company_id > c.company_id ORDER BY company_id LIMIT 1), c.n + 1
+    FROM c WHERE c.company_id IS NOT NULL AND c.n < :limit
+)
+SELECT company_id FROM c WHERE company_id IS NOT NULL
+"""
+HAS_QUEUED_BELOW = """
+SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
+    OR EXISTS (SELECT 1 FROM level WHERE EXISTS (
+        SELECT 1 FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now))
+"""
+
+
+class Jobs(ABC):
+    """Jobs: created, claimed, ended, rescued; each change with its event."""
 
     #: Whether a claim that finds nothing still takes the database's write lock, so that a poll should look first.
     claim_locks: bool
 
-    def claim(self, connection: sa.Connection, *, terms: ClaimTerms) -> list[ClaimedRow]:
-        """Take queued jobs of any company, a company's in order of priority and creation: fence + 1, each with its
-        event.
+    _due: Sql
+    _first_queued: Sql
+    _companies: Sql
+    _has_queued: Sql
+    _claim: Sql
+    _claim_of: Sql
+    _claim_these: Sql
+    _renew: Sql
+    _held: Sql
+    _has_expired: Sql
+
+    @abstractmethod
+    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
+        """Insert a queued job with its event; the event's id, or None when a job has its idempotency key already."""
+
+    @abstractmethod
+    def insert_jobs(
+        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
+    ) -> None:
+        """Insert a company's queued jobs, each with its event; ``jobs`` is a JSON array of ``{id, type, input, task,
+        run_at, priority}``.
         """
+
+    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[QueuedJob]:
+        """Jobs whose ``run_at`` has come: the first ``limit``, companies in turn, among the first ``window`` of each
+        priority. Locks nothing.
+        """
+        values = {"window": window, "limit": limit, "now": now}
+        return [QueuedJob(*row) for row in connection.execute(self._due(connection), values)]
+
+    def first_queued(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[QueuedJob]:
+        """The first ``each`` jobs without ``run_at`` of each of these companies. Locks nothing."""
+        values = {"companies": json.dumps(companies), "each": each}
+        return [QueuedJob(*row) for row in connection.execute(self._first_queued(connection), values)]
+
+    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
+        """The first ``limit`` companies, in order, that have queued jobs without ``run_at``. Locks nothing."""
+        return list(connection.execute(self._companies(connection), {"limit": limit}).scalars())
+
+    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
+        """Whether a claim would find a job. Locks nothing, so the answer is only a hint."""
+        return bool(connection.execute(self._has_queued(connection), {"now": now}).scalar())
+
+    def claim(self, connection: sa.Connection, *, terms: ClaimTerms) -> list[ClaimedRow]:
+        """Claim queued jobs without ``run_at``, by company, then priority and creation: running, fence + 1, leased,
+        each with its event.
+        """
+        return self._claimed(connection, self._claim, terms)
 
     def claim_of(
         self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: ClaimTerms
     ) -> list[ClaimedRow]:
         """As ``claim``, up to ``each`` jobs of each of these companies."""
+        return self._claimed(connection, self._claim_of, terms, companies=json.dumps(companies), each=each)
 
     def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: ClaimTerms) -> list[ClaimedRow]:
-        """As ``claim``, of these jobs, in this order, those that still may run."""
+        """As ``claim``, of these jobs those that still may run, in this order."""
+        return self._claimed(connection, self._claim_these, terms, ids=json.dumps([job_id.hex for job_id in job_ids]))
 
+    def _claimed(
+        self, connection: sa.Connection, statement: Sql, terms: ClaimTerms, **more: object
+    ) -> list[ClaimedRow]:
+        return [ClaimedRow(*row) for row in connection.execute(statement(connection), {**terms._asdict(), **more})]
+
+    @abstractmethod
     def finish(
         self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
     ) -> tuple[list[AppendedEvent], int]:
-        """End the jobs whose fence still holds, with their files. The events of those, and how many intents went."""
+        """End the jobs whose fence still holds, with their files; their events, and how many intents were deleted."""
 
     def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
-        """Prolong the leases that still hold, from now on the database's clock."""
+        """Prolong the claims that still hold to ``lease`` seconds from now, by the database's clock."""
+        values = {"jobs": json.dumps(jobs), "lease": lease}
+        return [Held(*row) for row in connection.execute(self._renew(connection), values)]
 
-    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
-        """Which claims still hold. Writes nothing."""
+    def held(self, connection: sa.Connection, jobs: Document) -> list[Held]:
+        """The claims that still hold. Writes nothing."""
+        return [Held(*row) for row in connection.execute(self._held(connection), {"jobs": json.dumps(jobs)})]
 
-    def advance(
+    @abstractmethod
+    def update_progress(
         self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
     ) -> list[tuple[EventRow, bool]]:
-        """As ``renew``, with each job's ``progress``, never lower than before, and ``message``. The events, and which
-        jobs were asked to stop.
+        """As ``renew``, with each job's ``message`` and its ``progress``, which never falls. Of each job that still is
+        held its event, and whether it was asked to stop.
         """
 
+    @abstractmethod
     def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
         """Take running jobs whose lease is over from their lost workers, each with its event; the attempt is not
         charged.
         """
 
     def has_expired(self, connection: sa.Connection) -> bool:
-        """Whether a rescue is worth its write lock. A hint."""
+        """Whether a rescue would find a job. Locks nothing, so the answer is only a hint."""
+        return bool(connection.execute(self._has_expired(connection)).scalar())
 
 
-class IntentStatements(Protocol):
-    """Keys that may hold an object without a live row."""
-
-    def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
-        """Record each key; nothing sweeps it for ``grace`` seconds of the database's clock."""
-
-    def due_intents(
-        self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
-    ) -> Iterator[DueKey]:
-        """Keys of ``state`` without a live row whose time has come, or comes within ``early`` seconds of the database's
-        clock; the longest due first, from ``after`` on. A hint: only ``claim_intents`` decides.
-        """
-
-    def claim_intents(
-        self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float
-    ) -> list[str]:
-        """Make those of ``keys`` that still are due ``collected``, due again in ``hold`` seconds; return them."""
-
-    def drop_intents(self, connection: sa.Connection, keys: Sequence[str], *, provider: str) -> None:
-        """Delete the records of collected keys."""
-
-    def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
-        """Make collected keys tombstones again, each with its ``error``, due after a pause that doubles with every
-        failure.
-        """
-
-
-class EventStatements(Protocol):
+class Events(ABC):
     """The event log: appended to and read."""
 
     #: Channels of NOTIFY: that there may be jobs to run, and that the log has grown. None where there is no NOTIFY.
-    channels: tuple[str, ...]
+    channels: tuple[str, ...] = ()
+    #: A snapshot that no event of the log is visible in.
+    nothing_visible = ""
 
+    _earlier: Sql
+
+    @abstractmethod
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
-        """Append one event to the log; return its id. ``notify``: hint at it when the transaction commits."""
+        """Append one event; its id. ``notify``: hint at it when the transaction commits, where there is NOTIFY."""
 
+    @abstractmethod
     def version(self, connection: sa.Connection) -> int:
-        """As long as this number is that of the last look on this connection, a scan finds nothing new. Costs less."""
+        """Changes with every commit of others; while it is the same, a scan would find nothing. Cheaper than one."""
 
     def log_file(self, connection: sa.Connection) -> str | None:
         """The file that every commit writes to, if there is one."""
+        return None
 
+    @abstractmethod
     def start(self, connection: sa.Connection) -> Start:
-        """The end of the event log as of now."""
+        """The end of the log as of now."""
 
     def start_after(self, after: Position) -> Start:
         """A start that leaves out nothing beyond ``after``."""
+        return Start(after, self.nothing_visible)
 
+    @abstractmethod
     def log_begins(self, connection: sa.Connection) -> Position:
-        """The position up to which events may be gone from the log: a reader from below it may miss some."""
+        """The position up to which events were removed: a reader from below it may miss some."""
 
+    @abstractmethod
     def scan(
         self, connection: sa.Connection, after: Position, start: Start, limit: int
     ) -> tuple[list[EventRow], Position]:
         """The next events that no later commit can precede, in order, and the position after them."""
 
+    @abstractmethod
     def of_company(
         self, connection: sa.Connection, after: Position, start: Start, company_id: str, limit: int
     ) -> tuple[list[EventRow], Position]:
@@ -277,25 +337,80 @@ class EventStatements(Protocol):
         """
 
     def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
-        """Events of each job before a ``seq`` that lie beyond ``after``; with ``queued`` also the one just before, if
-        it is ``queued``.
+        """Events of each job before its ``seq`` that lie beyond ``after``; with ``queued`` also the one just before, if
+        that is ``queued``.
         """
+        values = {"jobs": json.dumps(jobs), "xid": after.xid, "id": after.id, "snapshot": start.snapshot}
+        return [EventRow(*row) for row in connection.execute(self._earlier(connection), values)]
 
 
-class PruneStatements(Protocol):
-    """Old jobs that are over, and what goes with them. ``before``: over since then, or longer."""
+class Intents(ABC):
+    """Keys recorded before an object exists: they may hold one without a live row."""
+
+    _insert_intents: Sql
+    _due_intents: Sql
+    _claim_intents: Sql
+    _drop_intents: Sql
+    _postpone_intents: Sql
+
+    def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
+        """Record each key; nothing sweeps it for ``grace`` seconds of the database's clock."""
+        connection.execute(self._insert_intents(connection), {"intents": json.dumps(intents), "grace": grace})
+
+    def due_intents(
+        self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
+    ) -> Iterator[DueKey]:
+        """Keys of ``state`` without a live row that are due, or will be within ``early`` seconds of the database's
+        clock; the longest due first, from ``after`` on. A hint: only ``claim_intents`` decides.
+        """
+        values = {"provider": provider, "state": state, "early": early, "after": after, "limit": limit}
+        for row in connection.execute(self._due_intents(connection), values):
+            yield DueKey(*row)
+
+    def claim_intents(
+        self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float
+    ) -> list[str]:
+        """Make those of ``keys`` that still are due ``collected``, due again in ``hold`` seconds; return them."""
+        values = {"keys": json.dumps(keys), "provider": provider, "state": state, "early": early, "hold": hold}
+        return list(connection.execute(self._claim_intents(connection), values).scalars())
+
+    def drop_intents(self, connection: sa.Connection, keys: Sequence[str], *, provider: str) -> None:
+        """Delete the records of collected keys."""
+        connection.execute(self._drop_intents(connection), {"keys": json.dumps(keys), "provider": provider})
+
+    def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
+        """Make collected keys tombstones again, each with its ``error``, due after a pause that doubles with every
+        failure.
+        """
+        keys = json.dumps([failure["key"] for failure in failures])
+        values = {"failures": json.dumps(failures), "keys": keys, "provider": provider}
+        connection.execute(self._postpone_intents(connection), values)
+
+
+class Prune(ABC):
+    """Jobs that ended at ``before`` or earlier, and what is deleted with them."""
 
     #: Whether a transaction that writes keeps every other one from writing.
     one_writer: bool
 
-    def over(
+    _ended_before: Sql
+    _count_related: Sql
+    _mark_pruned: Sql
+
+    def ended_before(
         self, connection: sa.Connection, *, before: datetime, after: UUID, limit: int
     ) -> tuple[list[UUID], UUID | None]:
-        """Those among the next ``limit`` jobs by id, and the last id that was looked at, None at the end. A hint."""
+        """Those among the next ``limit`` jobs by id, and the last id of these, None at the end. A hint."""
+        values = {"before": before, "after": after, "limit": limit}
+        rows = connection.execute(self._ended_before(connection), values).all()
+        return [row.id for row in rows if row.over], rows[-1].id if rows else None
 
-    def weigh(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> PruneCounts:
+    def count_related(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> PruneCounts:
         """What ``prune`` would delete. Writes nothing."""
+        values = these(jobs, provider=provider)
+        return PruneCounts(jobs, *connection.execute(self._count_related(connection), values).one())
 
+    @abstractmethod
     def prune(
         self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
     ) -> PruneCounts:
@@ -305,120 +420,11 @@ class PruneStatements(Protocol):
 
     def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
         """Remember, in the transaction that removes events, up to where that is. Never moves back."""
+        connection.execute(self._mark_pruned(connection), upto._asdict())
 
 
-class Statements(
-    JobStatements, QueueStatements, ClaimStatements, IntentStatements, EventStatements, PruneStatements, Protocol
-):
-    """The statements that differ. Each takes a connection in the caller's transaction and commits nothing."""
-
-
-class Sql:
-    """A statement with ``{s}`` where the schema goes, and the types of its parameters and columns.
-
-    Calling it with a connection gives the clause for that connection's ``schema_translate_map``, which SQLAlchemy
-    itself does not apply to written-out SQL.
-    """
-
-    def __init__(self, template: str, *columns: sa.ColumnClause[Any], **types: Any) -> None:
-        self._template, self._columns, self._types = template, columns, types
-        self._render = lru_cache(maxsize=16)(self._text)
-
-    def __call__(self, connection: sa.Connection) -> Any:
-        schemas = connection.get_execution_options().get("schema_translate_map")
-        return self._render(schemas.get(None) if schemas else None)
-
-    def _text(self, schema: str | None) -> Any:
-        prefix = "" if schema is None else '"' + schema.replace('"', '""') + '".'
-        clause = sa.text(self._template.replace("{s}", prefix))
-        clause = clause.bindparams(*(sa.bindparam(name, type_=kind) for name, kind in self._types.items()))
-        return clause.columns(*self._columns) if self._columns else clause
-
-
-# The columns that statements of both databases return, and the parameters that both insert a job with.
-CLAIMED = (
-    sa.column("id", sa.Uuid()),
-    sa.column("company_id", sa.Text()),
-    sa.column("job_type", sa.Text()),
-    sa.column("input", JsonObject()),
-    sa.column("source_task_id", sa.Text()),
-    sa.column("fence", sa.BigInteger()),
-    sa.column("attempt", sa.Integer()),
-    sa.column("event_seq", sa.Integer()),
-    sa.column("event_id", sa.BigInteger()),
-)
-WAITING = (
-    sa.column("id", sa.Uuid()),
-    sa.column("company_id", sa.Text()),
-    sa.column("priority", sa.Integer()),
-    sa.column("at", UtcDateTime()),
-)
-HELD = (sa.column("id", sa.Uuid()), sa.column("cancelled", sa.Boolean()))
-TOLD = (sa.column("job_id", sa.Uuid()), sa.column("id", sa.BigInteger()), sa.column("seq", sa.Integer()))
-EVENT = (
-    sa.column("id", sa.BigInteger()),
-    sa.column("xid", sa.BigInteger()),
-    sa.column("seq", sa.Integer()),
-    sa.column("company_id", sa.Text()),
-    sa.column("type", sa.Text()),
-    sa.column("job_id", sa.Uuid()),
-    sa.column("created_at", UtcDateTime()),
-    sa.column("payload", JsonObject()),
-)
-ADVANCED = (*EVENT, sa.column("cancelled", sa.Boolean()))
-DUE = (sa.column("company_id", sa.Text()), sa.column("object_key", sa.Text()), sa.column("not_before", UtcDateTime()))
-MANY_PARAMETERS: dict[str, Any] = {"company_id": sa.Text(), "jobs": sa.Text(), "now": UtcDateTime()}
-JOB_PARAMETERS: dict[str, Any] = {
-    "id": sa.Uuid(),
-    "company_id": sa.Text(),
-    "job_type": sa.Text(),
-    "input": sa.Text(),
-    "source_task_id": sa.Text(),
-    "run_at": UtcDateTime(),
-    "priority": sa.Integer(),
-    "key": sa.Text(),
-    "payload": sa.Text(),
-    "now": UtcDateTime(),
-}
-
-
-class Queue:
-    """``jobkit._dialects.base.QueueStatements``, given its statements."""
-
-    _due: Sql
-    _heads: Sql
-    _companies: Sql
-    _has_queued: Sql
-
-    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[QueuedJob]:
-        values = {"window": window, "limit": limit, "now": now}
-        return [QueuedJob(*row) for row in connection.execute(self._due(connection), values)]
-
-    def heads(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[QueuedJob]:
-        values = {"companies": json.dumps(companies), "each": each}
-        return [QueuedJob(*row) for row in connection.execute(self._heads(connection), values)]
-
-    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
-        return list(connection.execute(self._companies(connection), {"limit": limit}).scalars())
-
-    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
-        return bool(connection.execute(self._has_queued(connection), {"now": now}).scalar())
-
-
-class Prune:
-    """What looks for old jobs, of ``jobkit._dialects.base.PruneStatements``, given its statements."""
-
-    _over: Sql
-    _weigh: Sql
-
-    def over(
-        self, connection: sa.Connection, *, before: datetime, after: UUID, limit: int
-    ) -> tuple[list[UUID], UUID | None]:
-        rows = connection.execute(self._over(connection), {"before": before, "after": after, "limit": limit}).all()
-        return [row.id for row in rows if row.over], rows[-1].id if rows else None
-
-    def weigh(self, connection: sa.Connection, jobs: Sequence[UUID], *, provider: str | None) -> PruneCounts:
-        return PruneCounts(jobs, *connection.execute(self._weigh(connection), these(jobs, provider=provider)).one())
+class Dialect(Jobs, Events, Intents, Prune):
+    """Everything that SQLite and PostgreSQL are asked with statements of their own."""
 
 
 def these(jobs: Sequence[UUID], **others: Any) -> dict[str, Any]:

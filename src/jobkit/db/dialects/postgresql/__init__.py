@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from jobkit.db.dialects.base import Dialect
 from jobkit.db.dialects.postgresql.events import Events
 from jobkit.db.dialects.postgresql.intents import Intents
-from jobkit.db.dialects.postgresql.jobs import Claims, Jobs, Queue
+from jobkit.db.dialects.postgresql.jobs import Jobs
 from jobkit.db.dialects.postgresql.prune import Prune
 
 
-class Postgresql(Jobs, Queue, Claims, Intents, Events, Prune):
-    """``jobkit._dialects.base.Statements`` for PostgreSQL."""
+class Postgresql(Jobs, Events, Intents, Prune, Dialect):
+    """PostgreSQL's own statements."""

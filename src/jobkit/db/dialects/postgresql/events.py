@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit.db.dialects.base import EVENT, MARK, Document, EventRow, Position, Sql, Start
-from jobkit.tables import UtcDateTime
+from jobkit.db.dialects import base
+from jobkit.db.dialects.base import MARK, EventRow, Position, Start
+from jobkit.db.dialects.sql import EVENT, Sql
 
 # Channels of NOTIFY, without payload: there may be jobs to run; the log has grown.
 JOBS, LOG = "jobkit", "jobkit_log"
 
-_APPEND = """
+_INSERT_EVENT = """
 WITH told AS (
     INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
     VALUES (:company_id, :job_id, :seq, :type, CAST(:payload AS jsonb), :now)
     RETURNING id
 )
 """
-_APPEND_PARAMETERS: dict[str, Any] = {
-    "company_id": sa.Text(),
-    "job_id": sa.Uuid(),
-    "seq": sa.Integer(),
-    "type": sa.Text(),
-    "payload": sa.Text(),
-    "now": UtcDateTime(),
-}
-APPEND = Sql(_APPEND + "SELECT id FROM told", **_APPEND_PARAMETERS)
+INSERT_EVENT = Sql(_INSERT_EVENT + "SELECT id FROM told")
 # What is queued again is worth a look of every idle runner; the rest only of those who follow the log.
-APPEND_NOTIFY = Sql(
-    _APPEND
+INSERT_EVENT_NOTIFY = Sql(
+    _INSERT_EVENT
     + f"""SELECT id, pg_notify(CASE :type WHEN 'content_job.queued' THEN '{JOBS}' ELSE '{LOG}' END, '')
 FROM told""",
-    **_APPEND_PARAMETERS,
 )
 
 START = Sql("SELECT CAST(CAST(pg_snapshot_xmin(s) AS text) AS bigint), CAST(s AS text) FROM pg_current_snapshot() AS s")
@@ -54,16 +45,8 @@ SELECT h.horizon, e.* FROM (SELECT {_HORIZON} AS horizon) h LEFT JOIN LATERAL (
 ORDER BY e.xid, e.id
 """
 _NEXT_COLUMNS = (sa.column("horizon", sa.BigInteger()), *EVENT)
-_NEXT_PARAMETERS: dict[str, Any] = {
-    "xid": sa.BigInteger(),
-    "id": sa.BigInteger(),
-    "snapshot": sa.Text(),
-    "limit": sa.Integer(),
-}
-SCAN = Sql(_NEXT.replace("{which}", "xid < h.horizon"), *_NEXT_COLUMNS, **_NEXT_PARAMETERS)
-OF_COMPANY = Sql(
-    _NEXT.replace("{which}", "company_id = :company"), *_NEXT_COLUMNS, **_NEXT_PARAMETERS, company=sa.Text()
-)
+SCAN = Sql(_NEXT.replace("{which}", "xid < h.horizon"), *_NEXT_COLUMNS)
+OF_COMPANY = Sql(_NEXT.replace("{which}", "company_id = :company"), *_NEXT_COLUMNS, company=sa.Text())
 
 # A job's row lock orders its transactions, so all events below a committed one are committed too.
 EARLIER = Sql(
@@ -76,16 +59,8 @@ WHERE (e.xid, e.id) > (:xid, :id) AND {_SINCE_START}
 ORDER BY e.job_id, e.seq
 """,
     *EVENT,
-    jobs=sa.Text(),
-    xid=sa.BigInteger(),
-    id=sa.BigInteger(),
-    snapshot=sa.Text(),
 )
 
-# A snapshot that no transaction of a log is visible in: the first two numbers are never given.
-NOTHING_VISIBLE = "1:1:"
-
-# The mark is a row of the log that belongs to no job, and that no scan gives.
 LOG_BEGINS = Sql(
     f"""
 SELECT CAST(payload->>'xid' AS bigint), CAST(payload->>'id' AS bigint) FROM {{s}}content_job_events
@@ -96,13 +71,17 @@ WHERE job_id = '{MARK}' AND seq = 0
 )
 
 
-class Events:
-    """``jobkit._dialects.base.EventStatements`` for PostgreSQL."""
+class Events(base.Events):
+    """The event log on PostgreSQL."""
 
-    channels: tuple[str, ...] = (JOBS, LOG)
+    channels = (JOBS, LOG)
+    # The first two numbers are those of no transaction.
+    nothing_visible = "1:1:"
+
+    _earlier = EARLIER
 
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
-        statement = APPEND_NOTIFY if notify else APPEND
+        statement = INSERT_EVENT_NOTIFY if notify else INSERT_EVENT
         return int(connection.execute(statement(connection), values).scalar_one())
 
     def version(self, connection: sa.Connection) -> int:
@@ -112,15 +91,9 @@ class Events:
             found: Any = cursor.fetchone()
             return int(found[0])
 
-    def log_file(self, connection: sa.Connection) -> str | None:
-        return None
-
     def start(self, connection: sa.Connection) -> Start:
         xmin, snapshot = connection.execute(START(connection)).one()
         return Start(Position(xmin, 0), snapshot)
-
-    def start_after(self, after: Position) -> Start:
-        return Start(after, NOTHING_VISIBLE)
 
     def log_begins(self, connection: sa.Connection) -> Position:
         row = connection.execute(LOG_BEGINS(connection)).one_or_none()
@@ -143,7 +116,3 @@ class Events:
         rows = connection.execute(OF_COMPANY(connection), values).all()
         events = [EventRow(*row[1:]) for row in rows if row[1] is not None]
         return events, Position(rows[0].horizon, 0)
-
-    def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
-        values = {"jobs": json.dumps(jobs), "xid": after.xid, "id": after.id, "snapshot": start.snapshot}
-        return [EventRow(*row) for row in connection.execute(EARLIER(connection), values)]

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from datetime import datetime
-
 import sqlalchemy as sa
 
-from jobkit.db.dialects.base import DUE, Document, DueKey, Sql
-from jobkit.tables import UtcDateTime
+from jobkit.db.dialects import base
+from jobkit.db.dialects.sql import DUE, Sql
 
 INSERT_INTENTS = Sql(
     """
@@ -18,8 +14,6 @@ SELECT id, company, provider, key, clock_timestamp() + make_interval(secs => :gr
 FROM jsonb_to_recordset(CAST(:intents AS jsonb)) AS i(id uuid, company text, provider text, key text)
 ON CONFLICT (provider, object_key) DO NOTHING
 """,
-    intents=sa.Text(),
-    grace=sa.Float(),
 )
 
 # A key belongs to its row's company alone, so the company is part of the match: it is what the index begins with. And
@@ -38,11 +32,6 @@ WHERE i.not_before >= :after AND {_SWEEPABLE}
 ORDER BY i.not_before LIMIT :limit
 """,
     *DUE,
-    provider=sa.Text(),
-    state=sa.Text(),
-    early=sa.Float(),
-    after=UtcDateTime(),
-    limit=sa.Integer(),
 )
 
 # As an array the keys are looked up one by one; as a join, one plan compares each with every key of the provider.
@@ -61,17 +50,10 @@ FROM due WHERE i.provider = :provider AND i.object_key = due.object_key
 RETURNING i.object_key
 """,
     sa.column("object_key", sa.Text()),
-    keys=sa.Text(),
-    provider=sa.Text(),
-    state=sa.Text(),
-    early=sa.Float(),
-    hold=sa.Float(),
 )
 
 DROP_INTENTS = Sql(
     f"DELETE FROM {{s}}asset_intents WHERE provider = :provider AND object_key = {_KEYS} AND state = 'collected'",
-    keys=sa.Text(),
-    provider=sa.Text(),
 )
 
 POSTPONE_INTENTS = Sql(
@@ -82,35 +64,11 @@ SET state = 'tombstone', attempts = i.attempts + 1, last_error = f.error,
 FROM jsonb_to_recordset(CAST(:failures AS jsonb)) AS f(key text, error text)
 WHERE i.provider = :provider AND i.object_key = f.key AND i.object_key = {_KEYS} AND i.state = 'collected'
 """,
-    failures=sa.Text(),
-    keys=sa.Text(),
-    provider=sa.Text(),
 )
 
 
-class Intents:
-    """``jobkit._dialects.base.IntentStatements`` for PostgreSQL."""
+class Intents(base.Intents):
+    """Intents on PostgreSQL."""
 
-    def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
-        connection.execute(INSERT_INTENTS(connection), {"intents": json.dumps(intents), "grace": grace})
-
-    def due_intents(
-        self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
-    ) -> Iterator[DueKey]:
-        values = {"provider": provider, "state": state, "early": early, "after": after, "limit": limit}
-        for row in connection.execute(DUE_INTENTS(connection), values):
-            yield DueKey(*row)
-
-    def claim_intents(
-        self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float
-    ) -> list[str]:
-        values = {"keys": json.dumps(keys), "provider": provider, "state": state, "early": early, "hold": hold}
-        return list(connection.execute(CLAIM_INTENTS(connection), values).scalars())
-
-    def drop_intents(self, connection: sa.Connection, keys: Sequence[str], *, provider: str) -> None:
-        connection.execute(DROP_INTENTS(connection), {"keys": json.dumps(keys), "provider": provider})
-
-    def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
-        keys = json.dumps([failure["key"] for failure in failures])
-        values = {"failures": json.dumps(failures), "keys": keys, "provider": provider}
-        connection.execute(POSTPONE_INTENTS(connection), values)
+    _insert_intents, _due_intents, _claim_intents = INSERT_INTENTS, DUE_INTENTS, CLAIM_INTENTS
+    _drop_intents, _postpone_intents = DROP_INTENTS, POSTPONE_INTENTS

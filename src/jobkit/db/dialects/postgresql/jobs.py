@@ -1,35 +1,117 @@
-"""Claims: taken, prolonged, ended, rescued, on PostgreSQL."""
+"""Jobs: created, claimed, ended, rescued, on PostgreSQL. A step is one statement: a round trip costs more than anything
+in it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
-from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit.db.dialects import base as shared
+from jobkit.db.dialects import base
 from jobkit.db.dialects.base import (
-    ADVANCED,
-    CLAIMED,
-    EVENT,
-    HELD,
-    JOB_PARAMETERS,
-    MANY_PARAMETERS,
-    TOLD,
-    WAITING,
+    HAS_QUEUED_BELOW,
+    NEXT_COMPANIES,
     AppendedEvent,
-    ClaimedRow,
-    ClaimTerms,
     Document,
     EventRow,
-    Held,
     RescueTerms,
-    Sql,
 )
-from jobkit.tables import UtcDateTime
+from jobkit.db.dialects.sql import APPENDED, CLAIMED, EVENT, HELD, QUEUED, Sql
+
+_INSERT_JOB = """
+WITH job AS (
+    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority,
+        idempotency_key, event_seq, created_at, updated_at)
+    VALUES (:id, :company_id, :job_type, CAST(:input AS jsonb), :source_task_id, :run_at, :priority, :key, 1, :now,
+        :now)
+    {unless}
+    RETURNING id
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT :company_id, id, 1, 'content_job.queued', CAST(:payload AS jsonb), :now FROM job
+    RETURNING id
+)
+"""
+
+_UNLESS = """
+    ON CONFLICT (company_id, job_type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"""
+
+# One notification without a payload: PostgreSQL folds equal ones of a transaction into one, and it is only a hint.
+_NOTIFY = "SELECT id, pg_notify('jobkit', '') FROM told"
+
+INSERT_JOB_NOTIFY = Sql(_INSERT_JOB.replace("{unless}", "") + _NOTIFY, id=sa.Uuid())
+INSERT_JOB = Sql(_INSERT_JOB.replace("{unless}", "") + "SELECT id FROM told", id=sa.Uuid())
+INSERT_JOB_ONCE_NOTIFY = Sql(_INSERT_JOB.replace("{unless}", _UNLESS) + _NOTIFY, id=sa.Uuid())
+INSERT_JOB_ONCE = Sql(_INSERT_JOB.replace("{unless}", _UNLESS) + "SELECT id FROM told", id=sa.Uuid())
+
+_INSERT_JOBS = """
+WITH r AS (
+    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb))
+    AS r(id uuid, type text, input jsonb, task text, run_at timestamptz, priority int)
+), job AS (
+    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority, event_seq,
+        created_at, updated_at)
+    SELECT id, :company_id, type, input, task, run_at, priority, 1, :now, :now FROM r
+), told AS (
+    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
+    SELECT :company_id, id, 1, 'content_job.queued', jsonb_build_object('jobId', id), :now FROM r
+)
+"""
+
+INSERT_JOBS_NOTIFY = Sql(_INSERT_JOBS + "SELECT pg_notify('jobkit', '')")
+INSERT_JOBS = Sql(_INSERT_JOBS + "SELECT 1")
+
+# One look at each priority, however many jobs wait for a later time.
+_LEVELS = """
+WITH RECURSIVE level(priority) AS (
+    (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+  UNION ALL
+    SELECT (SELECT priority FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+    FROM level WHERE level.priority IS NOT NULL
+)"""
+
+DUE_JOBS = Sql(
+    _LEVELS
+    + """, turn AS (
+    SELECT x.*, row_number() OVER (PARTITION BY x.company_id ORDER BY x.priority DESC, x.run_at, x.id) AS n
+    FROM level CROSS JOIN LATERAL (
+        SELECT id, company_id, priority, run_at FROM {s}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now
+        ORDER BY priority DESC, run_at, id LIMIT :window
+    ) x
+)
+SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run_at, id LIMIT :limit
+""",
+    *QUEUED,
+)
+
+FIRST_QUEUED = Sql(
+    """
+SELECT x.* FROM jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(company) CROSS JOIN LATERAL (
+    SELECT id, company_id, priority, created_at FROM {s}content_jobs
+    WHERE status = 'queued' AND run_at IS NULL AND company_id = c.company
+    ORDER BY company_id, priority DESC, created_at, id LIMIT :each
+) x
+""",
+    *QUEUED,
+)
+
+COMPANIES = Sql(
+    """
+WITH RECURSIVE c(company_id, n) AS (
+    (SELECT company_id, 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL ORDER BY company_id LIMIT 1)
+"""
+    + NEXT_COMPANIES
+)
+
+HAS_QUEUED = Sql(_LEVELS + HAS_QUEUED_BELOW)
 
 # Each way to pick jobs ends in the same claim. MATERIALIZED fixes the candidates: as a plain subquery, one plan claims
 # more rows than LIMIT says.
@@ -48,13 +130,6 @@ _CLAIM = """, claimed AS (
 SELECT claimed.*, told.id AS event_id FROM claimed JOIN told ON told.job_id = claimed.id
 """
 
-_CLAIM_PARAMETERS: dict[str, Any] = {
-    "limit": sa.Integer(),
-    "worker_id": sa.Text(),
-    "lease": sa.Float(),
-    "now": UtcDateTime(),
-}
-
 CLAIM = Sql(
     """
 WITH picked AS MATERIALIZED (
@@ -63,7 +138,6 @@ WITH picked AS MATERIALIZED (
 )"""
     + _CLAIM,
     *CLAIMED,
-    **_CLAIM_PARAMETERS,
 )
 
 CLAIM_OF = Sql(
@@ -76,9 +150,6 @@ WITH picked AS MATERIALIZED (
 )"""
     + _CLAIM,
     *CLAIMED,
-    **_CLAIM_PARAMETERS,
-    companies=sa.Text(),
-    each=sa.Integer(),
 )
 
 CLAIM_THESE = Sql(
@@ -91,8 +162,6 @@ WITH picked AS MATERIALIZED (
 )"""
     + _CLAIM,
     *CLAIMED,
-    **_CLAIM_PARAMETERS,
-    ids=sa.Text(),
 )
 
 FINISH = Sql(
@@ -134,11 +203,8 @@ WITH f AS (
 )
 SELECT job_id, id, seq, (SELECT count(*) FROM gone) AS gone FROM told
 """,
-    *TOLD,
+    *APPENDED,
     sa.column("gone", sa.BigInteger()),
-    jobs=sa.Text(),
-    files=sa.Text(),
-    now=UtcDateTime(),
 )
 
 RENEW = Sql(
@@ -149,18 +215,15 @@ WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
 RETURNING j.id, j.cancel_requested_at IS NOT NULL
 """,
     *HELD,
-    jobs=sa.Text(),
-    lease=sa.Float(),
 )
 
-LOOK = Sql(
+SELECT_HELD = Sql(
     """
 SELECT j.id, j.cancel_requested_at IS NOT NULL
 FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint)
 JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.fence
 """,
     *HELD,
-    jobs=sa.Text(),
 )
 
 UPDATE_PROGRESS = Sql(
@@ -185,10 +248,8 @@ SELECT told.id, CAST(0 AS bigint), told.seq, told.company_id, told.type, told.jo
     told.payload, moved.cancelled
 FROM told JOIN moved ON moved.id = told.job_id
 """,
-    *ADVANCED,
-    jobs=sa.Text(),
-    lease=sa.Float(),
-    now=UtcDateTime(),
+    *EVENT,
+    sa.column("cancelled", sa.Boolean()),
 )
 
 RESCUE = Sql(
@@ -227,36 +288,34 @@ WITH lost AS MATERIALIZED (
 SELECT id, CAST(0 AS bigint), seq, company_id, type, job_id, CAST(:now AS timestamptz), payload FROM told
 """,
     *EVENT,
-    limit=sa.Integer(),
-    max_rescues=sa.Integer(),
-    stopped=sa.Text(),
-    reason=sa.Text(),
     run_at=sa.Text(),
-    now=UtcDateTime(),
 )
 
-EXPIRED = Sql(
+HAS_EXPIRED = Sql(
     "SELECT EXISTS (SELECT FROM {s}content_jobs WHERE status = 'running' AND lease_until < clock_timestamp())"
 )
 
 
-class Claims:
-    """``jobkit._dialects.base.ClaimStatements`` for PostgreSQL."""
+class Jobs(base.Jobs):
+    """Jobs on PostgreSQL."""
 
     claim_locks = False
 
-    def claim(self, connection: sa.Connection, *, terms: ClaimTerms) -> list[ClaimedRow]:
-        return [ClaimedRow(*row) for row in connection.execute(CLAIM(connection), terms._asdict())]
+    _due, _first_queued, _companies, _has_queued = DUE_JOBS, FIRST_QUEUED, COMPANIES, HAS_QUEUED
+    _claim, _claim_of, _claim_these = CLAIM, CLAIM_OF, CLAIM_THESE
+    _renew, _held, _has_expired = RENEW, SELECT_HELD, HAS_EXPIRED
 
-    def claim_of(
-        self, connection: sa.Connection, companies: Sequence[str], each: int, *, terms: ClaimTerms
-    ) -> list[ClaimedRow]:
-        values = {**terms._asdict(), "companies": json.dumps(companies), "each": each}
-        return [ClaimedRow(*row) for row in connection.execute(CLAIM_OF(connection), values)]
+    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
+        plain, once = (INSERT_JOB_NOTIFY, INSERT_JOB_ONCE_NOTIFY) if notify else (INSERT_JOB, INSERT_JOB_ONCE)
+        statement = plain if values["key"] is None else once
+        row = connection.execute(statement(connection), values).one_or_none()
+        return None if row is None else int(row[0])
 
-    def claim_these(self, connection: sa.Connection, job_ids: Sequence[UUID], *, terms: ClaimTerms) -> list[ClaimedRow]:
-        values = {**terms._asdict(), "ids": json.dumps([job_id.hex for job_id in job_ids])}
-        return [ClaimedRow(*row) for row in connection.execute(CLAIM_THESE(connection), values)]
+    def insert_jobs(
+        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
+    ) -> None:
+        statement = INSERT_JOBS_NOTIFY if notify else INSERT_JOBS
+        connection.execute(statement(connection), {"company_id": company_id, "jobs": jobs, "now": now})
 
     def finish(
         self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
@@ -265,14 +324,7 @@ class Claims:
         rows = connection.execute(FINISH(connection), values).all()
         return [AppendedEvent(*row[:3]) for row in rows], rows[0].gone if rows else 0
 
-    def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
-        rows = connection.execute(RENEW(connection), {"jobs": json.dumps(jobs), "lease": lease})
-        return [Held(*row) for row in rows]
-
-    def look(self, connection: sa.Connection, jobs: Document) -> list[Held]:
-        return [Held(*row) for row in connection.execute(LOOK(connection), {"jobs": json.dumps(jobs)})]
-
-    def advance(
+    def update_progress(
         self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
     ) -> list[tuple[EventRow, bool]]:
         values = {"jobs": json.dumps(jobs), "lease": lease, "now": now}
@@ -281,141 +333,3 @@ class Claims:
     def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
         values = {**terms._asdict(), "run_at": terms.now.isoformat()}
         return [EventRow(*row) for row in connection.execute(RESCUE(connection), values)]
-
-    def has_expired(self, connection: sa.Connection) -> bool:
-        return bool(connection.execute(EXPIRED(connection)).scalar())
-
-
-_INSERT = """
-WITH job AS (
-    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority,
-        idempotency_key, event_seq, created_at, updated_at)
-    VALUES (:id, :company_id, :job_type, CAST(:input AS jsonb), :source_task_id, :run_at, :priority, :key, 1, :now,
-        :now)
-    {unless}
-    RETURNING id
-), told AS (
-    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
-    SELECT :company_id, id, 1, 'content_job.queued', CAST(:payload AS jsonb), :now FROM job
-    RETURNING id
-)
-"""
-
-_UNLESS = """
-    ON CONFLICT (company_id, job_type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"""
-
-# One notification without a payload: PostgreSQL folds equal ones of a transaction into one, and it is only a hint.
-_NOTIFY = "SELECT id, pg_notify('jobkit', '') FROM told"
-
-INSERT_NOTIFY = Sql(_INSERT.replace("{unless}", "") + _NOTIFY, **JOB_PARAMETERS)
-INSERT = Sql(_INSERT.replace("{unless}", "") + "SELECT id FROM told", **JOB_PARAMETERS)
-INSERT_ONCE_NOTIFY = Sql(_INSERT.replace("{unless}", _UNLESS) + _NOTIFY, **JOB_PARAMETERS)
-INSERT_ONCE = Sql(_INSERT.replace("{unless}", _UNLESS) + "SELECT id FROM told", **JOB_PARAMETERS)
-
-_INSERT_MANY = """
-WITH r AS (
-    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb))
-    AS r(id uuid, type text, input jsonb, task text, run_at timestamptz, priority int)
-), job AS (
-    INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority, event_seq,
-        created_at, updated_at)
-    SELECT id, :company_id, type, input, task, run_at, priority, 1, :now, :now FROM r
-), told AS (
-    INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
-    SELECT :company_id, id, 1, 'content_job.queued', jsonb_build_object('jobId', id), :now FROM r
-)
-"""
-
-INSERT_MANY_NOTIFY = Sql(_INSERT_MANY + "SELECT pg_notify('jobkit', '')", **MANY_PARAMETERS)
-INSERT_MANY = Sql(_INSERT_MANY + "SELECT 1", **MANY_PARAMETERS)
-
-
-class Jobs:
-    """``jobkit._dialects.base.JobStatements`` for PostgreSQL."""
-
-    def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
-        plain, once = (INSERT_NOTIFY, INSERT_ONCE_NOTIFY) if notify else (INSERT, INSERT_ONCE)
-        statement = plain if values["key"] is None else once
-        row = connection.execute(statement(connection), values).one_or_none()
-        return None if row is None else int(row[0])
-
-    def insert_jobs(
-        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
-    ) -> None:
-        statement = INSERT_MANY_NOTIFY if notify else INSERT_MANY
-        connection.execute(statement(connection), {"company_id": company_id, "jobs": jobs, "now": now})
-
-
-# One look at each priority, however many jobs wait for a later time.
-_LEVELS = """
-WITH RECURSIVE level(priority) AS (
-    (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-  UNION ALL
-    SELECT (SELECT priority FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-    FROM level WHERE level.priority IS NOT NULL
-)"""
-
-DUE_JOBS = Sql(
-    _LEVELS
-    + """, turn AS (
-    SELECT x.*, row_number() OVER (PARTITION BY x.company_id ORDER BY x.priority DESC, x.run_at, x.id) AS n
-    FROM level CROSS JOIN LATERAL (
-        SELECT id, company_id, priority, run_at FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now
-        ORDER BY priority DESC, run_at, id LIMIT :window
-    ) x
-)
-SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run_at, id LIMIT :limit
-""",
-    *WAITING,
-    window=sa.Integer(),
-    limit=sa.Integer(),
-    now=UtcDateTime(),
-)
-
-FIRST_QUEUED = Sql(
-    """
-SELECT x.* FROM jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(company) CROSS JOIN LATERAL (
-    SELECT id, company_id, priority, created_at FROM {s}content_jobs
-    WHERE status = 'queued' AND run_at IS NULL AND company_id = c.company
-    ORDER BY company_id, priority DESC, created_at, id LIMIT :each
-) x
-""",
-    *WAITING,
-    companies=sa.Text(),
-    each=sa.Integer(),
-)
-
-COMPANIES = Sql(
-    """
-WITH RECURSIVE c(company_id, n) AS (
-    (SELECT company_id, 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL ORDER BY company_id LIMIT 1)
-  UNION ALL
-    SELECT (SELECT company_id FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NULL AND company_id > c.company_id ORDER BY company_id LIMIT 1), c.n + 1
-    FROM c WHERE c.company_id IS NOT NULL AND c.n < :limit
-)
-SELECT company_id FROM c WHERE company_id IS NOT NULL
-""",
-    limit=sa.Integer(),
-)
-
-HAS_QUEUED = Sql(
-    _LEVELS
-    + """
-SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
-    OR EXISTS (SELECT 1 FROM level WHERE EXISTS (
-        SELECT 1 FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now))
-""",
-    now=UtcDateTime(),
-)
-
-
-class Queue(shared.Queue):
-    """``jobkit._dialects.base.QueueStatements`` for PostgreSQL."""
-
-    _due, _heads, _companies, _has_queued = DUE_JOBS, FIRST_QUEUED, COMPANIES, HAS_QUEUED

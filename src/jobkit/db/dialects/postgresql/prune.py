@@ -8,9 +8,9 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit.db.dialects import base as shared
-from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, Sql, these
-from jobkit.tables import UtcDateTime
+from jobkit.db.dialects import base
+from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, these
+from jobkit.db.dialects.sql import Sql
 
 # A job that was ended by hand may have no time of its end.
 _OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
@@ -27,9 +27,7 @@ SELECT id, over FROM page WHERE over OR id = (SELECT id FROM page ORDER BY id DE
 """,
     _ID,
     sa.column("over", sa.Boolean()),
-    before=UtcDateTime(),
     after=sa.Uuid(),
-    limit=sa.Integer(),
 )
 
 COUNT_RELATED = Sql(
@@ -37,19 +35,15 @@ COUNT_RELATED = Sql(
 SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id = {_JOBS}),
     (SELECT count(*) FROM {{s}}assets WHERE job_id = {_JOBS} AND provider = :provider)
 """,
-    jobs=sa.Text(),
-    provider=sa.Text(),
 )
 
-LOCK = Sql(
+LOCK_JOBS = Sql(
     f"SELECT id FROM {{s}}content_jobs WHERE id = {_JOBS} AND {_OVER} FOR UPDATE SKIP LOCKED",
     _ID,
-    jobs=sa.Text(),
-    before=UtcDateTime(),
 )
 
 # The jobs with an asset that somebody is changing: waiting for it could end in a deadlock with a host.
-BUSY = Sql(
+SELECT_BUSY = Sql(
     f"""
 WITH held AS MATERIALIZED (
     SELECT id FROM {{s}}assets WHERE job_id = {_JOBS} AND provider = :provider FOR UPDATE SKIP LOCKED
@@ -58,8 +52,6 @@ SELECT DISTINCT job_id AS id FROM {{s}}assets
 WHERE job_id = {_JOBS} AND provider = :provider AND id NOT IN (SELECT id FROM held)
 """,
     _ID,
-    jobs=sa.Text(),
-    provider=sa.Text(),
 )
 
 # After the locks, and not in one statement with them: this one sees every event that was committed before them.
@@ -80,8 +72,6 @@ WITH gone AS (
 SELECT (SELECT count(*) FROM told), (SELECT count(*) FROM files), last.xid, last.id
 FROM (SELECT) AS one LEFT JOIN (SELECT xid, id FROM told ORDER BY xid DESC, id DESC LIMIT 1) AS last ON true
 """,
-    jobs=sa.Text(),
-    provider=sa.Text(),
 )
 
 # One row of the log, that belongs to no job: up to where events were removed.
@@ -93,30 +83,25 @@ VALUES (0, 0, '', '{MARK}', 0, '{PRUNED}',
 ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
 WHERE (CAST(e.payload->>'xid' AS bigint), CAST(e.payload->>'id' AS bigint)) < (:xid, :id)
 """,
-    xid=sa.BigInteger(),
-    id=sa.BigInteger(),
 )
 
 
-class Prune(shared.Prune):
-    """``jobkit._dialects.base.PruneStatements`` for PostgreSQL."""
+class Prune(base.Prune):
+    """Pruning on PostgreSQL."""
 
     one_writer = False
 
-    _over, _weigh = ENDED_BEFORE, COUNT_RELATED
+    _ended_before, _count_related, _mark_pruned = ENDED_BEFORE, COUNT_RELATED, MARK_PRUNED
 
     def prune(
         self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
     ) -> PruneCounts:
-        locked = list(connection.execute(LOCK(connection), these(jobs, before=before)).scalars())
+        locked = list(connection.execute(LOCK_JOBS(connection), these(jobs, before=before)).scalars())
         if provider is not None:
-            busy = set(connection.execute(BUSY(connection), these(locked, provider=provider)).scalars())
+            busy = set(connection.execute(SELECT_BUSY(connection), these(locked, provider=provider)).scalars())
             locked = [job for job in locked if job not in busy]
         events, files, *upto = connection.execute(DELETE(connection), these(locked, provider=provider)).one()
         if events:
             # Last, because other prunes wait for the mark.
             self.mark_pruned(connection, Position(*upto))
         return PruneCounts(locked, events, files)
-
-    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
-        connection.execute(MARK_PRUNED(connection), upto._asdict())

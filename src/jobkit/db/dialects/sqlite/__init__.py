@@ -4,11 +4,12 @@ them a write.
 
 from __future__ import annotations
 
+from jobkit.db.dialects.base import Dialect
 from jobkit.db.dialects.sqlite.events import Events
 from jobkit.db.dialects.sqlite.intents import Intents
-from jobkit.db.dialects.sqlite.jobs import Claims, Jobs, Queue
+from jobkit.db.dialects.sqlite.jobs import Jobs
 from jobkit.db.dialects.sqlite.prune import Prune
 
 
-class Sqlite(Jobs, Queue, Claims, Intents, Events, Prune):
-    """``jobkit._dialects.base.Statements`` for SQLite."""
+class Sqlite(Jobs, Events, Intents, Prune, Dialect):
+    """SQLite's own statements."""

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
-from jobkit.db.dialects.base import EVENT, MARK, TOLD, AppendedEvent, Document, EventRow, Position, Sql, Start
-from jobkit.tables import UtcDateTime
+from jobkit.db.dialects import base
+from jobkit.db.dialects.base import MARK, AppendedEvent, Document, EventRow, Position, Start
+from jobkit.db.dialects.sql import APPENDED, EVENT, Sql
 
-APPEND = Sql(
+INSERT_EVENT = Sql(
     """
 INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
 VALUES (:company_id, :job_id, :seq, :type, :payload, :now)
 RETURNING id
 """,
-    company_id=sa.Text(),
-    job_id=sa.Uuid(),
-    seq=sa.Integer(),
-    type=sa.Text(),
-    payload=sa.Text(),
-    now=UtcDateTime(),
 )
 
 INSERT_EVENTS = Sql(
@@ -34,9 +29,7 @@ SELECT json_extract(value, '$.company'), json_extract(value, '$.job'), json_extr
 FROM json_each(:events) WHERE true
 RETURNING job_id, id, seq
 """,
-    *TOLD,
-    events=sa.Text(),
-    now=UtcDateTime(),
+    *APPENDED,
 )
 
 START = Sql("SELECT COALESCE((SELECT seq FROM {s}sqlite_sequence WHERE name = 'content_job_events'), 0)")
@@ -45,8 +38,6 @@ _COLUMNS = "id, 0 AS xid, seq, company_id, type, job_id, created_at, payload"
 SCAN = Sql(
     f"SELECT {_COLUMNS} FROM {{s}}content_job_events WHERE id > :id AND seq > 0 ORDER BY id LIMIT :limit",
     *EVENT,
-    id=sa.BigInteger(),
-    limit=sa.Integer(),
 )
 
 OF_COMPANY = Sql(
@@ -55,9 +46,6 @@ SELECT {_COLUMNS} FROM {{s}}content_job_events
 WHERE id > :id AND company_id = :company AND seq > 0 ORDER BY id LIMIT :limit
 """,
     *EVENT,
-    id=sa.BigInteger(),
-    company=sa.Text(),
-    limit=sa.Integer(),
 )
 
 EARLIER = Sql(
@@ -71,11 +59,8 @@ WHERE e.id > :id
 ORDER BY e.job_id, e.seq
 """,
     *EVENT,
-    jobs=sa.Text(),
-    id=sa.BigInteger(),
 )
 
-# The mark is a row of the log that belongs to no job, and that no scan gives.
 LOG_BEGINS = Sql(
     f"""
 SELECT json_extract(payload, '$.id') AS id FROM {{s}}content_job_events
@@ -85,13 +70,13 @@ WHERE job_id = '{MARK.hex}' AND seq = 0
 )
 
 
-class Events:
-    """``jobkit._dialects.base.EventStatements`` for SQLite."""
+class Events(base.Events):
+    """The event log on SQLite."""
 
-    channels: tuple[str, ...] = ()
+    _earlier = EARLIER
 
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
-        return append(connection, values)
+        return insert_event(connection, values)
 
     def version(self, connection: sa.Connection) -> int:
         # Past SQLAlchemy, because a feed asks a hundred times a second.
@@ -105,10 +90,7 @@ class Events:
         return f"{files['main']}-wal" if files.get("main") else None
 
     def start(self, connection: sa.Connection) -> Start:
-        return Start(Position(0, connection.execute(START(connection)).scalar_one()), "")
-
-    def start_after(self, after: Position) -> Start:
-        return Start(after, "")
+        return Start(Position(0, connection.execute(START(connection)).scalar_one()), self.nothing_visible)
 
     def log_begins(self, connection: sa.Connection) -> Position:
         row = connection.execute(LOG_BEGINS(connection)).one_or_none()
@@ -127,15 +109,13 @@ class Events:
         horizon = self.start(connection).position
         return [EventRow(*row) for row in connection.execute(OF_COMPANY(connection), values)], horizon
 
-    def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
-        values = {"jobs": json.dumps(jobs), "id": after.id}
-        return [EventRow(*row) for row in connection.execute(EARLIER(connection), values)]
+
+def insert_event(connection: sa.Connection, values: Mapping[str, Any]) -> int:
+    """Append one event; its id."""
+    return int(connection.execute(INSERT_EVENT(connection), values).scalar_one())
 
 
-def append(connection: sa.Connection, values: Mapping[str, Any]) -> int:
-    return int(connection.execute(APPEND(connection), values).scalar_one())
-
-
-def tell(connection: sa.Connection, events: Document, now: datetime) -> list[AppendedEvent]:
+def insert_events(connection: sa.Connection, events: Document, now: datetime) -> list[AppendedEvent]:
+    """Append each ``{company, job, seq, type, payload}``."""
     rows = connection.execute(INSERT_EVENTS(connection), {"events": json.dumps(events), "now": now})
     return [AppendedEvent(*row) for row in rows]

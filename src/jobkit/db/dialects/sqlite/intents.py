@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from datetime import datetime
-
 import sqlalchemy as sa
 
-from jobkit.db.dialects.base import DUE, Document, DueKey, Sql
-from jobkit.tables import SQLITE_TIME, UtcDateTime, sqlite_in
+from jobkit.db.dialects import base
+from jobkit.db.dialects.sql import DUE, Sql
+from jobkit.tables import SQLITE_TIME, sqlite_in
 
 INSERT_INTENTS = Sql(
     f"""
@@ -19,8 +16,6 @@ SELECT json_extract(value, '$.id'), json_extract(value, '$.company'), json_extra
 FROM json_each(:intents) WHERE true
 ON CONFLICT (provider, object_key) DO NOTHING
 """,
-    intents=sa.Text(),
-    grace=sa.Text(),
 )
 
 # A key belongs to its row's company alone, so the company is part of the match: it is what the index begins with.
@@ -38,11 +33,6 @@ WHERE i.not_before >= :after AND {_SWEEPABLE}
 ORDER BY i.not_before LIMIT :limit
 """,
     *DUE,
-    provider=sa.Text(),
-    state=sa.Text(),
-    early=sa.Text(),
-    after=UtcDateTime(),
-    limit=sa.Integer(),
 )
 
 CLAIM_INTENTS = Sql(
@@ -53,11 +43,6 @@ WHERE i.provider = :provider AND i.object_key IN (SELECT value FROM json_each(:k
 RETURNING object_key
 """,
     sa.column("object_key", sa.Text()),
-    keys=sa.Text(),
-    provider=sa.Text(),
-    state=sa.Text(),
-    early=sa.Text(),
-    hold=sa.Text(),
 )
 
 DROP_INTENTS = Sql(
@@ -65,8 +50,6 @@ DROP_INTENTS = Sql(
 DELETE FROM {s}asset_intents
 WHERE provider = :provider AND object_key IN (SELECT value FROM json_each(:keys)) AND state = 'collected'
 """,
-    keys=sa.Text(),
-    provider=sa.Text(),
 )
 
 POSTPONE_INTENTS = Sql(
@@ -77,38 +60,11 @@ SET state = 'tombstone', attempts = attempts + 1, last_error = json_extract(f.va
 FROM json_each(:failures) AS f
 WHERE i.provider = :provider AND i.object_key = json_extract(f.value, '$.key') AND i.state = 'collected'
 """,
-    failures=sa.Text(),
-    provider=sa.Text(),
 )
 
 
-class Intents:
-    """``jobkit._dialects.base.IntentStatements`` for SQLite."""
+class Intents(base.Intents):
+    """Intents on SQLite."""
 
-    def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
-        connection.execute(INSERT_INTENTS(connection), {"intents": json.dumps(intents), "grace": str(grace)})
-
-    def due_intents(
-        self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
-    ) -> Iterator[DueKey]:
-        values = {"provider": provider, "state": state, "early": str(early), "after": after, "limit": limit}
-        for row in connection.execute(DUE_INTENTS(connection), values):
-            yield DueKey(*row)
-
-    def claim_intents(
-        self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float
-    ) -> list[str]:
-        values = {
-            "keys": json.dumps(keys),
-            "provider": provider,
-            "state": state,
-            "early": str(early),
-            "hold": str(hold),
-        }
-        return list(connection.execute(CLAIM_INTENTS(connection), values).scalars())
-
-    def drop_intents(self, connection: sa.Connection, keys: Sequence[str], *, provider: str) -> None:
-        connection.execute(DROP_INTENTS(connection), {"keys": json.dumps(keys), "provider": provider})
-
-    def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
-        connection.execute(POSTPONE_INTENTS(connection), {"failures": json.dumps(failures), "provider": provider})
+    _insert_intents, _due_intents, _claim_intents = INSERT_INTENTS, DUE_INTENTS, CLAIM_INTENTS
+    _drop_intents, _postpone_intents = DROP_INTENTS, POSTPONE_INTENTS

@@ -8,9 +8,10 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit.db.dialects import base as shared
-from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, Sql, these
-from jobkit.tables import SQLITE_NOW, UtcDateTime
+from jobkit.db.dialects import base
+from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, these
+from jobkit.db.dialects.sql import Sql
+from jobkit.tables import SQLITE_NOW
 
 # A job that was ended by hand may have no time of its end.
 _OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
@@ -27,9 +28,7 @@ SELECT id, over FROM page WHERE over OR id = (SELECT max(id) FROM page) ORDER BY
 """,
     _ID,
     sa.column("over", sa.Boolean()),
-    before=UtcDateTime(),
     after=sa.Uuid(),
-    limit=sa.Integer(),
 )
 
 COUNT_RELATED = Sql(
@@ -37,20 +36,16 @@ COUNT_RELATED = Sql(
 SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id {_JOBS}),
     (SELECT count(*) FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider)
 """,
-    jobs=sa.Text(),
-    provider=sa.Text(),
 )
 
 # The first statement, because it is a write: from here on nobody else changes anything.
-DELETE = Sql(
+DELETE_JOBS = Sql(
     f"DELETE FROM {{s}}content_jobs WHERE id {_JOBS} AND {_OVER} RETURNING id",
     _ID,
-    jobs=sa.Text(),
-    before=UtcDateTime(),
 )
 
-EVENTS = Sql(f"SELECT count(*), max(id) FROM {{s}}content_job_events WHERE job_id {_JOBS}", jobs=sa.Text())
-DELETE_EVENTS = Sql(f"DELETE FROM {{s}}content_job_events WHERE job_id {_JOBS}", jobs=sa.Text())
+COUNT_EVENTS = Sql(f"SELECT count(*), max(id) FROM {{s}}content_job_events WHERE job_id {_JOBS}")
+DELETE_EVENTS = Sql(f"DELETE FROM {{s}}content_job_events WHERE job_id {_JOBS}")
 
 INSERT_TOMBSTONES = Sql(
     f"""
@@ -59,12 +54,8 @@ SELECT lower(hex(randomblob(16))), company_id, provider, object_key, 'tombstone'
 FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider
 ON CONFLICT (provider, object_key) DO NOTHING
 """,
-    jobs=sa.Text(),
-    provider=sa.Text(),
 )
-DELETE_FILES = Sql(
-    f"DELETE FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider", jobs=sa.Text(), provider=sa.Text()
-)
+DELETE_ASSETS = Sql(f"DELETE FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider")
 
 # One row of the log, that belongs to no job: up to where events were removed.
 MARK_PRUNED = Sql(
@@ -74,30 +65,26 @@ VALUES (0, '', '{MARK.hex}', 0, '{PRUNED}', json_object('xid', 0, 'id', :id))
 ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
 WHERE json_extract(payload, '$.id') < :id
 """,
-    id=sa.BigInteger(),
 )
 
 
-class Prune(shared.Prune):
-    """``jobkit._dialects.base.PruneStatements`` for SQLite."""
+class Prune(base.Prune):
+    """Pruning on SQLite."""
 
     one_writer = True
 
-    _over, _weigh = ENDED_BEFORE, COUNT_RELATED
+    _ended_before, _count_related, _mark_pruned = ENDED_BEFORE, COUNT_RELATED, MARK_PRUNED
 
     def prune(
         self, connection: sa.Connection, jobs: Sequence[UUID], *, before: datetime, provider: str | None
     ) -> PruneCounts:
-        gone = list(connection.execute(DELETE(connection), these(jobs, before=before)).scalars())
+        gone = list(connection.execute(DELETE_JOBS(connection), these(jobs, before=before)).scalars())
         theirs, files = these(gone), 0
-        events, upto = connection.execute(EVENTS(connection), theirs).one()
+        events, upto = connection.execute(COUNT_EVENTS(connection), theirs).one()
         if events:
             connection.execute(DELETE_EVENTS(connection), theirs)
             self.mark_pruned(connection, Position(0, upto))
         if provider is not None:
             connection.execute(INSERT_TOMBSTONES(connection), {**theirs, "provider": provider})
-            files = connection.execute(DELETE_FILES(connection), {**theirs, "provider": provider}).rowcount
+            files = connection.execute(DELETE_ASSETS(connection), {**theirs, "provider": provider}).rowcount
         return PruneCounts(gone, events, files)
-
-    def mark_pruned(self, connection: sa.Connection, upto: Position) -> None:
-        connection.execute(MARK_PRUNED(connection), {"id": upto.id})

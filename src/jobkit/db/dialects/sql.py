@@ -1,0 +1,89 @@
+"""A statement written out as SQL, with the types of its parameters and columns."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import sqlalchemy as sa
+
+from jobkit.tables import JsonObject, UtcDateTime
+
+
+class _Seconds(sa.types.TypeDecorator[float]):
+    """A number of seconds: a float on PostgreSQL, the text of a time modifier on SQLite."""
+
+    impl = sa.Float
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        return dialect.type_descriptor(sa.Text() if dialect.name == "sqlite" else sa.Float())
+
+    def process_bind_param(self, value: float | None, dialect: sa.Dialect) -> Any:
+        return str(value) if dialect.name == "sqlite" else value
+
+
+_TYPES: dict[str, sa.types.TypeEngine[Any]] = {
+    **dict.fromkeys(("id", "xid"), sa.BigInteger()),
+    **dict.fromkeys(("each", "limit", "max_rescues", "priority", "seq", "window"), sa.Integer()),
+    **dict.fromkeys(("after", "before", "now", "run_at"), UtcDateTime()),
+    **dict.fromkeys(("early", "grace", "hold", "lease"), _Seconds()),
+    "job_id": sa.Uuid(),
+}
+
+
+class Sql:
+    """A statement with ``{s}`` where the schema goes. A parameter has the same type in all of them, text unless listed
+    above, except where ``types`` says another; ``columns`` are those of the result.
+
+    Calling it with a connection gives the clause for that connection's ``schema_translate_map``, which SQLAlchemy
+    itself does not apply to written-out SQL.
+    """
+
+    def __init__(self, template: str, *columns: sa.ColumnClause[Any], **types: sa.types.TypeEngine[Any]) -> None:
+        self._template, self._columns, self._types = template, columns, {**_TYPES, **types}
+        self._render = lru_cache(maxsize=16)(self._text)
+
+    def __call__(self, connection: sa.Connection) -> Any:
+        schemas = connection.get_execution_options().get("schema_translate_map")
+        return self._render(schemas.get(None) if schemas else None)
+
+    def _text(self, schema: str | None) -> Any:
+        prefix = "" if schema is None else '"' + schema.replace('"', '""') + '".'
+        clause = sa.text(self._template.replace("{s}", prefix))
+        names = clause.compile().params
+        clause = clause.bindparams(*(sa.bindparam(name, type_=self._types.get(name, sa.Text())) for name in names))
+        return clause.columns(*self._columns) if self._columns else clause
+
+
+# The columns of results, in the order of the tuples of ``jobkit.db.dialects.base`` that are made of them.
+CLAIMED = (
+    sa.column("id", sa.Uuid()),
+    sa.column("company_id", sa.Text()),
+    sa.column("job_type", sa.Text()),
+    sa.column("input", JsonObject()),
+    sa.column("source_task_id", sa.Text()),
+    sa.column("fence", sa.BigInteger()),
+    sa.column("attempt", sa.Integer()),
+    sa.column("event_seq", sa.Integer()),
+    sa.column("event_id", sa.BigInteger()),
+)
+QUEUED = (
+    sa.column("id", sa.Uuid()),
+    sa.column("company_id", sa.Text()),
+    sa.column("priority", sa.Integer()),
+    sa.column("at", UtcDateTime()),
+)
+HELD = (sa.column("id", sa.Uuid()), sa.column("cancelled", sa.Boolean()))
+APPENDED = (sa.column("job_id", sa.Uuid()), sa.column("id", sa.BigInteger()), sa.column("seq", sa.Integer()))
+EVENT = (
+    sa.column("id", sa.BigInteger()),
+    sa.column("xid", sa.BigInteger()),
+    sa.column("seq", sa.Integer()),
+    sa.column("company_id", sa.Text()),
+    sa.column("type", sa.Text()),
+    sa.column("job_id", sa.Uuid()),
+    sa.column("created_at", UtcDateTime()),
+    sa.column("payload", JsonObject()),
+)
+DUE = (sa.column("company_id", sa.Text()), sa.column("object_key", sa.Text()), sa.column("not_before", UtcDateTime()))
