@@ -574,8 +574,8 @@ EVENTS = [
     ),
     bug(
         "events of a job out of order",
-        "events/feed.py",
-        "        gaps = place.gaps(rows)\n",
+        "events/log.py",
+        "        gaps = self.position.gaps(rows)\n",
         "        gaps = {}\n",
         "events/test_feed.py::test_seq_restores_the_order_that_transaction_numbers_turn_round",
     ),
@@ -596,10 +596,10 @@ EVENTS = [
         "runner/test_leases.py::test_a_rescue_is_told_after_its_commit",
     ),
     bug(
-        "an event that was told is told again",
-        "events/feed.py",
-        "fresh = [row for row in rows if row.id not in place.ahead and self._untold(row)]",
-        "fresh = list(rows)",
+        "an event that was delivered is delivered again",
+        "events/log.py",
+        "fresh = [row for row in scanned if self.is_fresh(row)]",
+        "fresh = list(scanned)",
         "events/test_feed.py::test_an_event_that_was_offered_is_skipped_by_the_scan",
     ),
     bug(
@@ -613,8 +613,8 @@ EVENTS = [
     bug(
         "notifications that are relied on where there are none",
         "events/feed.py",
-        "return IDLE_POLL if told or not signals.any_receivers() else UNTOLD_POLL",
-        "return IDLE_POLL",
+        "IDLE_POLL if notified or not signals.any_receivers() else UNNOTIFIED_POLL",
+        "IDLE_POLL",
         "events/test_hints.py::test_without_hints_others_are_soon_heard_of_out_of_silence",
         only="postgresql",
     ),

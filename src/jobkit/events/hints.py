@@ -44,7 +44,7 @@ class Futile(Exception):
 class Listener:
     """Calls ``heard(jobs)`` on its thread when another session notified; ``jobs``: there may be jobs to run.
 
-    ``start`` and ``stop`` once; ``tell`` from any thread.
+    ``start`` and ``stop`` once; ``notify`` from any thread.
     """
 
     def __init__(self, engine: sa.Engine, channels: tuple[str, ...], heard: Callable[[bool], object]) -> None:
@@ -81,7 +81,7 @@ class Listener:
                 self.link.cut()
                 self._thread.join(ENDING)
 
-    def tell(self, *, jobs: bool) -> None:
+    def notify(self, *, jobs: bool) -> None:
         """Hint to other processes, soon, that this one committed; ``jobs``: also those that wait for jobs."""
         if self.listening:
             with self._lock:
