@@ -17,8 +17,7 @@ from jobkit import AssetStore, JobEvent, JobStore, Relay, Runner, signals
 from jobkit.base.clock import utcnow
 from jobkit.base.ids import new_id
 from jobkit.db.dialects.base import EventRow
-from jobkit.events import feed, relay
-from jobkit.events import feed as offers
+from jobkit.events import feed, own_events, relay
 from jobkit.events.feed import Feed
 from jobkit.tables import content_job_events
 from tests.support.databases import Database
@@ -112,33 +111,33 @@ def test_a_slow_receiver_holds_no_slot_no_lease_and_no_more_connections(
 def test_of_a_burst_that_a_slow_receiver_keeps_waiting_little_is_held_and_all_is_told(
     engine: sa.Engine, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offers, "MOST", 500)
+    monkeypatch.setattr(own_events, "MOST_WAITING", 500)
     with Relay(engine):
         append(engine, 1, range(1, 2))
         assert slow.entered.wait(60)
         own = running(engine)
         rows = append(engine, 800, range(1, 6))
         for start in range(0, len(rows), 100):
-            assert own.offer(rows[start : start + 100])
-            assert len(own._offers._waiting) <= 500
+            assert own.publish(rows[start : start + 100])
+            assert len(own._own._waiting) <= 500
         assert len(rows) == 4_000
         assert not own.flush(0)
         slow.let_go.set()
         assert own.flush(60)
         until(lambda: len(slow.heard) == 4_001, timeout=60)
-        until(lambda: len(own._place.ahead) == 0, timeout=60)
+        until(lambda: len(own._reader.position.delivered_ahead) == 0, timeout=60)
     assert_each_once_and_in_order(slow.heard[1:], jobs=800, last=5)
 
 
 def test_what_waits_when_the_feed_ends_is_told_before_it_does(
     engine: sa.Engine, slow: Slow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offers, "MOST", 100)
+    monkeypatch.setattr(own_events, "MOST_WAITING", 100)
     one = Relay(engine).start()
     append(engine, 1, range(1, 2))
     assert slow.entered.wait(60)
     rows = append(engine, 300, range(1, 4))
-    running(engine).offer(rows)
+    running(engine).publish(rows)
     threading.Timer(0.05, slow.let_go.set).start()
     one.stop(timeout=60)
     assert_each_once_and_in_order(slow.heard[1:], jobs=300, last=3)
@@ -154,13 +153,13 @@ def test_events_told_while_a_writer_is_left_open_are_remembered_up_to_a_number_a
         idle.execute(sa.text("SELECT pg_current_xact_id()"))
         for _ in range(10):
             rows = append(engine, 20, range(1, 4))
-            assert own.offer(rows)
+            assert own.publish(rows)
             assert own.flush(60)
-        assert 200 <= len(own._place.ahead) <= 260
+        assert 200 <= len(own._reader.position.delivered_ahead) <= 260
         assert len(recorder.events) < 600
         idle.rollback()
         recorder.wait(lambda types: len(types) == 600, timeout=60)
-        until(lambda: len(own._place.ahead) == 0, timeout=60)
+        until(lambda: len(own._reader.position.delivered_ahead) == 0, timeout=60)
     assert_each_once_and_in_order(recorder.events, jobs=200, last=3)
 
 

@@ -37,7 +37,7 @@ Create = Callable[..., Job]
 def nothing_left() -> Iterator[None]:
     with collected():
         yield
-    assert hub.subscribers._watchers == {}
+    assert hub.subscribers._subscribers == {}
     assert not signals.any_receivers()
 
 
@@ -248,7 +248,7 @@ def test_outside_a_loop_it_is_refused_and_connects_nothing() -> None:
 @pytest.fixture
 def by_signals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The log is asked only when a watch knows that it missed something."""
-    monkeypatch.setattr("jobkit.aio.events.LOOK", 600.0)
+    monkeypatch.setattr("jobkit.events.hub.POLL", 600.0)
 
 
 def move(engine: sa.Engine, job: Job, *statuses: str) -> None:
@@ -311,7 +311,7 @@ def test_two_hundred_watchers_of_one_loop_each_see_every_event(engine: sa.Engine
 
     async def story() -> list[list[str]]:
         watchers = [asyncio.create_task(everything(engine, job)) for job in jobs for _ in range(10)]
-        await until(lambda: sum(map(len, hub.subscribers._watchers.values())) == 200)
+        await until(lambda: sum(map(len, hub.subscribers._subscribers.values())) == 200)
         for job in jobs:
             await asyncio.to_thread(move, engine, job, "running", "done")
         return await asyncio.gather(*watchers)
@@ -343,7 +343,7 @@ def test_a_page_that_is_closed_leaves_no_receiver_and_no_relay(engine: sa.Engine
     async def story() -> None:
         if way == "cancel":
             task = asyncio.create_task(everything(engine, job))
-            await until(lambda: hub.subscribers._watchers)
+            await until(lambda: hub.subscribers._subscribers)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
             assert task.cancelled()
@@ -355,7 +355,7 @@ def test_a_page_that_is_closed_leaves_no_receiver_and_no_relay(engine: sa.Engine
             async for _ in aio.watch(engine, job.id):
                 break
             gc.collect()
-        await until(lambda: not hub.subscribers._watchers)
+        await until(lambda: not hub.subscribers._subscribers)
 
     run(story)
     assert not signals.any_receivers()
@@ -379,7 +379,7 @@ def test_a_task_that_is_cancelled_while_its_thread_asks_the_database_leaves_noth
     async def story() -> None:
         task = asyncio.create_task(everything(engine, job))
         if name == "take":
-            await until(lambda: hub.subscribers._watchers)
+            await until(lambda: hub.subscribers._subscribers)
             await asyncio.to_thread(move, engine, job, "running")
         await until(entered.is_set)
         task.cancel()
@@ -389,7 +389,7 @@ def test_a_task_that_is_cancelled_while_its_thread_asks_the_database_leaves_noth
         assert task.cancelled()
 
     run(story)
-    assert hub.subscribers._watchers == {}
+    assert hub.subscribers._subscribers == {}
 
 
 @pytest.mark.parametrize("inner", [False, True], ids=["AsyncEngine", "its sync_engine"])

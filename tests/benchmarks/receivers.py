@@ -136,7 +136,7 @@ def rendering(
         begun, used, telling = time.perf_counter(), time.process_time(), time.clock_gettime(clock)
         until(lambda: runner.metrics().ended == jobs)
         took, used = time.perf_counter() - begun, time.process_time() - used
-        told, telling = feed.told, time.clock_gettime(clock) - telling
+        told, telling = feed.delivered_count, time.clock_gettime(clock) - telling
     return {
         "jobs a second": jobs / took,
         "CPU, µs a job": used / jobs * 1e6,

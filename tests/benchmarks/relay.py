@@ -108,14 +108,14 @@ def open_writer(engine: sa.Engine) -> Iterator[None]:
 def own(engine: sa.Engine, folder: Path, ear: Ear, count: int) -> None:
     """From the return of a runner's own commit to the receiver."""
     committed: dict[tuple[UUID, int], float] = {}
-    original = Feed.offer
+    original = Feed.publish
 
-    def offer(self: Feed, rows: Any) -> bool:
+    def publish(self: Feed, rows: Any) -> bool:
         now = time.monotonic()
         committed.update(((row.job_id, row.seq), now) for row in rows)
         return original(self, rows)
 
-    Feed.offer = offer  # type: ignore[method-assign]
+    Feed.publish = publish  # type: ignore[method-assign]
     renderers = jobkit.Renderers(default=lambda ctx: jobkit.Rendered("a.txt", "text/plain", b"a"))
     with jobkit.Runner(engine, jobkit.AssetStore(folder, engine=engine), renderers) as runner:
         for held in (False, True):
@@ -127,7 +127,7 @@ def own(engine: sa.Engine, folder: Path, ear: Ear, count: int) -> None:
             if not held or engine.dialect.name != "sqlite":
                 waits = [ear.at[key] - at for key, at in committed.items()]
                 report("own events, a writer left open" if held else "own events", waits, 5)
-    Feed.offer = original  # type: ignore[method-assign]
+    Feed.publish = original  # type: ignore[method-assign]
 
 
 def others(engine: sa.Engine, ear: Ear, count: int) -> None:

@@ -19,7 +19,7 @@ from jobkit.db.dialects.postgresql import Postgresql
 from jobkit.events import feed
 from jobkit.events import log as bookmark
 from jobkit.events.feed import Feed
-from jobkit.events.log import DeliveredEvents, ReadPosition
+from jobkit.events.log import DeliveredEvents, LogReader
 from jobkit.tables import content_job_events
 from tests.support.databases import Database
 from tests.support.recorder import Recorder
@@ -37,7 +37,6 @@ def pg(postgres_database: Database) -> sa.Engine:
 def by_hand(engine: sa.Engine) -> Iterator[Feed]:
     """A feed without its thread: the test says when it scans."""
     made = Feed(engine, DeliveredEvents(), "log")
-    made._place = ReadPosition(made._ask(made._statements.start))
     yield made
     made._link.close()
 
@@ -223,7 +222,7 @@ def test_seq_restores_the_order_that_transaction_numbers_turn_round(
     """``between``: the horizon lies between the two. ``restored=False`` plants its absence."""
     if not restored:
         monkeypatch.setattr(feed, "in_order", list)
-        monkeypatch.setattr(Feed, "_earlier", lambda *_: [])
+        monkeypatch.setattr(LogReader, "earlier", lambda *_, **__: [])
     with Session(pg) as session, session.begin():
         job = JobStore(session).create("acme", job_type="note")
     with Relay(pg), Session(pg) as idle, Session(pg) as old, Session(pg) as young:
@@ -249,15 +248,15 @@ def test_seq_restores_the_order_that_transaction_numbers_turn_round(
 def test_an_event_that_the_scan_told_before_it_was_offered_comes_once(
     engine: sa.Engine, disk: AssetStore, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Feed.offer
+    original = Feed.publish
 
     def late(self: Feed, rows: Any) -> bool:
         told = {row.id for row in rows}
         until(lambda: told <= {event.id for event in recorder.events}, "the scan")
-        until(lambda: not told & self._place.ahead)
+        until(lambda: not told & self._reader.position.delivered_ahead)
         return original(self, rows)
 
-    monkeypatch.setattr(Feed, "offer", late)
+    monkeypatch.setattr(Feed, "publish", late)
     with Runner(engine, disk, only()) as runner:
         jobs = [runner.submit("acme", job_type="note") for _ in range(3)]
         recorder.wait(lambda types: types.count("done") == 3)
@@ -269,24 +268,23 @@ def test_where_nobody_notifies_jobs_of_others_are_looked_for_often_after_one_tho
     sqlite_database: Database,
 ) -> None:
     alone = Feed(sqlite_database.engine, DeliveredEvents(), "log")
-    alone._place = ReadPosition(alone._ask(alone._statements.start))
     alone._scan()
-    assert alone._next_scan - alone._last_scan == pytest.approx(feed.IDLE_LOOK)
+    assert alone._next_scan - alone._last_scan == pytest.approx(feed.IDLE_SQLITE_POLL)
     with sqlite_database.connect().begin() as connection:
         JobStore(connection).create("acme", job_type="note")
     alone._scan()
-    assert alone._next_scan - alone._last_scan == pytest.approx(feed.ACTIVE_LOOK)
+    assert alone._next_scan - alone._last_scan == pytest.approx(feed.ACTIVE_SQLITE_POLL)
     alone._link.close()
 
 
 def test_an_event_that_was_offered_is_skipped_by_the_scan(by_hand: Feed, create: Create, recorder: Recorder) -> None:
     jobs = [create() for _ in range(3)]
-    rows, _ = by_hand._ask(by_hand._statements.scan, by_hand.cursor, by_hand._place.start, 500)
-    by_hand._deliver_offered(rows[1:2])
+    rows, _ = by_hand._ask(by_hand._statements.scan, by_hand.cursor, by_hand._reader.position.start, 500)
+    by_hand._deliver_own(rows[1:2])
     assert [event.job_id for event in recorder.events] == [jobs[1].id]
     by_hand._scan()
     assert [event.job_id for event in recorder.events] == [jobs[1].id, jobs[0].id, jobs[2].id]
-    assert by_hand._place.ahead == set()
+    assert by_hand._reader.position.delivered_ahead == set()
 
 
 def test_a_scan_after_a_scan_tells_nothing_again(
@@ -308,7 +306,7 @@ def test_a_cursor_is_a_position_below_which_nothing_is_missing(
     create()
     by_hand._scan()
     cursor = Position(*map(int, recorder.events[-1].cursor.split("-")))
-    rows, _ = by_hand._ask(by_hand._statements.scan, cursor, by_hand._place.start, 500)
+    rows, _ = by_hand._ask(by_hand._statements.scan, cursor, by_hand._reader.position.start, 500)
     assert recorder.events[-1].id in {row.id for row in rows}
 
 
@@ -317,10 +315,15 @@ def test_a_cursor_is_a_position_below_which_nothing_is_missing(
 
 def test_ten_thousand_events_that_nobody_hears_leave_nothing(by_hand: Feed) -> None:
     by_hand.start()
-    by_hand.offer([row(number) for number in range(1, 10_001)])
+    by_hand.publish([row(number) for number in range(1, 10_001)])
     assert by_hand.flush(20)
     by_hand.close(20)
-    left = (by_hand._place.ahead, by_hand._place._last, by_hand._offers._waiting, by_hand._memory._seen)
+    left = (
+        by_hand._reader.position.delivered_ahead,
+        by_hand._reader.position._last,
+        by_hand._own._waiting,
+        by_hand._reader.history.events._seen,
+    )
     assert [len(each) for each in left] == [0, 0, 0, 0]
 
 
@@ -329,9 +332,9 @@ def test_what_is_remembered_of_jobs_and_events_is_bounded(
 ) -> None:
     monkeypatch.setattr(bookmark, "REMEMBERED_JOBS", 10)
     monkeypatch.setattr(bookmark, "REMEMBERED_EVENTS", 20)
-    by_hand._deliver_offered([row(number) for number in range(1, 101)])
+    by_hand._deliver_own([row(number) for number in range(1, 101)])
     assert len(recorder.events) == 100
-    assert (len(by_hand._place._last), len(by_hand._memory._seen)) == (10, 20)
+    assert (len(by_hand._reader.position._last), len(by_hand._reader.history.events._seen)) == (10, 20)
 
 
 def test_what_was_told_ahead_is_forgotten_once_scanned(
@@ -343,7 +346,7 @@ def test_what_was_told_ahead_is_forgotten_once_scanned(
         runner.run_until_idle(timeout=60)
         running = jobkit.events.relay.running_feed(engine)
         assert running is not None
-        until(lambda: not running._place.ahead, "an empty set of events told ahead")
+        until(lambda: not running._reader.position.delivered_ahead, "an empty set of events told ahead")
     assert len(recorder.events) == 300
 
 
@@ -389,19 +392,19 @@ def test_while_the_log_cannot_be_read_own_events_wait_rather_than_overtake(
     engine: sa.Engine, disk: AssetStore, create: Create, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failures: list[int] = []
-    earlier, scan = Feed._earlier, Feed._scan
+    earlier, scan = LogReader.earlier, Feed._scan
 
     def unreadable(method: Any) -> Any:
-        def call(self: Feed, *args: Any) -> Any:
+        def call(self: Any, *args: Any, **options: Any) -> Any:
             if len(failures) < 3:
                 failures.append(1)
                 raise sa.exc.OperationalError("SELECT", {}, OSError("gone"))
-            return method(self, *args)
+            return method(self, *args, **options)
 
         return call
 
     with Runner(engine, disk, only(), poll_interval=0.01) as runner:
-        monkeypatch.setattr(Feed, "_earlier", unreadable(earlier))
+        monkeypatch.setattr(LogReader, "earlier", unreadable(earlier))
         monkeypatch.setattr(Feed, "_scan", unreadable(scan))
         jobs = [create() for _ in range(3)]
         recorder.wait(lambda types: types.count("done") == 3)

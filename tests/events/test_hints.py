@@ -206,7 +206,7 @@ def test_runners_are_woken_for_jobs_of_others_until_they_are_not_interested(
         forget_failing()
         forget()
         forget()
-        assert running(engine)._wanting == {}
+        assert running(engine)._job_listeners == {}
 
 
 def test_a_job_that_is_over_wakes_no_runner(pg: sa.Engine, recorder: Recorder) -> None:
@@ -245,9 +245,9 @@ def test_what_is_offered_here_is_hinted_at_elsewhere_and_not_here(
             heard.clear()
         with Session(pg) as session, session.begin():
             JobStore(session, notify=False).transition(job.id, status="failed")
-        rows = here._ask(here._statements.scan, here._place.start.position, here._place.start, 9)[0]
+        rows = here._ask(here._statements.scan, here._reader.position.start.position, here._reader.position.start, 9)[0]
         assert [row.type for row in rows] == ["content_job.failed"]
-        here.offer(rows)
+        here.publish(rows)
         until(lambda: hints["there"], "a hint", 60)
         assert hints == {"here": [], "there": [False]}
     finally:

@@ -130,7 +130,7 @@ def test_a_relay_that_begins_while_submit_commits_tells_its_event_once(
     last = Runner(engine, disk, only()).submit("acme", job_type="note")
     running = relay.running_feed(engine)
     assert running is not None
-    until(lambda: not running._place.ahead, "a scan past both")
+    until(lambda: not running._reader.position.delivered_ahead, "a scan past both")
     late.stop()
     assert [event.job_id for event in recorder.events] == [job.id, last.id]
 

@@ -35,7 +35,7 @@ BEGINNING = "0-0"
 @pytest.fixture
 def reborn(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """What follows happens in a process that knows nothing of what was told before."""
-    return lambda: monkeypatch.setattr(relay._shared, "memory", DeliveredEvents())
+    return lambda: monkeypatch.setattr(relay._shared, "delivered", DeliveredEvents())
 
 
 def cancel(engine: sa.Engine, job: jobkit.Job) -> None:

@@ -34,20 +34,20 @@ Items = Generator[JobEvent, None, None]
 @pytest.fixture(autouse=True)
 def nothing_left() -> Iterator[None]:
     yield
-    assert hub.subscribers._watchers == {}
+    assert hub.subscribers._subscribers == {}
     assert not signals.any_receivers()
 
 
 @pytest.fixture
 def by_signals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The log is asked only when a watch knows that it missed something."""
-    monkeypatch.setattr(hub, "LOOK", 600.0)
+    monkeypatch.setattr(hub, "POLL", 600.0)
 
 
 @pytest.fixture
 def by_looks_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is heard."""
-    monkeypatch.setattr(hub, "LOOK", 0.02)
+    monkeypatch.setattr(hub, "POLL", 0.02)
     monkeypatch.setattr(Watcher, "hear", lambda *_: None)
 
 
@@ -277,7 +277,7 @@ def test_a_watch_is_complete_without_any_signal(engine: sa.Engine, create: Creat
 def test_a_transaction_left_open_delays_a_watch_only_until_it_looks(
     postgres_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "LOOK", 0.05)
+    monkeypatch.setattr(hub, "POLL", 0.05)
     engine = postgres_database.engine
     with Session(postgres_database.connect()) as idle:
         idle.execute(sa.text("SELECT pg_current_xact_id()"))
@@ -310,7 +310,7 @@ def test_a_slow_watcher_holds_no_more_than_its_limit_and_misses_nothing(
 def test_a_watch_survives_an_outage(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(hub, "LOOK", 0.02)
+    monkeypatch.setattr(hub, "POLL", 0.02)
     monkeypatch.setattr(Watcher, "hear", lambda *_: None)
     job, failures = create(), []
     follower = Follower(watch(engine, job.id)).begun()
@@ -331,7 +331,7 @@ def test_a_watch_survives_an_outage(
 def test_a_receiver_that_watches_on_the_relays_own_thread_is_not_stuck(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "LOOK", 0.02)
+    monkeypatch.setattr(hub, "POLL", 0.02)
     seen: list[str] = []
     began, over = threading.Event(), threading.Event()
 
@@ -405,7 +405,7 @@ def test_an_unknown_or_foreign_job_is_not_found_at_once(
 def test_a_job_that_is_deleted_while_it_is_watched_is_not_found(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "LOOK", 0.02)
+    monkeypatch.setattr(hub, "POLL", 0.02)
     job = create()
     watched = watch(engine, job.id)
     next(watched)
@@ -423,7 +423,7 @@ def test_a_watcher_whose_wake_raises_does_not_keep_others_from_hearing(
     def closed() -> None:
         raise RuntimeError("Event loop is closed")
 
-    monkeypatch.setattr(hub, "LOOK", 600.0)
+    monkeypatch.setattr(hub, "POLL", 600.0)
     job = create()
     broken = Watcher(engine, job.id, wake=closed)
     broken.open()

@@ -22,7 +22,6 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import Job, JobRequest, JobStore, signals, sse
-from jobkit.events import follow as following
 from jobkit.events import hub
 from jobkit.events import watch as watching
 from jobkit.events.follow import Follower
@@ -48,7 +47,7 @@ def nothing_left() -> Iterator[None]:
 
 
 def released() -> bool:
-    return not (streams._sessions or hub.subscribers._watchers)
+    return not (streams._sessions or hub.subscribers._subscribers)
 
 
 @pytest.fixture(params=SERVERS)
@@ -145,7 +144,7 @@ def test_a_client_that_went_away_in_silence_is_noticed(site: Site, create: Creat
     site.options = {"keep_alive": 0.05}
     job = create()
     clients = [site.get("acme", job.id), site.get("acme")]
-    until(lambda: len(hub.subscribers._watchers) == 2, "two streams", 60)
+    until(lambda: len(hub.subscribers._subscribers) == 2, "two streams", 60)
     for client in clients:
         client.close()
     until(lambda: site.closed == site.opened == 2, "their end", 60)
@@ -165,7 +164,7 @@ def test_whichever_way_a_stream_ends_it_holds_nothing(how: str, engine: sa.Engin
         elif how == "closed elsewhere":
             reader = threading.Thread(target=lambda stream=stream: list(stream), daemon=True)
             reader.start()
-            until(lambda: hub.subscribers._watchers, "a reader", 60)
+            until(lambda: hub.subscribers._subscribers, "a reader", 60)
             stream.close()
             reader.join(60)
             assert not reader.is_alive()
@@ -185,7 +184,7 @@ def test_whichever_way_an_asynchronous_stream_ends_it_holds_nothing(
     async def story(which: Any) -> None:
         stream = await sse.astream(engine, "acme", which, keep_alive=60)
         reader = asyncio.ensure_future(read(stream))
-        while not hub.subscribers._watchers:
+        while not hub.subscribers._subscribers:
             await asyncio.sleep(0.005)
         if how == "cancelled":
             reader.cancel()
@@ -226,12 +225,12 @@ def test_a_hundred_silent_streams_ask_the_database_nothing(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job, asked = create(), []
-    monkeypatch.setattr(hub, "LOOK", 3600.0)
+    monkeypatch.setattr(hub, "POLL", 3600.0)
 
     async def story() -> None:
         streams = [await sse.astream(engine, "acme", which, keep_alive=0.05) for which in (job.id, None) * 50]
         readers = [asyncio.ensure_future(comments(stream, 3)) for stream in streams]
-        while len(hub.subscribers._watchers) < 2 or sum(map(len, hub.subscribers._watchers.values())) < 100:
+        while len(hub.subscribers._subscribers) < 2 or sum(map(len, hub.subscribers._subscribers.values())) < 100:
             await asyncio.sleep(0.005)
         await asyncio.wait_for(asyncio.gather(*readers), 60)
         with hearing(engine, note):
@@ -256,7 +255,7 @@ async def comments(stream: sse.AsyncStream, number: int) -> None:
 def test_one_look_finds_for_every_stream_of_a_job_what_no_signal_told(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "LOOK", 0.05)
+    monkeypatch.setattr(hub, "POLL", 0.05)
     monkeypatch.setattr(watching.Watcher, "hear", lambda *_: None)
     jobs = [create() for _ in range(3)]
     told: list[list[Message]] = []
@@ -267,7 +266,7 @@ def test_one_look_finds_for_every_stream_of_a_job_what_no_signal_told(
     readers = [threading.Thread(target=read, args=(job,), daemon=True) for job in jobs * 2]
     for reader in readers:
         reader.start()
-    until(lambda: sum(map(len, hub.subscribers._watchers.values())) == 6, "six streams", 60)
+    until(lambda: sum(map(len, hub.subscribers._subscribers.values())) == 6, "six streams", 60)
     for job in jobs:
         move(engine, job, "running", "done")
     for reader in readers:
@@ -283,8 +282,7 @@ def test_one_look_finds_for_every_stream_of_a_job_what_no_signal_told(
 def test_who_comes_and_goes_while_others_write_misses_nothing_and_keeps_each_jobs_order(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (hub, following):
-        monkeypatch.setattr(module, "PAGE", 7)
+    monkeypatch.setattr(hub, "PAGE", 7)
     monkeypatch.setattr(hub, "MOST_WAITING", 5)
     engine, chance = database.engine, random.Random(1)
     first = sse.stream(engine, "acme")
@@ -372,14 +370,14 @@ def test_streams_survive_a_restart_of_the_database(
     own: tuple[OwnServer, Database], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server, database = own
-    monkeypatch.setattr(hub, "LOOK", 0.2)
+    monkeypatch.setattr(hub, "POLL", 0.2)
     engine = database.engine
     with Session(engine) as session, session.begin():
         job = JobStore(session).create("acme", job_type="note")
     with SERVERS["wsgi"](Site(engine)) as site, site.get("acme", job.id) as one, site.get("acme") as company:
         one.follow().has(1)
         begun(company.follow())
-        until(lambda: len(hub.subscribers._watchers) == 2, "two streams", 60)
+        until(lambda: len(hub.subscribers._subscribers) == 2, "two streams", 60)
         server.restart()
         engine.dispose()
         move(engine, job, "running", "done")

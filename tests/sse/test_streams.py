@@ -36,15 +36,15 @@ Create = Callable[..., Job]
 def nothing_left() -> Iterator[None]:
     with collected():
         yield
-    until(lambda: not streams._sessions and not hub.subscribers._watchers, "the end of every stream", 60)
+    until(lambda: not streams._sessions and not hub.subscribers._subscribers, "the end of every stream", 60)
     assert not signals.any_receivers()
 
 
 @pytest.fixture(autouse=True)
 def by_signals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs are looked at only when a stream knows that it missed something."""
-    monkeypatch.setattr(hub, "LOOK", 600.0)
-    monkeypatch.setattr(hub.Hub, "look", lambda *_: None)
+    monkeypatch.setattr(hub, "POLL", 600.0)
+    monkeypatch.setattr(hub.Hub, "poll", lambda *_: None)
 
 
 @pytest.fixture(params=SERVERS)
@@ -154,7 +154,7 @@ def test_a_job_that_is_unknown_or_anothers_is_404_and_holds_nothing(site: Site, 
             with site.get(*path, last_event_id=last) as client:
                 assert client.status == 404, path
     assert site.opened == 0
-    assert not hub.subscribers._watchers
+    assert not hub.subscribers._subscribers
 
 
 HOSTILE = [
@@ -220,8 +220,8 @@ def test_a_job_that_is_deleted_ends_its_stream(
     with engine.begin() as connection:
         connection.execute(content_job_events.delete())
         connection.execute(content_jobs.delete())
-    for watcher in hub.subscribers._watchers[job.id]:
-        watcher.miss(None)  # type: ignore[attr-defined]
+    for watcher in hub.subscribers._subscribers[job.id]:
+        watcher.compare(None)  # type: ignore[attr-defined]
     [end] = read(stream)
     assert (end.event, end.data["reason"]) == ("end", "deleted")
     with pytest.raises(JobNotFound):
@@ -264,7 +264,7 @@ def test_companies_of_one_name_in_two_databases_are_two(sqlite_database: Databas
     ]
     for thread in threads:
         thread.start()
-    until(lambda: len(hub.subscribers._watchers) == 2, "two streams", 60)
+    until(lambda: len(hub.subscribers._subscribers) == 2, "two streams", 60)
     for company in ("acme", "acme"):
         for engine in engines:
             with Session(engine) as session, session.begin():

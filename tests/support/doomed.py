@@ -40,14 +40,14 @@ def then_die(owner: Any, name: str) -> None:
 
 
 def die_when_told_done() -> None:
-    offer = Feed.offer
+    publish = Feed.publish
 
     def call(feed: Feed, rows: Any, **options: Any) -> None:
         if any(row.type == "content_job.done" for row in rows):
             die()
-        offer(feed, rows, **options)
+        publish(feed, rows, **options)
 
-    Feed.offer = call  # type: ignore[method-assign]
+    Feed.publish = call  # type: ignore[method-assign]
 
 
 STEPS: dict[str, Callable[[], None]] = {

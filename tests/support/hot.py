@@ -88,8 +88,8 @@ def look_for_watched(host: Host) -> None:
     watcher = watched(host)
     subscribers.add(watcher)
     try:
-        subscribers._looked.clear()
-        subscribers.look(host.engine, watcher.log)
+        subscribers._polled.clear()
+        subscribers.poll(host.engine, watcher.log)
     finally:
         subscribers.remove(watcher)
 
@@ -157,7 +157,7 @@ HOT: dict[str, Callable[[Host], object]] = {
     "of_company": lambda h: h.statements.of_company(h.connection, *place(h), "c1", 500),
     "of_company, from afar": lambda h: h.statements.of_company(h.connection, Position(0, 0), place(h)[1], "c1", 500),
     "log_begins": lambda h: h.statements.log_begins(h.connection),
-    "known": lambda h: log.known(h.connection, [(n, job_id(n)) for n in range(1, 20)]),
+    "existing": lambda h: log.existing(h.connection, [(n, job_id(n)) for n in range(1, 20)]),
     "watch, state": watched,
     "watch, events": lambda h: watched(h)._from_log(),
     "watch, look at all": look_for_watched,

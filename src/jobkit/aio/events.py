@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import aclosing
 from datetime import timedelta
 from types import TracebackType
 from typing import Self
@@ -18,13 +17,12 @@ import sqlalchemy as sa
 
 from jobkit import signals
 from jobkit.base.clock import seconds
-from jobkit.base.loops import Serialized
 from jobkit.errors import SubscriberTooSlow
-from jobkit.events import hub
-from jobkit.events.watch import Watcher
+from jobkit.events.iteration import LoopWaker, aiterate
+from jobkit.events.watch import TimedWatch, Watcher
 from jobkit.types import JobEvent
 
-# How many events may wait for their subscriber.
+# Bound of the events that wait for their subscriber.
 LIMIT = 1_000
 
 
@@ -46,20 +44,20 @@ class Subscription(AsyncIterator[JobEvent]):
     """
 
     def __init__(self, company_id: object, limit: int) -> None:
-        self._inbox = EventQueue(str(company_id), limit)
-        unsubscribe = signals.subscribe(company_id, self._inbox.receive)
-        self._inbox.on_overflow = unsubscribe
-        # The signals hold the inbox, which does not hold the subscription.
+        self._queue = EventQueue(str(company_id), limit)
+        unsubscribe = signals.subscribe(company_id, self._queue.receive)
+        self._queue.on_overflow = unsubscribe
+        # The signals hold the queue, which does not hold the subscription.
         self._unsubscribe = weakref.finalize(self, unsubscribe)
         self._unsubscribe.atexit = False
 
     async def __anext__(self) -> JobEvent:
-        return await self._inbox.get()
+        return await self._queue.get()
 
     async def aclose(self) -> None:
-        """Hear no more. Whoever waits for the next event is told the end."""
+        """Hear no more. The iteration ends, for whoever waits for the next event too."""
         self._unsubscribe()
-        self._inbox.close()
+        self._queue.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -93,7 +91,7 @@ class EventQueue:
             first, overflowed = len(self._waiting) == 1, self._overflowed
         if overflowed:
             self.on_overflow()
-        if first or overflowed:  # a loop that does not get round to reading is woken once, not for every event
+        if first or overflowed:  # a loop that is late to read is woken once, not for every event
             try:
                 self._loop.call_soon_threadsafe(self._filled.set)
             except RuntimeError:  # the loop is closed, and nobody will ever read
@@ -135,26 +133,8 @@ async def watch(
     ``JobNotFound`` from its first step for an unknown id and for another company's job; later when the job is deleted.
     """
     limit = None if timeout is None else seconds(timeout, "timeout", positive=False)
-    deadline = None if limit is None else time.monotonic() + limit
-    loop, woken = asyncio.get_running_loop(), asyncio.Event()
-
-    def wake() -> None:
-        with suppress(RuntimeError):  # the loop is closed, and nobody will ever read
-            loop.call_soon_threadsafe(woken.set)
-
-    watcher = Watcher(engine, job_id, company_id=company_id, wake=wake)
-    thread = Serialized(watcher.close)
-    try:
-        yield await thread.call(watcher.open)
-        while not watcher.over:
-            remaining = hub.LOOK if deadline is None else min(hub.LOOK, deadline - time.monotonic())
-            with suppress(TimeoutError):
-                await asyncio.wait_for(woken.wait(), max(0.0, remaining))
-            came = woken.is_set()
-            woken.clear()
-            for event in await thread.call(watcher.take, look=not came):
-                yield event
-            if deadline is not None and time.monotonic() >= deadline:
-                break
-    finally:
-        await thread.close()
+    waker = LoopWaker()
+    watcher = Watcher(engine, job_id, company_id=company_id, wake=waker.wake)
+    async with aclosing(aiterate(TimedWatch(watcher, limit), waker)) as events:
+        async for event in events:
+            yield event

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -22,29 +21,31 @@ from jobkit.types import JobEvent, JobStatus
 
 logger = logging.getLogger("jobkit")
 
-
-# How long signals may be silent before the log itself is asked, in seconds: they may be held up by a transaction that
-# somebody left open, a slow receiver, or a lost connection.
-LOOK = 5.0
-# How many events wait for a slow watcher; more are left in the log and read from there.
+# Seconds without a signal after which the log itself is polled: a transaction that somebody left open, a slow receiver
+# or a lost connection may hold signals up.
+POLL = 5.0
+# Bound of the events that wait for a slow subscriber; the rest is read from the log.
 MOST_WAITING = 1_000
-# How many are read from there at once.
+# Events read from the log at once.
 PAGE = 500
-# How long the end of a watch waits for its relay, in seconds.
+# Seconds that the end of a subscription waits for its relay.
 ENDING = 1.0
 TERMINAL = {f"content_job.{status.value}" for status in JobStatus if status.terminal}
 
 
 class Subscriber:
-    """Keeps what it hears from ``subscribe`` to ``close``: up to a limit, beyond which it only knows that it missed
-    something. ``key``: what it hears of, see ``Hub``. ``wake`` is called on the relay's thread, and must not block.
+    """Keeps the events heard from ``subscribe`` to ``close``: up to a limit, beyond which it only knows that it missed
+    some. ``wake`` is called on the relay's thread, and must not block.
     """
 
-    def __init__(self, engine: sa.Engine, key: object, wake: Callable[[], object]) -> None:
+    def __init__(
+        self, engine: sa.Engine, *, wake: Callable[[], object], job_id: UUID | None = None, company_id: str = ""
+    ) -> None:
+        """Hears of one job, or of one company."""
         self._relay, self._engine, self._wake = Relay(engine), engine, wake
-        self.key, self.log = key, log_key(engine)
-        #: The job that is watched, if it is one job.
-        self.job_id: UUID | None = None
+        self.log, self.job_id = log_key(engine), job_id
+        #: The events it hears of; see ``Hub``.
+        self.key = job_id or (self.log, company_id)
         self._lock = threading.Lock()
         self._heard: list[JobEvent] = []
         self._missed = False
@@ -68,13 +69,13 @@ class Subscriber:
                 self._heard.append(event)
         self._wake()
 
-    def miss(self, seq: int | None) -> None:
-        """Told from outside that the last event of ``job_id`` has this ``seq``, or that there is no such job any more.
+    def compare(self, last_seq: int | None) -> None:
+        """The last event of the job has this ``seq``, or None when the job is gone: find out whether one was missed.
 
-        Nothing to those who follow no single job.
+        Does nothing for a company.
         """
 
-    def _miss(self) -> None:
+    def _mark_missed(self) -> None:
         with self._lock:
             self._missed = True
 
@@ -85,74 +86,72 @@ class Subscriber:
 
 
 class Hub:
-    """Every watcher of this process by its job, and whoever follows a company by ``(signals.origin(), company_id)``,
-    behind one receiver however many they are.
-    """
+    """Every subscriber of this process behind one receiver: by its job's id, or by ``(log, company_id)``."""
 
     def __init__(self) -> None:
-        # An RLock: an abandoned watch may be collected, and thereby closed, in the middle of any of these.
+        # An RLock: an abandoned subscriber may be collected, and thereby closed, in the middle of any of these.
         self._lock = threading.RLock()
-        self._watchers: dict[Any, tuple[Subscriber, ...]] = {}
-        self._looking = threading.Lock()
-        self._looked: dict[str, float] = {}
+        self._subscribers: dict[object, tuple[Subscriber, ...]] = {}
+        self._polling = threading.Lock()
+        self._polled: dict[str, float] = {}
 
-    def add(self, watcher: Subscriber) -> None:
+    def add(self, subscriber: Subscriber) -> None:
         with self._lock:
-            self._watchers[watcher.key] = (*self._watchers.get(watcher.key, ()), watcher)
+            self._subscribers[subscriber.key] = (*self._subscribers.get(subscriber.key, ()), subscriber)
             for signal in signals.SIGNALS.values():
                 signal.connect(self._receive)
 
-    def remove(self, watcher: Subscriber) -> None:
+    def remove(self, subscriber: Subscriber) -> None:
         with self._lock:
-            left = tuple(other for other in self._watchers.pop(watcher.key, ()) if other is not watcher)
+            left = tuple(other for other in self._subscribers.pop(subscriber.key, ()) if other is not subscriber)
             if left:
-                self._watchers[watcher.key] = left
-            if not self._watchers:
+                self._subscribers[subscriber.key] = left
+            if not self._subscribers:
                 for signal in signals.SIGNALS.values():
                     signal.disconnect(self._receive)
 
     def _after_fork(self) -> None:
-        """Begin anew in a child, where nobody takes what the parent's watchers hear."""
-        self._lock, self._looking = threading.RLock(), threading.Lock()
-        self._watchers.clear()
+        """Be empty in a forked child, where nobody takes what the parent's subscribers hear."""
+        self._lock, self._polling = threading.RLock(), threading.Lock()
+        self._subscribers.clear()
         for signal in signals.SIGNALS.values():
             signal.disconnect(self._receive)
 
     def _receive(self, _company_id: str, *, event: JobEvent) -> None:
         for key in (event.job_id, (signals.origin(), event.company_id)):
-            for watcher in self._watchers.get(key, ()):
+            for subscriber in self._subscribers.get(key, ()):
                 try:
-                    watcher.hear(event)
+                    subscriber.hear(event)
                 except Exception:  # what its wake raises, such as that of a closed loop, is not the others' trouble
                     logger.exception("a watcher of job %s could not be woken", event.job_id)
 
-    def look(self, engine: sa.Engine, log: str) -> None:
-        """One look for all watchers of a log, by ``engine``, unless there was one ``LOOK`` seconds ago: whoever missed
-        something is woken. Blocks on the database.
+    def poll(self, engine: sa.Engine, log: str) -> None:
+        """Poll the jobs that are watched in one log, by ``engine``, and wake the subscribers who missed an event. Only
+        once in ``POLL`` seconds, whoever asks. Blocks on the database.
         """
         now = time.monotonic()
-        if now < self._looked.get(log, 0.0) + LOOK or not self._looking.acquire(blocking=False):
+        if now < self._polled.get(log, 0.0) + POLL or not self._polling.acquire(blocking=False):
             return
         try:
-            self._looked[log] = now
+            self._polled[log] = now
             with self._lock:
-                groups = list(self._watchers.values())
-            watchers = {w: w.job_id for group in groups for w in group if w.job_id is not None and w.log == log}
-            ids = sorted(set(watchers.values()))
+                groups = list(self._subscribers.values())
+            job_ids = {s: s.job_id for group in groups for s in group if s.job_id is not None and s.log == log}
+            ids = sorted(set(job_ids.values()))
             last: dict[UUID, int] = {}
             for start in range(0, len(ids), PAGE):
                 page = sa.select(content_jobs.c.id, content_jobs.c.event_seq)
                 page = page.where(content_jobs.c.id.in_(ids[start : start + PAGE]))
                 with engine.connect() as connection:
                     last.update({row.id: row.event_seq for row in connection.execute(page)})
-            for watcher, job_id in watchers.items():
-                watcher.miss(last.get(job_id))
+            for subscriber, job_id in job_ids.items():
+                subscriber.compare(last.get(job_id))
         except Exception as error:
             if not is_outage(error):
                 raise
             logger.warning("jobs that are watched could not be looked at: %s", error_message(error))
         finally:
-            self._looking.release()
+            self._polling.release()
 
 
 subscribers = Hub()

@@ -19,17 +19,17 @@ from jobkit.events.log import DeliveredEvents, event_of, require_whole
 
 
 class _Shared:
-    """What the relays and runners of a process share: the feeds, each with its number of users, and what was told."""
+    """What relays and runners of a process share: the feeds, each with its number of users; what was delivered."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.feeds: dict[str, tuple[Feed, int]] = {}
-        self.memory = DeliveredEvents()
+        self.delivered = DeliveredEvents()
         reset_in_children(self)
 
     def _after_fork(self) -> None:
         """No feed runs in a child, and a lock that another thread held at the fork is held there for ever."""
-        self.lock, self.memory = threading.RLock(), DeliveredEvents()
+        self.lock, self.delivered = threading.RLock(), DeliveredEvents()
         self.feeds.clear()
 
 
@@ -42,10 +42,10 @@ class Relay:
     However many relays and runners of one database are started, the process has one thread that reads its event log,
     and each receiver is called once per event. ``start`` and ``stop`` in any order and number; safe from any thread.
 
-    ``after``: the ``cursor`` of an event that another process, or an earlier life of this one, was told: everything
-    since is told first, once there is a receiver. It repeats a few events, which ``JobEvent.id`` tells, and skips none.
-    Within a replay the events of one job keep their order; where another relay or runner of this process was started
-    before, later ones may have been told already. ``ValueError`` for what is not a cursor.
+    ``after``: the ``cursor`` of an event that another process, or an earlier run of this one, received: every event
+    since is delivered first, once there is a receiver. It repeats a few events, known by ``JobEvent.id``, and skips
+    none. Within a replay the events of one job keep their order; where another relay or runner of this process was
+    started before, later ones may have been delivered already. ``ValueError`` for what is not a cursor.
     """
 
     def __init__(self, engine: sa.Engine, *, after: str | None = None) -> None:
@@ -56,8 +56,8 @@ class Relay:
 
     def start(self) -> Self:
         """Signals for whatever is committed from now on, by any process; with ``after`` also for what was committed
-        since that cursor and was not told in this process. Raises when the database or its tables are not there, and
-        ``EventsPruned`` when some of those events are gone.
+        since that cursor and was not delivered in this process. Raises when the database or its tables are not there,
+        and ``EventsPruned`` when some of those events are gone.
         """
         refuse_inherited(self.engine, self._inherited)
         with _shared.lock:
@@ -104,8 +104,8 @@ def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
         if feed is None:
             require_schema(engine)
             require_whole(engine, after)
-            feed = Feed(engine, _shared.memory, key)
-            feed.start(after)
+            feed = Feed(engine, _shared.delivered, key, after)
+            feed.start()
         elif after is not None:
             require_whole(engine, after)
             feed.replay(after)
@@ -114,7 +114,8 @@ def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
 
 
 def release(engine: sa.Engine, timeout: float) -> None:
-    """Count once less; the last one ends the feed. What was offered to it was delivered, or ``timeout`` is over."""
+    """Count once less; the last one ends the feed. What was published to it is delivered by then, or
+    ``timeout`` seconds are over."""
     key = log_key(engine)
     with _shared.lock:
         feed, count = _shared.feeds[key]
@@ -138,4 +139,4 @@ def running_feed(engine: sa.Engine) -> Feed | None:
 
 def deliver_here(engine: sa.Engine, rows: list[EventRow], cursor: Position) -> None:
     """Signals for events this process just committed while it has no feed, in the calling thread."""
-    signals.deliver((event_of(row, cursor) for row in _shared.memory.add(rows)), log_key(engine))
+    signals.deliver((event_of(row, cursor) for row in _shared.delivered.add(rows)), log_key(engine))

@@ -1,28 +1,29 @@
 """Watch: one job's state, then its events until it ends, for whoever waits for it: a page, a script.
 
-Subscribed first, read then: what is committed in between is heard, and known by its ``seq`` if the state had it
-already. Signals make it quick; the log itself, where ``seq`` counts a job's events, makes it complete.
+It subscribes first and reads then: an event committed in between is heard, and is dropped by its ``seq`` if the state
+had it already. Signals make it quick; the log, where ``seq`` counts a job's events, makes it complete.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
+import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
 from datetime import timedelta
 from uuid import UUID
 
 import sqlalchemy as sa
 
 from jobkit.base.clock import seconds
+from jobkit.base.ids import parse_id
 from jobkit.base.text import error_message
 from jobkit.db.connections import is_outage
 from jobkit.db.dialects import statements_for
 from jobkit.errors import JobNotFound
 from jobkit.events import hub
 from jobkit.events.hub import TERMINAL, Subscriber
+from jobkit.events.iteration import ThreadWaker, iterate
 from jobkit.jobs import outbox
 from jobkit.jobs.store import JobStore
 from jobkit.tables import content_job_events, content_jobs
@@ -50,39 +51,25 @@ def watch(
     deleted.
     """
     limit = None if timeout is None else seconds(timeout, "timeout", positive=False)
-    woken = threading.Event()
-    watcher = Watcher(engine, job_id, company_id=company_id, wake=woken.set)
+    waker = ThreadWaker()
+    watcher = Watcher(engine, job_id, company_id=company_id, wake=waker.wake)
     watcher.read()
-    return _items(watcher, woken, limit)
-
-
-def _items(watcher: Watcher, woken: threading.Event, limit: float | None) -> Generator[JobEvent, None, None]:
-    deadline = None if limit is None else time.monotonic() + limit
-    with closing(watcher):
-        yield watcher.open()
-        while not watcher.over:
-            remaining = hub.LOOK if deadline is None else deadline - time.monotonic()
-            came = woken.wait(max(0.0, min(hub.LOOK, remaining)))
-            woken.clear()
-            late = deadline is not None and time.monotonic() >= deadline
-            yield from watcher.take(look=late or not came)
-            if late:
-                break
+    return iterate(TimedWatch(watcher, limit), waker)
 
 
 class Watcher(Subscriber):
-    """What ``watch`` is made of, for callers with a loop of their own: never waits for an event.
+    """``watch`` for callers with a loop of their own: never waits for an event.
 
-    ``open``, then ``take`` whenever ``wake`` was called and, with ``look=True``, after ``LOOK`` seconds without;
-    ``close`` in the end. Used by one thread at a time. ``wake`` is called on the relay's thread, and must not block.
+    ``open``, then ``take`` whenever ``wake`` was called, and with ``look=True`` after five seconds without; ``close``
+    in the end. Used by one thread at a time. ``wake`` is called on the relay's thread, and must not block.
     """
 
     def __init__(
         self, engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, wake: Callable[[], object]
     ) -> None:
-        super().__init__(engine, None, wake)
-        self._asked, self._company_id = job_id, company_id
-        #: Whether the job has ended, as far as ``open`` and ``take`` have told.
+        super().__init__(engine, wake=wake, job_id=parse_id(job_id))
+        self._requested, self._company_id = job_id, company_id
+        #: Whether the job has ended, as far as ``open`` and ``take`` have shown.
         self.over = False
         self._seq, self._cursor = 0, ""
 
@@ -90,12 +77,11 @@ class Watcher(Subscriber):
         """The state now. Blocks on the database; ``JobNotFound``."""
         with self._engine.connect() as connection:
             cursor = str(statements_for(connection).start(connection).position)
-            job = JobStore(connection).get_by_id(self._asked, company_id=self._company_id)
+            job = JobStore(connection).get_by_id(self._requested, company_id=self._company_id)
             if job is None:
-                raise JobNotFound(self._asked)
+                raise JobNotFound(self._requested)
             last = connection.execute(sa.select(_e.id).where(_e.job_id == job.id, _e.seq == job.event_seq))
             event_id = last.scalar_one_or_none() or 0
-        self.job_id = self.key = job.id
         return JobState(
             event_id,
             job.event_seq,
@@ -127,19 +113,21 @@ class Watcher(Subscriber):
         self.over = state.type in TERMINAL and not self._seq < state.seq
         if self.over:
             self.close()
+        elif self._missed:
+            self._wake()
         return state
 
-    def miss(self, seq: int | None) -> None:
-        """Told from outside that the job's last event has this ``seq``, or that there is no such job any more."""
-        if seq is None or seq > self._seq:
-            self._miss()
+    def compare(self, last_seq: int | None) -> None:
+        """The last event of the job has this ``seq``, or None when the job is gone: wake if it was missed."""
+        if last_seq is None or last_seq > self._seq:
+            self._mark_missed()
             self._wake()
 
     def take(self, *, look: bool = False) -> list[JobEvent]:
         """The events since the last call, in order; of a great many the first. Empty when there are none.
 
-        Blocks on the database only with ``look``, or when more had come than are kept. ``JobNotFound`` when it finds
-        the job deleted.
+        ``look`` reads the log, whatever was heard. Blocks on the database only then, and when more had come than are
+        kept. ``JobNotFound`` when the job turns out to be deleted.
         """
         if self.over:
             return []
@@ -150,9 +138,9 @@ class Watcher(Subscriber):
         fresh = [event for event in heard if event.seq > self._seq]
         if look or [event.seq for event in fresh] != list(range(self._seq + 1, self._seq + 1 + len(fresh))):
             fresh = self._from_log()
-        return self._told(fresh)
+        return self._taken(fresh)
 
-    def _told(self, fresh: list[JobEvent]) -> list[JobEvent]:
+    def _taken(self, fresh: list[JobEvent]) -> list[JobEvent]:
         for number, event in enumerate(fresh, 1):
             self._seq, self._cursor = event.seq, event.cursor
             if event.type in TERMINAL:
@@ -180,12 +168,43 @@ class Watcher(Subscriber):
             logger.warning(
                 "the log of job %s could not be read, and will be again: %s", self.job_id, error_message(error)
             )
-            self._miss()
+            self._mark_missed()
             return []
         if len(rows) == hub.PAGE:
-            self._miss()
+            self._mark_missed()
             self._wake()
         return [
             JobEvent(r.id, r.seq, self._cursor, r.company_id, r.type, self.job_id, r.created_at, r.payload)
             for r in rows
         ]
+
+
+class TimedWatch:
+    """A job's state and events, to be iterated for ``limit`` seconds from the first item on; see ``Subscription``."""
+
+    def __init__(self, watcher: Watcher, limit: float | None) -> None:
+        self._watcher, self._limit = watcher, limit
+        self._deadline = math.inf
+        self._expired = False
+
+    @property
+    def over(self) -> bool:
+        return self._watcher.over or self._expired
+
+    def begin(self) -> list[JobEvent]:
+        if self._limit is not None:
+            self._deadline = time.monotonic() + self._limit
+        return []
+
+    def open(self) -> list[JobEvent]:
+        return [self._watcher.open()]
+
+    def take(self, *, woken: bool) -> list[JobEvent]:
+        self._expired = time.monotonic() >= self._deadline
+        return self._watcher.take(look=self._expired or not woken)
+
+    def pause(self) -> float:
+        return max(0.0, min(hub.POLL, self._deadline - time.monotonic()))
+
+    def close(self) -> None:
+        self._watcher.close()

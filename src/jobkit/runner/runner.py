@@ -129,7 +129,7 @@ class Runner:
         payload = {"jobId": str(job.id)}
         row = EventRow(event_id, 0, 1, job.company_id, "content_job.queued", job.id, job.created_at, payload)
         feed = relay.running_feed(self.engine)  # one that began before the commit may have seen the event already
-        if feed is not None and feed.offer([row]):
+        if feed is not None and feed.publish([row]):
             feed.flush(DELIVERY_WAIT)
         else:
             relay.deliver_here(self.engine, [row], position)
@@ -261,7 +261,7 @@ class Runner:
     def _rescue(self, feed: Feed) -> RescueReport:
         link = DedicatedConnection(self.engine)
         with closing(link):
-            return rescue(link, statements_for(self.engine), clock=self._clock, on_commit=feed.offer)
+            return rescue(link, statements_for(self.engine), clock=self._clock, on_commit=feed.publish)
 
     def _run_here(self) -> int:
         """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""
@@ -286,9 +286,9 @@ class Runner:
         waits_for_writers = statements_for(engine).claim_locks
         return Supervisor(
             pipeline=lambda progressed: self._pipeline(feed, shared, progressed),
-            keeper=lambda attempts: LeaseKeeper(engine, lease, attempts, clock=clock, on_commit=feed.offer),
+            keeper=lambda attempts: LeaseKeeper(engine, lease, attempts, clock=clock, on_commit=feed.publish),
             rescuer=lambda wake: Rescuer(
-                engine, lease=lease, clock=clock, shared=shared, on_commit=feed.offer, wake=wake
+                engine, lease=lease, clock=clock, shared=shared, on_commit=feed.publish, wake=wake
             ),
             sweeper=Periodic("jobkit-sweep", SWEEP_INTERVAL, collector.run),
             listen=feed.on_jobs,
@@ -310,7 +310,7 @@ class Runner:
             worker_id=f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}",
             clock=self._clock,
             shared=shared,
-            on_commit=feed.offer if feed else self._deliver_here,
+            on_commit=feed.publish if feed else self._deliver_here,
             progressed=progressed,
         )
 
@@ -333,11 +333,11 @@ def _until_idle(supervisor: Supervisor, feed: Feed, timeout: float | None, *, be
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
-        ended, told = supervisor.metrics().ended, feed.told
+        ended, told = supervisor.metrics().ended, feed.delivered_count
         if not supervisor.wait_idle(None if deadline is None else max(0.0, deadline - time.monotonic())):
             raise TimeoutError(
                 f"jobs are still in flight after {timeout} s; {supervisor.metrics().ended - before} ended"
             )
         feed.flush(DELIVERY_WAIT)
-        if (supervisor.metrics().ended, feed.told) == (ended, told):
+        if (supervisor.metrics().ended, feed.delivered_count) == (ended, told):
             return supervisor.metrics().ended - before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -16,9 +16,9 @@ from jobkit.events.hub import TERMINAL
 from jobkit.events.watch import Watcher
 from jobkit.types import JobEvent, JobState
 
-# A message of a job's stream is known by its job and seq; one of a company's by a cursor.
+# The id of a message in a job's stream: job and seq. In a company's stream it is a cursor.
 _JOB_ID = re.compile(r"([0-9a-f-]{36})\.([0-9]{1,10})", re.ASCII)
-# Those of the job's row that the first message has.
+# Columns of the job that the first message has, by their name there.
 _FIELDS = {
     "jobType": "job_type",
     "status": "status",
@@ -30,71 +30,75 @@ _FIELDS = {
 
 
 class MessageSource(Protocol):
-    """What a session sends: one of a job, or of a company."""
+    """The messages of one job, or of one company, in order. Only ``open`` and ``take`` ask the database."""
 
     over: bool
 
-    def locate(self, last_event_id: str | None) -> None:
-        """Where it begins. ``JobNotFound``."""
+    def preamble(self) -> bytes:
+        """What comes first."""
 
-    def greeting(self) -> bytes: ...
-
-    def open(self) -> bytes: ...
+    def open(self) -> bytes:
+        """Subscribe, and give what there is by now."""
 
     def take(self) -> bytes:
-        """What has come, nothing when nothing has. Blocks on the database at most."""
+        """What has come since; empty when nothing has."""
 
-    def idle(self) -> bytes:
+    def keep_alive(self) -> bytes:
         """What goes with a keep-alive."""
 
     def close(self) -> None: ...
 
 
 class JobMessages:
-    """The state, or a ``resync`` and the state, or what was missed; then each event until the end."""
+    """The state, or a ``resync`` and the state, or the events that were missed; then each event until the end."""
 
-    def __init__(self, engine: sa.Engine, company_id: object, job_id: UUID | str, wake: Callable[[], object]) -> None:
-        self._watcher = Watcher(engine, job_id, company_id=company_id, wake=wake)
-        self.over = False
-        self._after: int | None = None
-        self._foreign = False
+    def __init__(self, watcher: Watcher, after: int | None, *, resync: bool, over: bool) -> None:
+        """``after``: the ``seq`` that the client has seen; ``over``: it has seen the job's end."""
+        self._watcher, self._after, self._resync, self.over = watcher, after, resync, over
 
-    def locate(self, last_event_id: str | None) -> None:
-        state = self._watcher.read()
-        if not last_event_id:
-            return
+    @classmethod
+    def seek(
+        cls,
+        engine: sa.Engine,
+        company_id: str,
+        job_id: UUID | str,
+        last_event_id: str | None,
+        wake: Callable[[], object],
+    ) -> Self:
+        """The messages after ``last_event_id``. Blocks on the database; ``JobNotFound``."""
+        watcher = Watcher(engine, job_id, company_id=company_id, wake=wake)
+        state = watcher.read()
         found = _JOB_ID.fullmatch(last_event_id) if isinstance(last_event_id, str) else None
         if found and found[1] == str(state.job_id) and int(found[2]) <= state.seq:
-            self._after = int(found[2])
-            self.over = state.type in TERMINAL and self._after == state.seq
-        else:
-            self._foreign = True
+            seq = int(found[2])
+            return cls(watcher, seq, resync=False, over=state.type in TERMINAL and seq == state.seq)
+        return cls(watcher, None, resync=bool(last_event_id), over=False)
 
-    def greeting(self) -> bytes:
-        return _message({"reason": "unknown"}, event="resync") if self._foreign else b""
+    def preamble(self) -> bytes:
+        return _message({"reason": "unknown"}, event="resync") if self._resync else b""
 
     def open(self) -> bytes:
         try:
             state = self._watcher.open(self._after)
         except JobNotFound:
             return self._end("deleted")
-        return self._told([state] if self._after is None else [])
+        return self._messages([state] if self._after is None else [])
 
     def take(self) -> bytes:
         try:
-            return self._told(self._watcher.take())
+            return self._messages(self._watcher.take())
         except JobNotFound:
             return self._end("deleted")
 
-    def idle(self) -> bytes:
+    def keep_alive(self) -> bytes:
         return b""
 
     def close(self) -> None:
         self._watcher.close()
 
-    def _told(self, events: Iterable[JobEvent]) -> bytes:
-        told = b"".join(_message(_wire(event), id=f"{event.job_id}.{event.seq}") for event in events)
-        return told + (self._end("over") if self._watcher.over else b"")
+    def _messages(self, events: Iterable[JobEvent]) -> bytes:
+        messages = b"".join(_message(_wire(event), id=f"{event.job_id}.{event.seq}") for event in events)
+        return messages + (self._end("over") if self._watcher.over else b"")
 
     def _end(self, reason: str) -> bytes:
         self.over = True
@@ -106,29 +110,31 @@ class CompanyMessages:
 
     over = False
 
-    def __init__(self, engine: sa.Engine, company_id: str, wake: Callable[[], object]) -> None:
-        self._follower = Follower(engine, company_id, wake=wake)
-        self._resync: str | None = None
+    def __init__(self, follower: Follower, resync: str | None) -> None:
+        """``resync``: the reason why it does not begin where the client left off."""
+        self._follower, self._resync = follower, resync
 
-    def locate(self, last_event_id: str | None) -> None:
+    @classmethod
+    def seek(cls, engine: sa.Engine, company_id: str, last_event_id: str | None, wake: Callable[[], object]) -> Self:
+        """The messages after ``last_event_id``, or from now on. Blocks on the database."""
         try:
-            self._follower.locate(last_event_id or None)
+            return cls(Follower.after(engine, company_id, last_event_id or None, wake=wake), None)
         except (ValueError, EventsPruned) as error:
-            self._resync = "pruned" if isinstance(error, EventsPruned) else "unknown"
-            self._follower.locate()
+            resync = "pruned" if isinstance(error, EventsPruned) else "unknown"
+        return cls(Follower.after(engine, company_id, None, wake=wake), resync)
 
-    def greeting(self) -> bytes:
+    def preamble(self) -> bytes:
         cursor = self._follower.cursor
         return _message({"reason": self._resync}, event="resync", id=cursor) if self._resync else _cursor(cursor)
 
     def open(self) -> bytes:
         self._follower.subscribe()
-        return b""
+        return self.take()
 
     def take(self) -> bytes:
         return b"".join(_message(_wire(event), id=event.cursor) for event in self._follower.take())
 
-    def idle(self) -> bytes:
+    def keep_alive(self) -> bytes:
         return _cursor(self._follower.cursor) if self._follower.advance() else b""
 
     def close(self) -> None:
@@ -144,11 +150,11 @@ def _wire(event: JobEvent) -> dict[str, Any]:
 
 
 def _message(data: dict[str, Any], *, event: str | None = None, id: str | None = None) -> bytes:
-    """JSON has no line of its own to end, whatever texts are in it."""
+    """``data`` takes one line: JSON escapes the ends of lines in texts."""
     fields = {"event": event, "id": id, "data": json.dumps(data, separators=(",", ":"))}
     return "".join(f"{name}: {value}\n" for name, value in fields.items() if value is not None).encode() + b"\n"
 
 
 def _cursor(cursor: str) -> bytes:
-    """Moves what a browser will come back with, and shows its page nothing."""
+    """A message that sets the id a browser comes back with, and shows its page nothing."""
     return f"id: {cursor}\n\n".encode()

@@ -1,16 +1,14 @@
 """The events of one job, or of one company, as ``text/event-stream``: bytes for WSGI and ASGI.
 
-What is sent is worked out once, by a ``_Session``, which never waits for an event.
-Two drivers do: on a thread, and on a loop.
+A ``_Session`` decides what is sent; ``events.iteration`` waits, on a thread or on a loop.
 """
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from types import FrameType, MappingProxyType
@@ -21,10 +19,11 @@ import sqlalchemy as sa
 
 from jobkit.base.clock import seconds
 from jobkit.base.forks import reset_in_children
-from jobkit.base.loops import Serialized, in_thread
+from jobkit.base.loops import in_thread
 from jobkit.base.text import require_company_id
 from jobkit.db.host import log_key
 from jobkit.events import hub
+from jobkit.events.iteration import LoopWaker, ThreadWaker, aiterate, iterate
 from jobkit.sse.messages import CompanyMessages, JobMessages, MessageSource
 
 #: What a response with a stream needs: no cache may keep it, no nginx may gather it.
@@ -47,10 +46,9 @@ def stream(
     Blocks on the database. ``JobNotFound``, from this call, for an unknown job and for another company's. Whatever
     ``last_event_id`` is, it raises nothing: one that is too old, or not of this stream, gives a ``resync`` message.
     """
-    bell = _Bell()
-    session = _session(engine, company_id, job_id, last_event_id, keep_alive, retry, bell.ring)
-    session.locate()
-    return Stream(session, bell)
+    waker = ThreadWaker()
+    session = _Session.after(engine, company_id, job_id, last_event_id, keep_alive, retry, waker.wake)
+    return Stream(session, waker)
 
 
 async def astream(
@@ -63,20 +61,14 @@ async def astream(
     retry: timedelta | float = 3.0,
 ) -> AsyncStream:
     """As ``stream``, for the running loop; awaited, because it asks the database. ``engine`` is a synchronous one."""
-    loop, woken = asyncio.get_running_loop(), asyncio.Event()
-
-    def wake() -> None:
-        with suppress(RuntimeError):  # the loop is closed, and nobody will ever read
-            loop.call_soon_threadsafe(woken.set)
-
-    session = _session(engine, company_id, job_id, last_event_id, keep_alive, retry, wake)
-    await in_thread(session.locate)
-    return AsyncStream(session, woken)
+    waker = LoopWaker()
+    session = await in_thread(_Session.after, engine, company_id, job_id, last_event_id, keep_alive, retry, waker.wake)
+    return AsyncStream(session, waker)
 
 
 def end_all() -> None:
     """End every stream of this process; each client comes back after its ``retry``, and misses nothing. For a host that
-    shuts down: servers wait for responses that are under way. At any time, also in a signal handler.
+    shuts down: servers wait for responses under way. At any time, also in a signal handler.
     """
     for session in list(_sessions):
         session.end()
@@ -96,7 +88,7 @@ def end_on_signals(*numbers: signal.Signals) -> None:
 
 
 class _Handler:
-    """Ends the streams, then does what would have been done."""
+    """Ends the streams, then does what the former handler did."""
 
     def __init__(self, former: Callable[[int, FrameType | None], Any] | int | None) -> None:
         self._former = former
@@ -117,9 +109,9 @@ class Stream(Iterator[bytes]):
     an ``EventSource`` stops coming back.
     """
 
-    def __init__(self, session: _Session, bell: _Bell) -> None:
+    def __init__(self, session: _Session, waker: ThreadWaker) -> None:
         self.status = session.status
-        self._session, self._pieces = session, _pieces(session, bell)
+        self._session, self._pieces = session, iterate(session, waker)
 
     def __next__(self) -> bytes:
         return next(self._pieces)
@@ -136,9 +128,9 @@ class AsyncStream(AsyncIterator[bytes]):
     it.
     """
 
-    def __init__(self, session: _Session, woken: asyncio.Event) -> None:
+    def __init__(self, session: _Session, waker: LoopWaker) -> None:
         self.status = session.status
-        self._session, self._pieces = session, _apieces(session, woken)
+        self._session, self._pieces = session, aiterate(session, waker)
 
     async def __anext__(self) -> bytes:
         return await anext(self._pieces)
@@ -156,81 +148,38 @@ class AsyncStream(AsyncIterator[bytes]):
         await self.aclose()
 
 
-def _pieces(session: _Session, bell: _Bell) -> Generator[bytes, None, None]:
-    if session.over:
-        return
-    _sessions.add(session)
-    try:
-        yield session.greeting
-        if piece := session.open():
-            yield piece
-        while not session.over:
-            if piece := session.next():
-                yield piece
-            elif not session.over:
-                bell.wait(session.pause())
-    finally:
-        _sessions.discard(session)
-        session.close()
-
-
-async def _apieces(session: _Session, woken: asyncio.Event) -> AsyncGenerator[bytes, None]:
-    if session.over:
-        return
-    _sessions.add(session)
-    thread = Serialized(session.close)
-    try:
-        yield session.greeting
-        if piece := await thread.call(session.open):
-            yield piece
-        while not session.over:
-            woken.clear()
-            if piece := await thread.call(session.next):
-                yield piece
-            elif not session.over:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(woken.wait(), session.pause())
-    finally:
-        _sessions.discard(session)
-        await thread.close()
-
-
-class _Bell:
-    """Wakes the one that waits. A bare lock, because a signal handler may ring while its own thread does anything."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lock.acquire()
-
-    def ring(self) -> None:
-        with suppress(RuntimeError):  # it was rung already
-            self._lock.release()
-
-    def wait(self, timeout: float) -> None:
-        self._lock.acquire(timeout=timeout)
-
-
 class _Session:
-    """One stream: what is to be sent, and when. Used by one thread at a time, but for ``end``."""
+    """One stream as a ``Subscription``: what is to be sent, and when. Used by one thread at a time, but for ``end``."""
 
     def __init__(
-        self,
-        source: MessageSource,
-        engine: sa.Engine,
-        last_event_id: str | None,
-        keep_alive: float,
-        retry: float,
-        wake: Callable[[], object],
+        self, source: MessageSource, engine: sa.Engine, keep_alive: float, retry: float, wake: Callable[[], object]
     ) -> None:
-        self._source, self._engine, self._last_event_id, self._wake = source, engine, last_event_id, wake
-        self._log = log_key(engine)
+        self._source, self._engine, self._log, self._wake = source, engine, log_key(engine), wake
         self._keep_alive, self._retry = keep_alive, retry
         self._ended = False
         self._sent = time.monotonic()
         reset_in_children(self)
 
-    def locate(self) -> None:
-        self._source.locate(self._last_event_id)
+    @classmethod
+    def after(
+        cls,
+        engine: sa.Engine,
+        company_id: object,
+        job_id: UUID | str | None,
+        last_event_id: str | None,
+        keep_alive: timedelta | float,
+        retry: timedelta | float,
+        wake: Callable[[], object],
+    ) -> Self:
+        """A session after ``last_event_id``. Blocks on the database; ``JobNotFound``."""
+        owner = require_company_id(company_id)
+        pause, retry_after = seconds(keep_alive, "keep_alive"), seconds(retry, "retry", positive=False)
+        source: MessageSource
+        if job_id is None:
+            source = CompanyMessages.seek(engine, owner, last_event_id, wake)
+        else:
+            source = JobMessages.seek(engine, owner, job_id, last_event_id, wake)
+        return cls(source, engine, pause, retry_after, wake)
 
     @property
     def status(self) -> int:
@@ -240,34 +189,33 @@ class _Session:
     def over(self) -> bool:
         return self._ended or self._source.over
 
-    @property
-    def greeting(self) -> bytes:
-        """What opens the way through every proxy, before anything is asked of the database."""
-        return b"retry: %d\n\n%s" % (round(self._retry * 1000), self._source.greeting())
+    def begin(self) -> list[bytes]:
+        """The head of the stream, which opens the way through every proxy. From now on ``end_all`` ends it."""
+        _sessions.add(self)
+        return [b"retry: %d\n\n%s" % (round(self._retry * 1000), self._source.preamble())]
 
-    def open(self) -> bytes:
+    def open(self) -> list[bytes]:
         return self._noted(self._source.open())
 
-    def next(self) -> bytes:
-        """What is to be sent now; nothing when there is nothing."""
+    def take(self, *, woken: bool) -> list[bytes]:
         if self._ended:
-            return b""
+            return []
         if piece := self._source.take():
             return self._noted(piece)
-        hub.subscribers.look(self._engine, self._log)
+        hub.subscribers.poll(self._engine, self._log)
         if time.monotonic() >= self._sent + self._keep_alive:
-            return self._noted(b":\n\n" + self._source.idle())
-        return b""
+            return self._noted(b":\n\n" + self._source.keep_alive())
+        return []
 
     def pause(self) -> float:
-        """How long to wait for an event, in seconds."""
-        return max(0.0, min(hub.LOOK, self._sent + self._keep_alive - time.monotonic()))
+        return max(0.0, min(hub.POLL, self._sent + self._keep_alive - time.monotonic()))
 
     def end(self) -> None:
         self._ended = True
         self._wake()
 
     def close(self) -> None:
+        _sessions.discard(self)
         self._source.close()
 
     def _after_fork(self) -> None:
@@ -275,30 +223,11 @@ class _Session:
         self._ended = True
         _sessions.discard(self)
 
-    def _noted(self, piece: bytes) -> bytes:
-        if piece:
-            self._sent = time.monotonic()
-        return piece
-
-
-def _session(
-    engine: sa.Engine,
-    company_id: object,
-    job_id: UUID | str | None,
-    last_event_id: str | None,
-    keep_alive: timedelta | float,
-    retry: timedelta | float,
-    wake: Callable[[], object],
-) -> _Session:
-    owner = require_company_id(company_id)
-    source: MessageSource
-    if job_id is None:
-        source = CompanyMessages(engine, owner, wake)
-    else:
-        source = JobMessages(engine, owner, job_id, wake)
-    return _Session(
-        source, engine, last_event_id, seconds(keep_alive, "keep_alive"), seconds(retry, "retry", positive=False), wake
-    )
+    def _noted(self, piece: bytes) -> list[bytes]:
+        if not piece:
+            return []
+        self._sent = time.monotonic()
+        return [piece]
 
 
 _sessions: set[_Session] = set()
