@@ -248,7 +248,7 @@ def test_outside_a_loop_it_is_refused_and_connects_nothing() -> None:
 @pytest.fixture
 def by_signals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """The log is asked only when a watch knows that it missed something."""
-    monkeypatch.setattr("jobkit.aio.events.LOOK", 600.0)
+    monkeypatch.setattr("jobkit.events.hub.LOOK", 600.0)
 
 
 def move(engine: sa.Engine, job: Job, *statuses: str) -> None:
