@@ -23,7 +23,7 @@ from tests.support.asynchronous import DRIVERS, Lane
 from tests.support.browser import browser as a_browser
 from tests.support.browser import page as a_page
 from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
-from tests.support.peak import Peaks
+from tests.support.peak import Peaks, return_large_blocks
 from tests.support.postgres import Server, start_server
 from tests.support.recorder import ALL, Recorder
 from tests.support.s3 import Moto, Rclone, environment
@@ -39,6 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     surroundings.settle_colours()
+    return_large_blocks()
     config.pluginmanager.register(Peaks())
     config.pluginmanager.register(tiers.Tiers())
 

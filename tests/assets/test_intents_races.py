@@ -53,7 +53,7 @@ def test_what_a_killed_sweep_leaves_a_later_one_finishes(step: str, database: Da
     put(disk)
     age(engine, DAY)
     command = [sys.executable, "-m", "tests.support.doomed_sweep", url(database), str(folder), step]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
     assert violations(engine, folder) == []
     disk.verify(kept)

@@ -195,7 +195,7 @@ def test_a_reader_that_has_read_enough_and_a_terminal_without_the_letters_are_no
     os.close(reading)  # nobody reads even the little that is flushed at the end
     short = [*JOBKIT, "jobs", "list", "--limit", "1", "--database", many]
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    ran = subprocess.run(short, stdout=writing, stderr=subprocess.PIPE, env=buffered, timeout=60, check=False)
+    ran = subprocess.run(short, stdout=writing, stderr=subprocess.PIPE, env=buffered, timeout=240, check=False)
     os.close(writing)
     assert (ran.returncode, ran.stderr) == (1, b"")
 

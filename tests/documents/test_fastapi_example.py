@@ -26,7 +26,7 @@ from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
 from tests.support.invariants import violations
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 60.0
+DEADLINE = 240.0
 # How soon a server has to end though a page listens and a job renders: three seconds for the job, the rest for a busy
 # machine. Without an end of the streams it would wait for ever.
 AT_ONCE = 25.0

@@ -60,7 +60,7 @@ def test_events_of_another_process_are_seen_by_polling(
     url = database.engine.url.render_as_string(hide_password=False)
     with Relay(engine):
         command = [sys.executable, "-c", OTHER, url, str(tmp_path / "assets")]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
         assert ended.stdout == "20\n", ended.stderr
         recorder.wait(lambda types: types.count("done") == 20)
     jobs = dict.fromkeys(event.job_id for event in recorder.events)

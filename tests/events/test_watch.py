@@ -122,7 +122,7 @@ def test_a_process_that_renders_nothing_watches_what_another_process_does(
     job = create()
     follower = Follower(watch(engine, job.id)).begun()
     command = [sys.executable, "-c", OTHER, database.engine.url.render_as_string(False), str(tmp_path / "files")]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.stdout == "1\n", ended.stderr
     assert told(follower.ended()) == ["queued", "running", "done"]
 

@@ -52,7 +52,7 @@ engine.dispose()
 def mountable() -> bool:
     command = ["unshare", "-Urm", "sh", "-c", "mount -t tmpfs tmpfs /mnt"]
     try:
-        return subprocess.run(command, capture_output=True, timeout=60, check=False).returncode == 0
+        return subprocess.run(command, capture_output=True, timeout=240, check=False).returncode == 0
     except FileNotFoundError:
         return False
 

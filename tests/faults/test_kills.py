@@ -32,7 +32,7 @@ def kill_at(step: str, database: Database, folder: Path, bug: str | None = None)
     """Run a worker that dies at ``step``; fail unless it did."""
     url = database.engine.url.render_as_string(hide_password=False)
     command = [sys.executable, "-m", "tests.support.doomed", url, str(folder), step, *([bug] if bug else [])]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 

@@ -353,7 +353,7 @@ print("leaving", flush=True)
 def test_a_process_with_a_renderer_that_hangs_exits(renderer: str, database: Database, tmp_path: Path) -> None:
     url = database.engine.url.render_as_string(hide_password=False)
     command = [sys.executable, "-c", HUNG, url, str(tmp_path / "assets"), renderer]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (ended.returncode, ended.stdout) == (0, "leaving\n"), ended.stderr
 
 

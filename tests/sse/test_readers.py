@@ -421,7 +421,7 @@ engine.dispose()
 
 def test_a_forked_child_ends_its_parents_streams_and_has_its_own(postgres_database: Database) -> None:
     command = [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", FORKED, postgres_database.url]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
 
 

@@ -155,14 +155,14 @@ print(store.spool_folder() == folder, len(os.listdir(folder.parent)))
 
 def test_the_end_of_a_forked_child_takes_what_is_its_own_and_nothing_of_its_parents(tmp_path: Path) -> None:
     command = [sys.executable, "-c", FORKING, str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert (ran.stdout, ran.stderr) == ("True 1\n", "")
     assert left(tmp_path / ".spool") == set()
 
 
 def test_a_process_that_ends_well_leaves_nothing(tmp_path: Path) -> None:
     code = f"import jobkit; s = jobkit.AssetStore({str(tmp_path)!r}); print(s.spool_folder().is_dir())"
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert (ran.stdout, ran.stderr) == ("True\n", "")
     assert left(tmp_path / ".spool") == set()
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 # A test process that grows beyond this, in MB, keeps what it should have let go of.
 LIMIT = 600
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 STATUS = Path("/proc/self/status")
 
 
@@ -20,6 +23,18 @@ def peak() -> int | None:
         return None
     found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text("ascii", "replace"), re.MULTILINE)
     return int(found[1]) // 1024 if found else None
+
+
+def return_large_blocks() -> None:
+    """Have glibc give every large block back to the system when it is freed.
+
+    By itself it stops that after the first one: the size from which blocks are mapped one by one grows to that of the
+    largest that was freed, and later ones leave holes in a heap that stays.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((M_MMAP_THRESHOLD, 256 << 10), (M_TRIM_THRESHOLD, 256 << 10), (M_ARENA_MAX, 2)):
+            mallopt(parameter, value)
 
 
 class Peaks:
