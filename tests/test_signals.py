@@ -219,7 +219,7 @@ def test_other_threads_get_their_turn_within_many_receivers_and_within_many_even
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls: list[object] = []
-    monkeypatch.setattr(signals, "AT_ONCE", 10)
+    monkeypatch.setattr(signals, "RECEIVERS_PER_TURN", 10)
     monkeypatch.setattr(signals.time, "sleep", lambda seconds: calls.append(("gave way", seconds)))
     receivers = [lambda *_, event, number=number: calls.append(number) for number in range(4)]
     for receiver in receivers:

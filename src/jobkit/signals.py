@@ -25,13 +25,13 @@ from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
 
 Receiver = TypeVar("Receiver", bound=Callable[..., Any])
 Listener = Callable[[JobEvent], object]
-# Receivers, and whether they are held weakly: what calling one then gives is the receiver, or None.
+# Receivers, and whether they are held weakly: a weak one is called for the receiver, or None.
 Audience = list[tuple[bool, Callable[..., Any]]]
 
 logger = logging.getLogger("jobkit")
-# After so many receivers in a row, threads that wait for the interpreter get it at once. They would wait for five
-# milliseconds each time otherwise: as long as tens of small jobs take.
-AT_ONCE = 500
+# Release the GIL after this many receivers in a row; else other threads wait for the switch interval, 5 ms: as long as
+# tens of small jobs take.
+RECEIVERS_PER_TURN = 500
 _delivering = threading.local()
 # Connecting, disconnecting and choosing receivers, one at a time: blinker's bookkeeping is not made for threads. An
 # RLock, because a weak receiver may be collected, and thereby disconnected, in the middle of any of them.
@@ -47,17 +47,17 @@ class JobSignal(NamedSignal):
         self._chosen: dict[Hashable, Audience] = {}
 
     def audience(self, company_id: str) -> Iterable[tuple[bool, Callable[..., Any]]]:
-        """Who hears of this company's events: those that hear of all, and its own. Nobody while the signal is muted."""
+        """The receivers of this company's events: those of every company, and its own. None while it is muted."""
         while not self.is_muted:
             chosen = self._chosen
             everyone = self._choose(ANY_ID)
             own = self._choose(company_id) if company_id in self._by_sender else []
-            if chosen is self._chosen:  # else somebody has come or gone between the two, or moved from one to the other
+            if chosen is self._chosen:  # else a receiver came, went or moved between the two
                 return chain(everyone, own)
         return ()
 
     def _choose(self, sender_id: Hashable) -> Audience:
-        """Who is connected to this sender, and not to all. Kept until a receiver comes or goes: with thousands of
+        """The receivers connected to this sender, and not to all. Kept until one comes or goes: with thousands of
         receivers, choosing them takes longer than calling them.
         """
         found = self._chosen.get(sender_id)
@@ -73,8 +73,8 @@ class JobSignal(NamedSignal):
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Within it receivers come or go. Forgets who was chosen before, and also in the middle of it: a signal handler
-        or the garbage collector may have had this thread deliver then.
+        """Within it receivers come or go. Drops the choices made before, and those made meanwhile: a signal handler or
+        the garbage collector may have had this thread deliver then.
         """
         self._chosen = {}
         try:
@@ -101,8 +101,8 @@ class JobSignal(NamedSignal):
             super()._clear_state()
 
     def _disconnect(self, receiver_id: Hashable, sender_id: Hashable) -> None:
-        # blinker looks at every sender that anyone is connected to, which takes long when there are thousands. And it
-        # keeps hold of a receiver that is disconnected from its last sender, and of that sender.
+        # blinker's goes through every sender, which takes long when there are thousands. And it keeps a receiver that
+        # is disconnected from its last sender, and that sender.
         with _bookkeeping, self._changing():
             senders = self._by_receiver.get(receiver_id, set())
             for left in list(senders) if sender_id == ANY_ID else [sender_id]:
@@ -172,7 +172,7 @@ def any_receivers() -> bool:
 
 def deliver(events: Iterable[JobEvent], origin: str = "") -> None:
     """Call the receivers of each event, in order. One that raises is logged and the others still run; nothing is
-    raised. ``origin``: what the log they are from is known by.
+    raised. ``origin``: the name of the log they are from.
 
     Events delivered from within a receiver wait until the current ones are through, so recursion has no depth.
     """
@@ -191,9 +191,7 @@ def deliver(events: Iterable[JobEvent], origin: str = "") -> None:
 
 
 def origin() -> str:
-    """The log that the event is from which this thread delivers now: a process may have several, and companies of the
-    same name in them.
-    """
+    """The log of the event that this thread delivers now. A process may have several, with companies of one name."""
     found: str = getattr(_delivering, "origin", "")
     return found
 
@@ -202,7 +200,7 @@ def _send(event: JobEvent, before: int) -> int:
     """Call the receivers; return how many were called in a row, with those ``before`` this event."""
     signal, company_id, called = SIGNALS.get(event.type), event.company_id, before
     for called, (weak, held) in enumerate(signal.audience(company_id) if signal else (), before + 1):
-        if not called % AT_ONCE:
+        if not called % RECEIVERS_PER_TURN:
             time.sleep(0)
         receiver = held() if weak else held
         if receiver is None:  # collected since

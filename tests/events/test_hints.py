@@ -82,7 +82,7 @@ class Hints:
         mine = running(engine)._listener
         assert mine is not None
         until(lambda: mine.listening, "LISTEN", 60)
-        self._through, mine._heard = mine._heard, self._hear
+        self._through, mine._on_notify = mine._on_notify, self._hear
         mark(engine)
         until(lambda: self.heard[-1:] == [False], "the mark", 60)
         self.heard.clear()
@@ -239,7 +239,7 @@ def test_what_is_offered_here_is_hinted_at_elsewhere_and_not_here(
     try:
         for name, each in (("here", here), ("there", there)):
             assert each._listener is not None
-            each._listener._heard = hints[name].append
+            each._listener._on_notify = hints[name].append
             until(lambda each=each: each._listener.listening, "LISTEN", 60)  # type: ignore[misc]
         for heard in hints.values():
             heard.clear()
@@ -271,7 +271,7 @@ def test_without_hints_polling_is_complete(
     if why == "driver":
         monkeypatch.setattr(Listener, "possible", lambda _: False)
     else:
-        monkeypatch.setattr(Listener, "_listen", lambda self: self._stopped.wait(60))
+        monkeypatch.setattr(Listener, "_listen", lambda self, _: self._stopped.wait(60))
     with Relay(engine):
         jobs = [create() for _ in range(20)]
         recorder.wait(lambda types: len(types) == 20, 60)
@@ -367,6 +367,17 @@ def _programs() -> Iterator[Path]:
     from tests.support.postgres import _found
 
     return _found()
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_a_listener_ends_before_it_has_begun(started: bool, pg: sa.Engine) -> None:
+    mine = Listener(pg, ("jobkit", "jobkit_log"), lambda _: None)
+    if started:
+        mine.start()
+    mine.notify(jobs=True)
+    mine.stop()
+    assert not mine._thread.is_alive()
+    assert mine.link._connection is None
 
 
 def test_a_server_that_crashes_and_comes_back_is_listened_to_again(own_server: Any, recorder: Recorder) -> None:

@@ -369,7 +369,7 @@ class Feed:
         """Say when events were pruned before they were delivered: the process was suspended, or the database away."""
         begins = self._ask(self._statements.log_begins)
         if begins > self.cursor:
-            logger.error("events were removed from the log before this process told them, up to %s", begins)
+            logger.error("events were removed from the log before this process delivered them, up to %s", begins)
 
     def _deliver(self, reader: FeedReader, rows: Sequence[EventRow], scanned: Sequence[EventRow] = ()) -> None:
         """Send signals in the order given, except that the events of one job follow their ``seq``."""

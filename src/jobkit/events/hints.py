@@ -1,8 +1,7 @@
 """LISTEN and NOTIFY on PostgreSQL: hints that something was committed, and never more than hints.
 
-One connection a process and database, outside the engine's pool, on a thread of its own that nobody waits for. While it
-is lost, silent or not to be had, as behind a pooler that shares connections by transaction, whoever relies on hints
-polls.
+One connection per process and database, outside the engine's pool, on a thread of its own that nobody waits for. While
+it is lost or silent, or cannot be had, as behind a pooler in transaction mode, whoever relies on hints polls.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from jobkit.db.connections import DedicatedConnection
 
 logger = logging.getLogger("jobkit")
 
-# A process that ends sooner needs no connection of its own, in seconds.
+# Seconds before the connection is opened: a process that ends sooner needs none.
 WARM_UP = 0.25
-# How often the connection is asked whether it still listens, in seconds.
+# Seconds between two checks whether the connection still listens.
 HEARTBEAT = 15.0
-# Own commits of so many seconds are hinted at together.
-TOGETHER = 0.02
-# When to try again where LISTEN has no effect, in seconds.
-FUTILE = 300.0
-# How long an ended listener is waited for before its call is cut, in seconds.
+# Least seconds between two NOTIFYs for own commits.
+NOTIFY_DELAY = 0.02
+# Seconds until the next try where LISTEN has no effect.
+FUTILE_PAUSE = 300.0
+# Seconds that a stopped listener has to end before its call is aborted.
 ENDING = 1.0
 
 
@@ -41,19 +40,21 @@ class Futile(Exception):
 
 
 class Listener:
-    """Calls ``heard(jobs)`` on its thread when another session notified; ``jobs``: there may be jobs to run.
+    """Calls ``on_notify(jobs)`` on its thread when another session notified; ``jobs``: there may be jobs to run.
 
     ``start`` and ``stop`` once; ``notify`` from any thread.
     """
 
-    def __init__(self, engine: sa.Engine, channels: tuple[str, ...], heard: Callable[[bool], object]) -> None:
+    def __init__(self, engine: sa.Engine, channels: tuple[str, ...], on_notify: Callable[[bool], object]) -> None:
         self.link = DedicatedConnection(engine, autocommit=True)
         self._jobs, self._log = channels
-        self._heard = heard
+        self._on_notify = on_notify
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._pending: set[str] = set()
         self._last_sent = 0.0
+        # Wakes the thread while it waits for notifications. None before there is a connection.
+        self._waker: socket.socket | None = None
         self._thread = threading.Thread(target=self._run, name="jobkit-listen", daemon=True)
         #: Whether hints arrive now, as far as can be known.
         self.listening = False
@@ -65,44 +66,46 @@ class Listener:
 
     def start(self) -> None:
         """Listen from soon on."""
-        self._near, self._far = socket.socketpair()
-        for end in (self._near, self._far):
-            end.setblocking(False)
         self._thread.start()
 
     def stop(self) -> None:
         """End, whatever the connection does."""
         self._stopped.set()
-        self._poke()
-        if self._thread is not threading.current_thread():
+        self._wake()
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(ENDING)
             if self._thread.is_alive():
                 self.link.cut()
                 self._thread.join(ENDING)
 
     def notify(self, *, jobs: bool) -> None:
-        """Hint to other processes, soon, that this one committed; ``jobs``: also those that wait for jobs."""
+        """Hint to other processes, soon, that this one committed; ``jobs``: also to those that wait for jobs."""
         if self.listening:
             with self._lock:
                 first = not self._pending
                 self._pending.add(self._jobs if jobs else self._log)
             if first:
-                self._poke()
+                self._wake()
 
-    def _poke(self) -> None:
-        with suppress(OSError):  # full: it will wake; closed: it has ended
-            self._far.send(b"\0")
+    def _wake(self) -> None:
+        if self._waker is not None:
+            with suppress(OSError):  # full: it will wake; closed: the thread has ended
+                self._waker.send(b"\0")
 
     def _run(self) -> None:
         pause, failing = WARM_UP, Backoff()
-        try:
+        near, far = socket.socketpair()
+        with near, far:
+            for end in (near, far):
+                end.setblocking(False)
+            self._waker = far
             while not self._stopped.wait(pause):
                 began = time.monotonic()
                 try:
-                    self._listen()
+                    self._listen(near)
                 except Futile:
                     logger.info("LISTEN has no effect on this connection, so the event log is polled")
-                    pause = FUTILE
+                    pause = FUTILE_PAUSE
                 except Exception as error:
                     if time.monotonic() - began > HEARTBEAT:
                         failing.succeeded()
@@ -112,43 +115,41 @@ class Listener:
                 finally:
                     self.listening = False
                     self.link.close()
-        finally:
-            self._near.close()
-            self._far.close()
 
-    def _listen(self) -> None:
+    def _listen(self, woken: socket.socket) -> None:
         with ExitStack() as stack:
             with self.link.use() as connection:
-                inbox = NotifyReader(connection.connection.driver_connection)
+                reader = NotifyReader(connection.connection.driver_connection)
                 # It is this thread's for good: the pool may open another in its place, and will not close this one.
                 connection.detach()
-                stack.callback(inbox.close)
+                stack.callback(reader.close)
                 for channel in (self._jobs, self._log):
                     connection.exec_driver_sql(f"LISTEN {channel}")
-            self._attend(inbox, stack.enter_context(selectors.DefaultSelector()))
+            selector = stack.enter_context(selectors.DefaultSelector())
+            selector.register(woken, selectors.EVENT_READ)
+            selector.register(reader.fileno(), selectors.EVENT_READ)
+            self._attend(reader, woken, selector)
 
-    def _attend(self, inbox: NotifyReader, selector: selectors.BaseSelector) -> None:
-        self._check()  # at once: until it fails, polling is seldom
+    def _attend(self, reader: NotifyReader, woken: socket.socket, selector: selectors.BaseSelector) -> None:
+        self._check()  # at once: until it fails, polling is rare
         self.listening = True
-        self._heard(True)  # what was committed before is not notified again
+        self._on_notify(True)  # what was committed before is not notified again
         next_beat = time.monotonic() + HEARTBEAT
-        selector.register(self._near, selectors.EVENT_READ)
-        selector.register(inbox.fileno(), selectors.EVENT_READ)
         while not self._stopped.is_set():
-            until = min(next_beat, self._last_sent + TOGETHER) if self._pending else next_beat
+            until = min(next_beat, self._last_sent + NOTIFY_DELAY) if self._pending else next_beat
             ready = [key.fd for key, _ in selector.select(max(0.0, until - time.monotonic()))]
-            if self._near.fileno() in ready:
+            if woken.fileno() in ready:
                 with suppress(BlockingIOError):
-                    self._near.recv(4096)
-            if inbox.fileno() in ready:
-                inbox.read()
-            if self._pending and time.monotonic() >= self._last_sent + TOGETHER:
+                    woken.recv(4096)
+            if reader.fileno() in ready:
+                reader.read()
+            if self._pending and time.monotonic() >= self._last_sent + NOTIFY_DELAY:
                 self._send()
             if time.monotonic() >= next_beat:
                 self._check()
                 next_beat = time.monotonic() + HEARTBEAT
-            if heard := inbox.take():
-                self._heard(self._jobs in heard)
+            if channels := reader.drain():
+                self._on_notify(self._jobs in channels)
 
     def _send(self) -> None:
         with self._lock:
@@ -165,8 +166,8 @@ class Listener:
 
 
 class NotifyReader:
-    """The notifications of a psycopg connection. Those that come while it executes something go to its handler, the
-    others are read here.
+    """The notifications of a psycopg connection. Those that come during a statement go to a handler; the others are
+    read here.
     """
 
     def __init__(self, driver: Any) -> None:
@@ -178,7 +179,7 @@ class NotifyReader:
         return int(self._driver.fileno())
 
     def read(self) -> None:
-        """Take in what has arrived. Raises when the connection is lost."""
+        """Read what has arrived. Raises when the connection is lost."""
         raw = self._driver.pgconn
         raw.consume_input()
         while (notify := raw.notifies()) is not None:
@@ -191,8 +192,8 @@ class NotifyReader:
         with suppress(Exception):
             self._driver.close()
 
-    def take(self) -> set[str]:
-        """The channels notified since the last call, by others than this connection."""
+    def drain(self) -> set[str]:
+        """The channels that other connections notified since the last call."""
         channels, self._channels = self._channels, set()
         return channels
 

@@ -149,7 +149,7 @@ class Hub:
         except Exception as error:
             if not is_outage(error):
                 raise
-            logger.warning("jobs that are watched could not be looked at: %s", error_message(error))
+            logger.warning("watched jobs could not be polled: %s", error_message(error))
         finally:
             self._polling.release()
 
