@@ -301,6 +301,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     assert cycle({"a.py": "from jobkit import b", "b.py": "x = 1"}) == []
 
 
+def test_the_package_without_renderers_and_tools_for_tests_has_at_most_13000_lines() -> None:
+    counted = {name: text for name, text in sources().items() if not name.startswith(("contrib/", "testing/"))}
+    assert sum(text.count("\n") for text in counted.values()) <= 13_000
+
+
 def test_the_top_has_few_files_and_so_has_every_wing() -> None:
     files = [path for path in SOURCE.iterdir() if path.is_file()]
     assert len(files) <= 8, sorted(path.name for path in files)

@@ -321,7 +321,7 @@ def test_a_read_only_database_is_said_to_be_one(empty: Database) -> None:
         rows_of(empty.engine)  # makes the file
     else:
         engine = empty.connect(connect_args={"options": "-c default_transaction_read_only=on"})
-    with pytest.raises(jobkit.ConfigurationError, match=r"lets nothing be changed here: .*read-?only"):
+    with pytest.raises(jobkit.ConfigurationError, match=r"refuses to change the schema: .*read-?only"):
         migrations.upgrade(engine)
     engine.dispose()
     assert tables(empty.engine) == set()

@@ -61,9 +61,7 @@ class Source:
 
 @contextmanager
 def opened(options: argparse.Namespace) -> Iterator[Source]:
-    """The source that ``options`` name, its schema checked. Its connections are closed at the end. Creates no SQLite
-    file.
-    """
+    """The source that ``options`` name, its schema checked; closes its connections. Creates no SQLite file."""
     runner = load(options.app) if options.app else None
     engine = _existing(options.database or os.environ.get(URL_VARIABLE)) if runner is None else runner.engine
     if options.schema is not None:
@@ -111,9 +109,7 @@ def engine_of(url: str | None, *, option: str = "its URL") -> sa.Engine:
 
 
 def load(name: str) -> Runner:
-    """The Runner that ``module:attribute`` names, or the function of this name returns. The working directory is on the
-    path.
-    """
+    """The Runner that ``module:attribute`` names, or that a function of this name returns."""
     module_name, _, path = name.partition(":")
     if not module_name or not path:
         raise ConfigurationError(f"--app takes MODULE:RUNNER, such as myapp.jobs:runner, not {name!r}")

@@ -22,8 +22,6 @@ def duration(unit: str) -> Callable[[str], timedelta]:
                 return float(found[1]) * _UNITS[found[2] or unit]
         except OverflowError:
             pass
-        raise argparse.ArgumentTypeError(
-            f"not a number of {_NAMES[unit]}, nor a duration such as 30d or 12h: {given!r}"
-        )
+        raise argparse.ArgumentTypeError(f"neither a number of {_NAMES[unit]} nor such as 30d or 12h: {given!r}")
 
     return parse

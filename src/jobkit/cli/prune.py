@@ -16,11 +16,7 @@ from jobkit.maintenance.prune import prune
 def add(commands: Any) -> None:
     parser = commands.add_parser("prune", help="report old jobs; with --yes delete them")
     parser.add_argument(
-        "--older-than",
-        type=duration("d"),
-        required=True,
-        metavar="DAYS",
-        help="only jobs that ended at least this long ago: 30, 30d, 12h",
+        "--older-than", type=duration("d"), required=True, metavar="DAYS", help="how long ago they ended: 30, 30d, 12h"
     )
     parser.add_argument("--assets", action="store_true", help="delete their assets too; needs --app")
     parser.add_argument("--yes", action="store_true", help="delete them")

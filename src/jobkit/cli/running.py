@@ -19,10 +19,7 @@ def add(commands: Any) -> None:
     demo = commands.add_parser("demo", help="render a PDF with an SQLite file and a folder")
     demo.add_argument("document", type=Path, nargs="?", help="a Markdown file (default: one that comes with jobkit)")
     demo.add_argument(
-        "--directory",
-        type=Path,
-        default=Path("jobkit-demo"),
-        help="folder of the database and the files (default: %(default)s)",
+        "--directory", type=Path, default=Path("jobkit-demo"), help="folder for everything (default: %(default)s)"
     )
     demo.set_defaults(command=_demo)
 
@@ -34,11 +31,7 @@ def add(commands: Any) -> None:
     work = commands.add_parser("work", help="render queued jobs until SIGTERM or Ctrl-C")
     add_app(work, "a Runner, or a function that returns one")
     work.add_argument(
-        "--drain",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="how long running jobs may take to end (default: 30)",
+        "--drain", type=float, default=30.0, metavar="SECONDS", help="how long running jobs may go on (default: 30)"
     )
     work.set_defaults(command=_work)
 

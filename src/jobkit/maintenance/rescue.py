@@ -88,11 +88,8 @@ class Rescuer:
         if frozen:
             return
         try:
-            self._rescue()
+            report = rescue(self._shared, self._statements, clock=self._clock, on_commit=self._on_commit)
+            if report.queued:
+                self._wake()
         finally:
             self._awake = time.monotonic()
-
-    def _rescue(self) -> None:
-        report = rescue(self._shared, self._statements, clock=self._clock, on_commit=self._on_commit)
-        if report.queued:
-            self._wake()

@@ -1,4 +1,4 @@
-"""For tests of hosts, and for authors of storages and databases' drivers. Nothing else of jobkit imports it.
+"""Tools for tests of hosts, storages and database drivers. Nothing else in jobkit imports this package.
 
 ``jobkit.testing.conformance`` needs pytest; this package does not.
 """

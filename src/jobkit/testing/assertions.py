@@ -1,4 +1,4 @@
-"""What a test says about the jobs that its app created."""
+"""Assertions about the jobs that an app created."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ def assert_job_created(
     input: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Job:
-    """The newest job that ``session`` sees with all that is given; ``AssertionError`` telling which there are, if none
-    is so.
+    """The newest job that ``session`` sees with these values. ``AssertionError``, listing the jobs, when there is none.
 
-    ``input``: what the job's input has to hold, among other things. ``fields``: other attributes of the ``Job``, such
-    as ``status``, ``run_at`` or ``source_task_id``; ``TypeError`` for what is none.
+    ``input``: items that the job's input must contain. ``fields``: other attributes of ``Job``, such as ``status``,
+    ``run_at`` or ``source_task_id``; ``TypeError`` for an unknown one.
     """
     wanted, jobs = _wanted(company_id, job_type, input, fields), _jobs(session)
     for job in jobs:
@@ -48,7 +47,7 @@ def assert_no_job_created(
     input: dict[str, Any] | None = None,
     **fields: Any,
 ) -> None:
-    """``AssertionError`` when ``session`` sees a job with all that is given, as ``assert_job_created`` takes it."""
+    """``AssertionError`` when ``session`` sees a job with these values, given as to ``assert_job_created``."""
     wanted = _wanted(company_id, job_type, input, fields)
     found = [job for job in _jobs(session) if _is(job, wanted)]
     if found:

@@ -1,4 +1,4 @@
-"""A filesystem that fails by plan: what does an app do when its storage does not?
+"""A filesystem with planned faults, to test an app whose storage fails.
 
 ::
 
@@ -29,14 +29,13 @@ def _planned() -> BaseException:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to one call of ``operation``, a method of fsspec such as ``put_file``, ``mv``, ``info``, ``open``,
-    ``rm_file``; or to ``read``, the reading of an opened file.
+    """A fault in calls of ``operation``: a method of fsspec such as ``put_file``, ``mv``, ``info``, ``open`` or
+    ``rm_file``; or ``read``, the reading of an opened file.
 
-    ``action``: ``raise`` the ``error``; ``cut`` the data at byte ``at`` and say that all is well; ``flip`` a bit of
-    that byte; ``wait`` until ``until()`` returns, ``before`` or ``after``, then go on. ``at``: ``before`` the storage
-    hears of it, ``after`` it has done it (the reply is lost), or a number of bytes: that many are stored under the
-    name, or read, before it raises. The first ``skip`` calls are spared, then ``times`` calls are hit, all of them for
-    None.
+    ``action``: ``raise`` the ``error``; ``cut`` the data at byte ``at`` without an error; ``flip`` a bit of that byte;
+    ``wait`` for ``until()`` to return, ``before`` or ``after`` the call. ``at``: ``before`` the storage is called,
+    ``after`` it has returned (the reply is lost), or a number of bytes that are stored or read before the error. The
+    first ``skip`` calls succeed, the next ``times`` calls fail, all of them for None.
     """
 
     operation: str
@@ -49,10 +48,9 @@ class Fault:
 
 
 class FaultPlan:
-    """Which calls fail, and how. ``calls`` records every call as (operation, path), ``fired`` every fault that struck.
+    """The faults of a filesystem. ``calls`` lists every call as (operation, path), ``fired`` every fault that occurred.
 
-    ``FaultPlan.seeded`` draws the faults, and draws the same ones for the same seed and order of calls. Safe to share
-    by threads.
+    Threads may share a plan.
     """
 
     def __init__(self, *faults: Fault) -> None:
@@ -67,7 +65,9 @@ class FaultPlan:
     def seeded(
         cls, seed: int, *, rate: float = 0.2, operations: tuple[str, ...] = ("put_file", "mv", "info", "rm_file")
     ) -> FaultPlan:
-        """Each call of ``operations`` raises at a random moment, with a probability of ``rate``."""
+        """Each call of ``operations`` raises with a probability of ``rate``, at a random moment; the same ones for the
+        same seed and order of calls.
+        """
         plan, source = cls(), random.Random(seed)
 
         def draw(operation: str) -> Fault | None:
@@ -80,7 +80,7 @@ class FaultPlan:
         return plan
 
     def next(self, operation: str, path: str) -> Fault | None:
-        """Record a call; the fault that strikes it."""
+        """Record a call; its fault, if any."""
         with self._lock:
             self.calls.append((operation, path))
             fault = self._draw(operation)
@@ -96,7 +96,7 @@ class FaultPlan:
 
 
 class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
-    """Does what ``target`` does, except where ``plan`` has a fault. Never cached."""
+    """Passes calls on to ``target``, except where ``plan`` has a fault. fsspec does not cache it."""
 
     protocol = "faulty"
     cachable = False
@@ -122,7 +122,7 @@ class FaultyFileSystem(AbstractFileSystem):  # type: ignore[misc]
         return self._perform("pipe_file", path, lambda: part(value), lambda: value, part)
 
     def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
-        """For reading; files are written with ``put_file`` and ``pipe_file``, whose faults are planned."""
+        """Open for reading only; files are written with ``put_file`` and ``pipe_file``."""
         if mode != "rb":
             raise NotImplementedError(f"a faulty filesystem opens files for reading, not with mode {mode!r}")
         file = self._perform("open", path, lambda: self.target.open(path, mode, **options))
@@ -171,7 +171,7 @@ for _name in (
 
 
 class _Reader(io.RawIOBase):
-    """A file whose reading may be hit by one fault."""
+    """An opened file with at most one fault in its reading."""
 
     def __init__(self, file: Any, fault: Fault | None) -> None:
         self._file, self._fault = file, fault
@@ -208,7 +208,7 @@ class _Reader(io.RawIOBase):
 
 
 def _spoiled(data: bytes, fault: Fault, offset: int = 0) -> bytes:
-    """``data``, which begins at byte ``offset`` of its file, as the fault leaves it."""
+    """``data``, which begins at byte ``offset`` of its file, cut or flipped by the fault."""
     place = (fault.at if isinstance(fault.at, int) else 0) - offset
     if fault.action != "flip":
         return data[: max(0, place)]
@@ -219,9 +219,9 @@ def _spoiled(data: bytes, fault: Fault, offset: int = 0) -> bytes:
 
 @contextmanager
 def faulty_filesystem(plan: FaultPlan, *, protocol: str = "faulty", target: str = "memory") -> Iterator[FaultPlan]:
-    """While the block runs, a URL ``protocol://…`` opens what ``target://…`` would, with the faults of ``plan``.
+    """Within the block, a URL ``protocol://…`` opens what ``target://…`` does, with the faults of ``plan``.
 
-    ``protocol`` may be ``target`` itself: then every store of that protocol that connects in the block is hit.
+    ``protocol`` may be ``target`` itself: then every store of that protocol that connects within the block has them.
     """
     driver: Any = get_filesystem_class(target)
 

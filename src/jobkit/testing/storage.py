@@ -12,8 +12,8 @@ from jobkit.assets.store import AssetStore
 
 @contextmanager
 def temporary_assets(**options: Any) -> Iterator[AssetStore]:
-    """An ``AssetStore`` in a new folder, which is removed afterwards with all that was stored there, whatever became of
-    the rows. ``options`` are those of ``AssetStore``.
+    """An ``AssetStore`` in a new folder, which is removed afterwards with all its files. ``options`` are those of
+    ``AssetStore``.
     """
     with tempfile.TemporaryDirectory(prefix="jobkit-assets-") as folder:
         yield AssetStore(folder, **options)

@@ -1,4 +1,4 @@
-"""Chaos: kill, freeze and cut everything that works on a database and a storage, and judge from outside what is left.
+"""Chaos: kills, freezes and disconnects the processes of a run, then checks its database and storage from outside.
 
 ::
 

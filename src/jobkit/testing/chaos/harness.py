@@ -32,13 +32,13 @@ from jobkit.testing.chaos.verdict import Verdict
 from jobkit.testing.faulty import FaultPlan
 
 SUBSCRIBERS = ("subscriber-0", "subscriber-1")
-# How many jobs may be created ahead of the faults they shall meet.
+# Most jobs that may wait while faults are due.
 BACKLOG = 60
-# How many more are created in each second in which no life has ended.
+# Further jobs per second while no worker has ended.
 TRICKLE = 10
-# How long a frozen worker may go on after it was woken up, in seconds, before it is asked to stop.
+# Seconds for which a frozen worker runs on after it was resumed, before it is asked to stop.
 AFTERMATH = 0.5
-# How much longer than ``patience`` each job lets all of them take, in seconds.
+# Seconds per job that are added to ``patience``.
 PER_JOB = 0.05
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# Where a worker can die, in the order in which a job passes them.
+# Points where a worker may be killed, in the order in which a job passes them.
 POINTS = (
     *("claim.before_commit", "claim.after_commit"),
     *("renderer.start", "renderer.half", "renderer.end"),
@@ -17,10 +17,10 @@ POINTS = (
     *("finish.before_commit", "finish.after_commit"),
     "receiver",
 )
-# Where a worker is frozen: it holds at least one job there.
+# Points where a worker may be frozen: it holds a job there.
 FREEZE_POINTS = ("renderer.half", "renderer.half", "renderer.half", "storage.before", "storage.after")
 COMPANIES = ("acme", "globex", "initech", "umbrella", "hooli")
-# How many files a job of each kind gives, and how often each kind is drawn.
+# Files of a job of each kind, and the weight with which the kind is drawn.
 FILES = {"note": 1, "album": 3, "slow": 1, "flaky": 1, "snooze": 1, "async": 2, "fail": 0, "discard": 0}
 _WEIGHTS = (34, 20, 16, 8, 4, 10, 5, 3)
 

@@ -14,7 +14,7 @@ from jobkit.events.relay import Relay
 from jobkit.testing.chaos.process import Process, Witness
 from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
 
-# Of so many events that a subscriber hears, it checks one.
+# A subscriber checks one event in this many.
 CHECKED = 4
 
 

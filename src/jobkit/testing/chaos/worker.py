@@ -12,9 +12,9 @@ from jobkit.testing.chaos.process import Process, Witness
 from jobkit.testing.chaos.workload import register
 from jobkit.types import JobEvent
 
-# Of so many events that a worker hears, it checks one.
+# A worker checks one event in this many.
 CHECKED = 8
-# How often a worker tells what its runner counted, in seconds.
+# Seconds between a worker's reports of its runner's metrics.
 REPORT = 0.05
 
 

@@ -1,4 +1,4 @@
-"""What a storage and a database have to do for jobkit, as suites for pytest: subclass one, and give it your own.
+"""Suites for pytest of what jobkit needs of a storage and of a database: subclass one and give it your own.
 
 ::
 

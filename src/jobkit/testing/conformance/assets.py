@@ -1,4 +1,4 @@
-"""The suite that a storage passes, with the driver, the options and the server that are behind its URL."""
+"""The suite for a storage: its URL, with the driver, options and server behind it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ NAMES = ["x[1].bin", "*", "?", "#", "%2e%2e", "a b&c=d", "日本.png", "a..png",
 
 
 class AssetStoreConformance:
-    """Override ``location``: a URL and storage options, of a place that is empty for each test.
+    """Override ``location``: the URL and options of a storage that is empty for each test.
 
-    Override ``engine`` to use another database than an SQLite file; it must have jobkit's tables.
+    Override ``engine`` to use a database other than an SQLite file; it must have jobkit's tables.
     """
 
     @pytest.fixture
@@ -273,7 +273,7 @@ def compare(found: bytes, expected: bytes) -> None:
 
 
 def recorded(engine: sa.Engine) -> dict[str, str]:
-    """Every key that is recorded, and the state of its record."""
+    """Every recorded key, with the state of its record."""
     with engine.connect() as connection:
         found = connection.execute(sa.select(asset_intents.c.object_key, asset_intents.c.state))
         return {row.object_key: row.state for row in found}

@@ -1,4 +1,4 @@
-"""The suite that a database passes, with the driver, the engine and the pool that a host has set up."""
+"""The suite for a database: its engine, with the driver and pool that a host uses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REFUSED: list[dict[str, Any]] = [
 
 
 class JobStoreConformance:
-    """Override ``engine``: one as your app makes it, on a database that has jobkit's tables and no rows in them."""
+    """Override ``engine``: as your app creates it, on a database with jobkit's tables, which are empty."""
 
     @pytest.fixture
     def engine(self) -> sa.Engine:
