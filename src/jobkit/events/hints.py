@@ -78,7 +78,7 @@ class Listener:
         if self._thread is not threading.current_thread():
             self._thread.join(ENDING)
             if self._thread.is_alive():
-                self.link.cut()
+                self.link.abort()
                 self._thread.join(ENDING)
 
     def tell(self, *, jobs: bool) -> None:
