@@ -17,7 +17,7 @@ SQLITE_NOW = f"strftime({SQLITE_TIME}, 'now')"
 
 
 def sqlite_in(seconds: str) -> str:
-    """SQL for the time so many seconds from SQLite's now; ``seconds`` is an SQL expression of text."""
+    """SQL for the time ``seconds`` from now on SQLite's clock; ``seconds`` is an SQL expression of text."""
     return f"strftime({SQLITE_TIME}, 'now', {seconds} || ' seconds')"
 
 
@@ -135,7 +135,7 @@ content_jobs = sa.Table(
     sa.Column("started_at", UtcDateTime),
     sa.Column("finished_at", UtcDateTime),
     *_times(),
-    # +1 at every claim, never reset: whoever holds an older number can change nothing any more.
+    # +1 at every claim, never reset: a claim with an older number can change nothing.
     sa.Column("fence", sa.BigInteger, nullable=False, server_default=_ZERO),
     sa.Column("attempt", sa.Integer, nullable=False, server_default=_ZERO),
     sa.Column("rescues", sa.Integer, nullable=False, server_default=_ZERO),
@@ -219,7 +219,7 @@ content_job_events = sa.Table(
     sa.Column("xid", sa.BigInteger, server_default=transaction_id),
     sa.UniqueConstraint("job_id", "seq"),
     sa.Index("content_job_events_xid_idx", "xid", "id"),
-    # An emptied table must not hand out an id twice, or a cursor would wait for it for ever.
+    # An emptied table must not give an id twice: to a reader whose cursor is beyond it, the event would be lost.
     sqlite_autoincrement=True,
 )
 
@@ -238,8 +238,8 @@ asset_intents = sa.Table(
     sa.Index("asset_intents_not_before_idx", "not_before"),
 )
 
-# Rows of these tables change or go several times in their short life. Room on each page keeps those changes off the
-# indexes (HOT), and an early vacuum keeps dead entries out of the claim's way. Oban and PgQueuer use the like.
+# These rows are updated several times in a short life. Free space on each page lets updates skip the indexes (HOT), and
+# an early vacuum removes the dead entries that a claim would step over. Oban and PgQueuer do the like.
 STORAGE_PARAMETERS = {
     "content_jobs": "fillfactor = 85, autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 1",
     "asset_intents": "autovacuum_vacuum_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 1",

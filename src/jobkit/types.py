@@ -11,11 +11,11 @@ from typing import Any, BinaryIO
 from uuid import UUID
 
 Body = bytes | bytearray | memoryview | PathLike[str] | BinaryIO | Iterable[bytes]
-"""What a file may be made of. A ``str`` is refused: is it text or a path?"""
+"""The content of a file. No ``str``, which could be text or a path."""
 
 
 class JobStatus(StrEnum):
-    """Where a job stands. "Scheduled" and "retrying" are predicates on ``queued``, not statuses."""
+    """The status of a job. "Scheduled" and "retrying" are predicates on ``queued``, not statuses."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -107,7 +107,7 @@ class Asset:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What a finished ``put_file`` wrote. ``recorded``: whether an intent was committed before the object existed."""
+    """A file that ``put_file`` stored. ``recorded``: whether an intent was committed before the object existed."""
 
     provider: str
     object_key: str
@@ -120,12 +120,12 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class GarbageReport:
-    """What a sweep visited or, when ``dry_run``, would visit.
+    """The number of keys that a sweep visited or, when ``dry_run``, would visit.
 
     ``abandoned``: keys of files that never got a row. ``deleted``: keys whose row was deleted. ``settled``: keys swept
-    before, whose record went after its quarantine. ``failed``: keys the storage did not let go, which are tried again
-    later; they count nowhere else. ``byte_size``: of the objects that went, None where asking the storage would take a
-    request each. ``sample``: up to ten of the abandoned and deleted keys.
+    before, whose record is deleted after its quarantine. ``failed``: keys whose object the storage did not delete,
+    tried again later and counted nowhere else. ``byte_size``: bytes of the deleted objects, None where each would take
+    a request to the storage. ``sample``: up to ten of the abandoned and deleted keys.
     """
 
     dry_run: bool
@@ -139,11 +139,11 @@ class GarbageReport:
 
 @dataclass(frozen=True, slots=True)
 class RunnerMetrics:
-    """What a runner counted since it was made.
+    """A runner's counts since it was made.
 
-    ``ended``: attempts that ended a job. ``rejected``: results that the database did not take because the job had been
-    taken from this runner meanwhile, after a lost lease or a cancel. ``replaced``: threads left behind by a renderer
-    beyond its ``timeout``, a storage that takes long, or a database that never answers.
+    ``ended``: attempts that ended a job. ``rejected``: results that were not written because this runner had lost the
+    job, after a lost lease or a cancel. ``replaced``: threads given up, blocked by a renderer beyond its ``timeout``, a
+    slow storage, or a database that never answers.
     """
 
     ended: int = 0
@@ -196,7 +196,7 @@ class JobEvent:
 
 @dataclass(frozen=True, slots=True)
 class JobState(JobEvent):
-    """Where a job stood when a watch of it began, in the form of its status' event, with the ``job`` as it was read.
+    """The state of a job when a watch of it began, as the event of its status, with the ``job`` as it was read.
 
     ``id`` and ``seq`` are those of the job's last event (0 when it has none), whatever type that one has;
     ``created_at`` is when the job was changed last.

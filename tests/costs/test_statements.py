@@ -188,7 +188,7 @@ def test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has(pos
 
     held: list[Claim] = []
     one, other = committer(), committer()
-    one._rotation.look = other._rotation.look = lambda *_, **__: None  # type: ignore[method-assign]
+    one._rotation.find_due = other._rotation.find_due = lambda *_, **__: None  # type: ignore[method-assign]
     assert committing(one, Turn(limit=2)) == [True]
     assert one.waiting  # so whose turn it is counts: a list, and a claim of theirs
     assert committing(one, Turn(limit=2)) == [False, False]
@@ -233,7 +233,7 @@ def test_a_claim_that_goes_on_after_it_was_cut_is_given_back(postgres_database: 
             thread.start()
             until(lambda number=number: waiting() == number)  # type: ignore[misc]
             if number == 1:
-                committer.link.cut()
+                committer.link.abort()
                 thread.join(60)
     thread.join(60)
     claim()

@@ -145,7 +145,7 @@ def test_a_company_with_both_kinds_shares_its_turn_and_a_late_comer_gets_one(eng
         take(engine, rotation, 2)
     fill(engine, "late", 1)
     fill(engine, "late too", 1, run_at=hours(-1))
-    rotation._listed = rotation._looked = float("-inf")  # a second later
+    rotation._listed_at = rotation._due_at = float("-inf")  # a second later
     companies = [claim.company_id for _ in range(4) for claim in take(engine, rotation, 2)]
     assert {"late", "late too"} < set(companies)
 

@@ -135,12 +135,12 @@ def test_a_statement_of_sqlite_that_goes_on_is_interrupted(sqlite_database: Data
 
     thread = threading.Thread(target=ask)
     thread.start()
-    until(lambda: link.waiting > 0.1)
+    until(lambda: link.busy_for > 0.1)
     while thread.is_alive():
-        link.cut()
+        link.abort()
         thread.join(0.05)
     assert failed == ["interrupted"]
-    assert link.waiting == 0
+    assert link.busy_for == 0
     with link.use() as connection:
         assert connection.exec_driver_sql("SELECT 1").scalar_one() == 1
     link.close()
@@ -159,10 +159,10 @@ def test_a_thread_does_not_wait_for_ever_for_its_turn_of_a_shared_connection(dat
     assert entered.wait(60)
     with shared.use() as connection:
         assert connection.exec_driver_sql("SELECT 1").scalar_one() == 1
-        assert shared.waiting > 0.05
+        assert shared.busy_for > 0.05
     let_go.set()
     thread.join()
-    assert shared.waiting == 0
+    assert shared.busy_for == 0
 
 
 def test_a_runner_whose_thread_fails_goes_on_with_another(

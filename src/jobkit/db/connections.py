@@ -1,4 +1,4 @@
-"""A connection that one loop keeps for itself, and that can be cut from outside when a call on it never answers."""
+"""A connection that a thread keeps for itself, and that another can abort when a call on it never answers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 
 import sqlalchemy as sa
 
-# A call that goes on after so many times its limit has not been ended by cutting it.
+# A call that lasts longer than this many times its limit was not ended by aborting it.
 GIVE_UP = 2.0
 
 
 class DedicatedConnection:
-    """The connection of one thread, opened when it is needed, closed after whatever goes wrong on it.
+    """The connection of one thread, opened when it is needed, closed after any error on it.
 
-    ``waiting`` and ``cut`` are for other threads; the rest is for the one.
+    Other threads may call ``busy_for`` and ``abort``, nothing else.
     """
 
     def __init__(self, engine: sa.Engine, *, autocommit: bool = False) -> None:
@@ -30,7 +30,7 @@ class DedicatedConnection:
 
     @contextmanager
     def use(self) -> Iterator[sa.Connection]:
-        """The connection, for as long as the ``with`` lasts; closed when it raises."""
+        """The connection, within the ``with``; closed when that raises."""
         self._since = time.monotonic()
         try:
             yield self._opened()
@@ -45,31 +45,31 @@ class DedicatedConnection:
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(Exception):
-                if self._engine.pool is not self._pool:  # disposed of meanwhile: it would keep the connection, open
+                if self._engine.pool is not self._pool:  # disposed of: the old one would keep it open
                     connection.invalidate()
                 connection.close()
 
     @property
-    def waiting(self) -> float:
-        """For how many seconds the present use has lasted; 0 when there is none."""
+    def busy_for(self) -> float:
+        """Seconds since the present use began; 0 without one."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since
 
-    def cut(self) -> None:
-        """End the call that is under way: it raises what a lost connection raises, or an interrupted statement.
+    def abort(self) -> None:
+        """End the call under way: it raises the error of a lost connection, or on SQLite of an interrupted statement.
 
-        Does nothing while the connection is being opened, and with drivers that have no socket to show.
+        Does nothing while the connection is being opened, and with drivers that do not show their socket.
         """
         connection = self._connection
         if connection is None:
             return
-        with suppress(Exception):  # it may be closed at this very moment
-            proxied = connection.connection  # of one that was detached, only the latter is known
+        with suppress(Exception):  # it may be closed at this moment
+            proxied = connection.connection  # a detached one has no driver_connection
             driver: Any = proxied.driver_connection or proxied.dbapi_connection
             if hasattr(driver, "interrupt"):  # sqlite3
                 driver.interrupt()
             else:  # psycopg, psycopg2
-                # A copy of the descriptor: should the driver close its own now, the number may be somebody else's.
+                # A copy: should the driver close its descriptor now, the number may be reused.
                 with socket.socket(fileno=os.dup(driver.fileno())) as copy:
                     copy.shutdown(socket.SHUT_RDWR)
 
@@ -86,48 +86,49 @@ class DedicatedConnection:
 
 
 class SharedConnection:
-    """Short uses by several threads, one at a time, each with a connection of its own: so they need one together."""
+    """Several threads take turns with one pooled connection, each for a short use."""
 
-    def __init__(self, engine: sa.Engine, patience: float) -> None:
-        """After ``patience`` seconds a thread no longer waits for the one before it, whose call may never answer."""
-        self._engine, self._patience = engine, patience
+    def __init__(self, engine: sa.Engine, turn_timeout: float) -> None:
+        """After ``turn_timeout`` seconds a thread goes on beside the one before it, whose call may never answer."""
+        self._engine, self._turn_timeout = engine, turn_timeout
         self._turn = threading.Lock()
-        self._links: dict[DedicatedConnection, None] = {}
+        self._in_use: dict[DedicatedConnection, None] = {}
 
     @contextmanager
     def use(self) -> Iterator[sa.Connection]:
-        """A connection, for as long as the ``with`` lasts."""
-        mine = self._turn.acquire(timeout=self._patience)
-        link = DedicatedConnection(self._engine)
-        self._links[link] = None
+        """A connection, within the ``with``."""
+        acquired = self._turn.acquire(timeout=self._turn_timeout)
+        mine = DedicatedConnection(self._engine)
+        self._in_use[mine] = None
         try:
-            with link.use() as connection:
+            with mine.use() as connection:
                 yield connection
         finally:
-            link.close()
-            del self._links[link]
-            if mine:
+            mine.close()
+            del self._in_use[mine]
+            if acquired:
                 self._turn.release()
 
     @property
-    def waiting(self) -> float:
-        """For how many seconds the longest of the present uses has lasted."""
-        return max((link.waiting for link in list(self._links)), default=0.0)
+    def busy_for(self) -> float:
+        """Seconds since the longest present use began; 0 without one."""
+        return max((used.busy_for for used in list(self._in_use)), default=0.0)
 
-    def cut(self) -> None:
-        """As ``Link.cut``, for the use that has lasted longest."""
-        if links := list(self._links):
-            max(links, key=lambda link: link.waiting).cut()
+    def abort(self) -> None:
+        """As ``DedicatedConnection.abort``, for the use that has lasted longest."""
+        if in_use := list(self._in_use):
+            max(in_use, key=lambda used: used.busy_for).abort()
 
 
 @contextmanager
 def autocommitting(connection: sa.Connection) -> Iterator[None]:
-    """Begun without a transaction: within it each statement commits by itself, in one round trip instead of the three
-    of BEGIN, statement and COMMIT. Only with psycopg; not where the host has a hook for BEGIN, whose ``SET LOCAL``
-    would be forgotten, nor where one has left a transaction open.
+    """Let each statement within the ``with`` commit by itself: one round trip instead of BEGIN, statement and COMMIT.
+
+    Only with psycopg. Not where the host listens for ``begin``, whose ``SET LOCAL`` would be lost, nor within a
+    transaction.
     """
     driver: Any = connection.connection.dbapi_connection
-    # Not through SQLAlchemy, which remembers each change of the isolation level until the connection goes back.
+    # Not by execution_options: SQLAlchemy keeps a changed isolation level until the connection goes back.
     if (
         connection.dialect.driver != "psycopg"
         or connection.dispatch.begin
@@ -146,17 +147,17 @@ def autocommitting(connection: sa.Connection) -> Iterator[None]:
     driver.autocommit = False
 
 
-def abort_overdue(link: DedicatedConnection | SharedConnection, limit: float) -> bool:
-    """Cut a use that has lasted more than ``limit`` seconds. True when even that has not ended it: another thread then
-    has to take the place of the one that waits.
+def abort_overdue(connection: DedicatedConnection | SharedConnection, limit: float) -> bool:
+    """Abort a use that has lasted more than ``limit`` seconds. True when that did not end it: its thread is blocked for
+    good and must be replaced.
     """
-    if link.waiting > limit:
-        link.cut()
-    return link.waiting > GIVE_UP * limit
+    if connection.busy_for > limit:
+        connection.abort()
+    return connection.busy_for > GIVE_UP * limit
 
 
 def is_outage(error: Exception) -> bool:
-    """Whether the database failed, rather than refused these values: the same values may succeed later."""
+    """Whether the database failed, so that the same call may succeed later; False when it refused these values."""
     if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
         return True
     return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError | OSError)

@@ -1,4 +1,4 @@
-"""Which engines jobkit's own threads can use."""
+"""What a host lends: an engine for jobkit's threads, a session or connection whose transaction jobkit writes in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEEDED = "a Runner, Relay or AssetStore needs a synchronous Engine, not"
 
 
 def sync_engine(engine: object) -> sa.Engine:
-    """``engine`` when jobkit's threads can use it; ``ConfigurationError`` with what helps otherwise."""
+    """``engine`` when jobkit's threads can use it; else ``ConfigurationError``, which says what to use."""
     if hasattr(engine, "sync_engine") or (isinstance(engine, sa.Engine) and engine.dialect.is_async):
         raise ConfigurationError(
             f"{NEEDED} AsyncEngine: make one with create_engine(), on the same URL; postgresql+psycopg:// serves both "
@@ -34,18 +34,17 @@ def sync_engine(engine: object) -> sa.Engine:
 
 
 def leave_connections(engine: sa.Engine) -> None:
-    """Use none of the connections in ``engine``'s pool, and close none: called in a child, for an engine that threads
-    of the parent use.
+    """In a forked child: leave the pooled connections to the parent, neither used nor closed. Both processes would read
+    each other's answers.
     """
-    # The connections in it are the parent's: used by two processes, each would read the other's answers.
     engine.dispose(close=False)
 
 
 def refuse_inherited(engine: sa.Engine, used: bool) -> None:
-    """``ConfigurationError`` in a child whose parent ``used`` this SQLite database on other threads when it forked.
+    """``ConfigurationError`` in a forked child whose parent ``used`` this SQLite database on other threads.
 
-    What the parent's connections had locked at that moment stays locked in the child's memory: see "Carrying an open
-    database connection across a fork()" in SQLite's How To Corrupt An SQLite Database File.
+    Locks that they held at the fork stay held in the child's memory: see "Carrying an open database connection across a
+    fork()" in SQLite's How To Corrupt An SQLite Database File.
     """
     if used and engine.dialect.name == "sqlite":
         raise ConfigurationError(
@@ -59,7 +58,9 @@ if TYPE_CHECKING:
 
 
 def connection_of(session: Host) -> sa.Connection:
-    """The connection of the host's transaction. ``TypeError`` for anything but a Session or Connection."""
+    """The connection of the host's transaction: ``session`` itself, or that of a Session or scoped_session.
+    ``TypeError`` for anything else, and for what is asynchronous.
+    """
     if isinstance(session, sa.Connection):
         return session
     if hasattr(session, "sync_connection") or iscoroutinefunction(getattr(session, "connection", None)):
@@ -69,8 +70,23 @@ def connection_of(session: Host) -> sa.Connection:
     return session.connection(bind_arguments={"clause": content_jobs})
 
 
+def writable(session: Host) -> sa.Connection:
+    """As ``connection_of``, when the host commits or rolls back what is written on it; ``ConfigurationError`` in
+    AUTOCOMMIT, and for SQLite without ``configure_sqlite``.
+    """
+    connection = connection_of(session)
+    require_configured(connection)
+    # Drivers without this attribute do not commit by themselves.
+    if connection.dialect.name != "sqlite" and getattr(connection.connection, "autocommit", False) is True:
+        raise ConfigurationError(
+            "this connection is in AUTOCOMMIT: jobkit needs a transaction that the host commits or rolls back; "
+            'use a connection without isolation_level="AUTOCOMMIT"'
+        )
+    return connection
+
+
 def page_size(limit: int | None) -> int | None:
-    """``limit`` when it is None or a count, at most what a database can count to; ``ValueError`` otherwise."""
+    """``limit`` as the database takes it: None, or a number of rows from 0 on; ``ValueError`` for anything else."""
     if limit is None:
         return None
     if isinstance(limit, bool) or not isinstance(limit, int) or limit < 0:
@@ -79,13 +95,13 @@ def page_size(limit: int | None) -> int | None:
 
 
 def of_company(column: sa.Column[str], company_id: object) -> sa.ColumnElement[bool]:
-    """The rows of this company; none for what cannot be a company."""
+    """The condition for this company's rows; false for a value that cannot be a company."""
     owner = company_id_or_none(company_id)
     return sa.false() if owner is None else column == owner
 
 
 def log_key(engine: sa.Engine) -> str:
-    """What the log of ``engine``'s database is known by in this process."""
+    """A key for the event log of ``engine``'s database and schema, the same for all engines of this process on it."""
     url, kind = engine.url, engine.dialect.name
     schema = (engine.get_execution_options().get("schema_translate_map") or {}).get(None)
     if is_memory(engine) or not (url.host or url.database or url.query):  # the latter: create_engine(creator=...)
@@ -100,8 +116,8 @@ _ABSENT = ("42P01", "42703", "3F000")
 
 
 def require_schema(engine: sa.Engine) -> None:
-    """Return when every table has every column; ``SchemaOutOfDate`` naming what is missing and what to call. Reads no
-    row. ``ConfigurationError`` when SQLite's connections commit by themselves.
+    """Return when every table has every column; else ``SchemaOutOfDate`` with the first that is missing and the call
+    that adds it. Reads no row. ``ConfigurationError`` as ``require_configured``.
     """
     with engine.connect() as connection:
         require_configured(connection)

@@ -51,8 +51,8 @@ _CHANGES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
 
 # A dialect outlives its pool and is shared by the engines that execution_options() makes.
 _settings: weakref.WeakKeyDictionary[sa.Dialect, tuple[int, str]] = weakref.WeakKeyDictionary()
-# The last thread that opened a write transaction on a database file, with its connection and the asyncio task that ran
-# there: whether that is still open is asked of the connection, so nothing has to be cleared.
+# By database file: the last thread that began a write transaction, its connection and its asyncio task. The connection
+# says whether that is still open, so nothing has to be removed.
 _writers: dict[str, tuple[int, Any, weakref.ref[Any] | None]] = {}
 os.register_at_fork(after_in_child=_writers.clear)  # they are the parent's
 
@@ -139,8 +139,8 @@ def writing_in_this_task(engine: sa.Engine) -> bool:
 
 
 def refuse_deadlock(engine: sa.Engine, waiting: str, instead: str, *, task: bool = False) -> None:
-    """``ConfigurationError`` within an SQLite transaction of this thread that has written: what is called ``waiting``,
-    on another connection, would wait for it. ``instead``: what to do. ``task``: of the asyncio task that runs now.
+    """``ConfigurationError`` when the SQLite transaction of this thread, or with ``task`` of this asyncio task, has
+    written: ``waiting``, which uses another connection, would wait for it for ever. ``instead`` says what to do.
     """
     if (writing_in_this_task if task else writing_in_this_thread)(engine):
         raise ConfigurationError(
@@ -159,14 +159,14 @@ def _is_open(engine: sa.Engine, found: tuple[int, Any, weakref.ref[Any] | None])
 
 
 def _prepare(connection: sa.Connection) -> None:
-    """Set the pragmas, once a database connection, also on those that were pooled before ``configure_sqlite``."""
+    """Set the pragmas, once on each database connection, also on those pooled before ``configure_sqlite``."""
     settings = _settings[connection.dialect]
     if connection.info.get("jobkit.prepared") == settings:
         return
     try:
         _set_pragmas(connection, *settings)
     except BaseException:
-        connection.close()  # nobody gets it, and an asynchronous pool cannot take back what is merely dropped
+        connection.close()  # nobody gets it, and an asynchronous pool cannot reclaim one that is only dropped
         raise
     connection.info["jobkit.prepared"] = settings
 
@@ -208,7 +208,7 @@ def _begin_before_write(connection: sa.Connection, cursor: Any, statement: str, 
     mine = (threading.get_ident(), driver, None if task is None else weakref.ref(task))
     database = _database(connection.engine)
     if _writers.get(database, mine)[1] is driver:
-        _writers[database] = mine  # before: with the transaction it would look as if its last user still wrote
+        _writers[database] = mine  # before BEGIN, or the connection's last user would seem to write
     try:
         cursor.execute("BEGIN IMMEDIATE")
     except connection.dialect.loaded_dbapi.Error as error:
@@ -245,7 +245,7 @@ def _roll_back_first(connection: Any, record: object, error: BaseException | Non
 
 
 def is_write(statement: str) -> bool:
-    """Whether an SQL statement may need SQLite's write lock. A doubtful one does."""
+    """Whether an SQL statement may need SQLite's write lock; True when in doubt."""
     position = 0
     while match := _COMMENT.match(statement, position):
         position = match.end()

@@ -75,7 +75,7 @@ class Listener:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join(ENDING)
             if self._thread.is_alive():
-                self.link.cut()
+                self.link.abort()
                 self._thread.join(ENDING)
 
     def notify(self, *, jobs: bool) -> None:

@@ -1,4 +1,4 @@
-"""The runner's steps on rows: claim, record intents, finish, release. Each works in the caller's transaction.
+"""The runner's steps on rows: claim, renew, finish, release, rescue. Each works in the caller's transaction.
 
 Every change of a claimed job says ``WHERE id = … AND status = 'running' AND fence = …``: a claim that was lost
 changes nothing.
@@ -16,13 +16,13 @@ import sqlalchemy as sa
 
 from jobkit.base.ids import new_id
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import AppendedEvent, ClaimedRow, ClaimTerms, EventRow, RescueTerms
+from jobkit.db.dialects.base import AppendedEvent, ClaimedRow, ClaimTerms, EventRow, RescueTerms, event_payload
 from jobkit.errors import AssetNotFound
 from jobkit.jobs.outcomes import Outcome
 from jobkit.types import JobStatus, StoredObject
 
 Pick = Callable[[sa.Connection, ClaimTerms], list[ClaimedRow]]
-# How often a job may lose its worker before it is taken for what kills workers.
+# A job that lost its worker this many times in a row, and then once more, has failed: it may be what kills workers.
 MAX_RESCUES = 5
 
 DONE = Outcome(JobStatus.DONE)
@@ -32,7 +32,7 @@ RELEASED = Outcome(JobStatus.QUEUED, charged=False)
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The right to run a job, proved by ``fence``, and what a renderer is told of the job."""
+    """The right to run a job, proved by ``fence``, with what its renderer is given."""
 
     job_id: UUID
     company_id: str
@@ -45,7 +45,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """How an attempt at a claimed job ends: done with the files that were published for it, or as the verdict says."""
+    """The end of an attempt: done with ``files``, which are stored already; or as ``outcome`` says."""
 
     claim: Claim
     files: tuple[StoredObject, ...] = ()
@@ -57,23 +57,21 @@ class Completion:
 
     @property
     def type(self) -> str:
-        """The event that tells of it."""
+        """The type of its event."""
         if self.outcome.status is JobStatus.QUEUED and self.outcome.error is not None:
             return "content_job.retrying"
         return f"content_job.{self.outcome.status.value}"
 
     @property
     def payload(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"jobId": str(self.claim.job_id)}
-        if self.outcome.status is JobStatus.DONE:
-            told["assetId"] = str(self.asset_ids[0])
-        if self.type == "content_job.retrying":
-            told["attempt"] = self.claim.attempt
-        if self.outcome.error is not None:
-            told["errorMessage"] = self.outcome.error
-        if self.type == "content_job.retrying":
-            told["runAt"] = None if self.outcome.run_at is None else self.outcome.run_at.isoformat()
-        return told
+        return event_payload(
+            self.type,
+            self.claim.job_id,
+            asset_id=self.asset_ids[0] if self.asset_ids else None,
+            error=self.outcome.error,
+            attempt=self.claim.attempt,
+            run_at=self.outcome.run_at,
+        )
 
 
 def failed(claim: Claim, message: str) -> Completion:
@@ -84,25 +82,25 @@ def failed(claim: Claim, message: str) -> Completion:
 def claim(
     connection: sa.Connection, *, limit: int, worker_id: str, lease: float, now: datetime, pick: Pick | None = None
 ) -> tuple[list[Claim], list[EventRow]]:
-    """Take up to ``limit`` queued jobs: running, fence + 1, attempt + 1, leased for ``lease`` seconds; with their
-    events. ``pick`` chooses which; without it those of any company.
+    """Claim up to ``limit`` queued jobs: running, fence + 1, attempt + 1, leased for ``lease`` seconds. Returns claims
+    and events. ``pick`` chooses the jobs; without it, of any company.
     """
     terms = ClaimTerms(limit, worker_id, lease, now)
     taken = pick(connection, terms) if pick else statements_for(connection).claim(connection, terms=terms)
     claims = [Claim(t.job_id, t.company_id, t.job_type, t.input, t.source_task_id, t.fence, t.attempt) for t in taken]
+    kind = "content_job.running"
     events = [
-        EventRow(t.event_id, 0, t.seq, t.company_id, "content_job.running", t.job_id, now, {"jobId": str(t.job_id)})
-        for t in taken
+        EventRow(t.event_id, 0, t.seq, t.company_id, kind, t.job_id, now, event_payload(kind, t.job_id)) for t in taken
     ]
     return claims, events
 
 
 def finish(connection: sa.Connection, completions: Sequence[Completion], *, now: datetime) -> list[EventRow]:
-    """End attempts: asset rows, status, event, intents gone; nothing of those whose claim was lost.
+    """End attempts: their status, event and asset rows are written, their intents deleted. Nothing is written for a
+    lost claim. Returns the events.
 
-    A job that would go back into the queue and was asked to stop is cancelled instead. Returns the events of the jobs
-    that ended. ``AssetNotFound`` when the sweep took an object first: the caller must then roll back, and the files of
-    that job are lost.
+    A job that would be queued again and was asked to stop is cancelled instead. ``AssetNotFound`` when the sweep took
+    an object first: the caller must roll back, and that job's files are lost.
     """
     events = _finish(connection, completions, now)
     ended = {event.job_id for event in events}
@@ -125,24 +123,24 @@ def _finish(connection: sa.Connection, completions: Sequence[Completion], now: d
 
 
 def release(connection: sa.Connection, claims: Sequence[Claim], *, now: datetime) -> list[EventRow]:
-    """Put claimed jobs back into the queue, the attempt not charged; nothing happens to those whose claim was lost."""
+    """Queue claimed jobs again, the attempt not charged. Nothing is written for a lost claim. Returns the events."""
     return finish(connection, [Completion(claim, outcome=RELEASED) for claim in claims], now=now)
 
 
 def renew(connection: sa.Connection, claims: Sequence[Claim], *, lease: float) -> dict[UUID, bool]:
-    """Prolong the claims that still hold; which those are, and whether the job was asked to stop."""
+    """Prolong the claims that still hold to ``lease`` seconds from now; by job, whether it was asked to stop."""
     return dict(statements_for(connection).renew(connection, _tokens(claims), lease=lease))
 
 
 def check(connection: sa.Connection, claims: Sequence[Claim]) -> dict[UUID, bool]:
-    """As ``renew``, and writes nothing."""
+    """As ``renew``, but writes nothing."""
     return dict(statements_for(connection).held(connection, _tokens(claims)))
 
 
 def update_progress(
     connection: sa.Connection, reports: Sequence[tuple[Claim, Report]], *, lease: float, now: datetime
 ) -> tuple[dict[UUID, bool], list[EventRow]]:
-    """As ``renew``, and records how far the jobs are; with their events. A job's fraction never goes back."""
+    """As ``renew``, and writes the reports; with their events. A job's fraction never falls."""
     jobs = [
         {"job": claim.job_id.hex, "fence": claim.fence, "progress": report.fraction, "message": report.message}
         for claim, report in sorted(reports, key=lambda reported: _by_id(reported[0]))
@@ -152,8 +150,8 @@ def update_progress(
 
 
 def rescue(connection: sa.Connection, *, limit: int, now: datetime) -> list[EventRow]:
-    """Take up to ``limit`` jobs from workers whose lease is over: queued again, the attempt not charged; cancelled when
-    asked to stop; failed when that happened ``MAX_RESCUES`` times before. Returns their events.
+    """Take up to ``limit`` jobs whose lease is over from their lost workers: queued again, the attempt not charged;
+    cancelled when asked to stop; failed after ``MAX_RESCUES`` rescues. Returns their events.
     """
     stopped = f"its worker was lost {MAX_RESCUES + 1} times in a row; perhaps this job is what kills it"
     terms = RescueTerms(limit, MAX_RESCUES, "the worker was lost", stopped, now)
@@ -164,8 +162,8 @@ def _tokens(claims: Sequence[Claim]) -> list[dict[str, Any]]:
     return [{"job": claim.job_id.hex, "fence": claim.fence} for claim in sorted(claims, key=_by_id)]
 
 
-# Statements of several jobs lock them in this order, as far as the plan lets them: two that want the same jobs in
-# different orders would wait for each other.
+# Statements about several jobs lock them in this order, as far as the plan keeps it: in different orders, two could
+# deadlock.
 def _by_id(claim: Claim) -> int:
     return claim.job_id.int
 
@@ -180,7 +178,7 @@ def _job(completion: Completion) -> dict[str, Any]:
         "error": outcome.error,
         "type": completion.type,
         "payload": completion.payload,
-        # Of one width, and in the zone of SQLite's texts, which are this less the zone.
+        # In UTC and of one width: SQLite stores this text without the zone, and compares texts.
         "run_at": outcome.run_at and outcome.run_at.astimezone(UTC).isoformat(" ", "microseconds"),
         "refund": int(not outcome.charged),
     }
@@ -212,7 +210,7 @@ def _event(completion: Completion, told: AppendedEvent, now: datetime) -> EventR
 
 
 class Report(NamedTuple):
-    """A fraction from 0 to 1, and what is being done."""
+    """A job's progress: a fraction from 0 to 1, and a message."""
 
     fraction: float
     message: str | None

@@ -1,4 +1,4 @@
-"""A request for a job, checked: what one that cannot be stored raises, and what one that can becomes."""
+"""Requests for jobs: checked, copied, and turned into rows, in chunks that a statement can carry."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from uuid import UUID
 from jobkit.base.clock import aware
 from jobkit.base.ids import new_number
 from jobkit.base.text import storable
+from jobkit.db.dialects.base import event_payload
 from jobkit.types import Job, JobRequest, JobStatus
 
-# How much one statement of ``create_many`` carries: enough that round trips do not count; little enough for memory, and
-# for the next one to be ready when the database is through with it.
+# The most jobs, and characters of JSON, in one statement of ``create_many``: so many that round trips do not count, so
+# few that the next chunk is ready when the database has stored this one.
 MAX_CHUNK_JOBS = 1_000
 MAX_CHUNK_CHARACTERS = 4 << 20
 
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 
 class NewJob(NamedTuple):
-    """A job that is not inserted yet; ``text`` is its input as JSON."""
+    """A job that is to be inserted; ``text`` is its input as JSON."""
 
     job: Job
     text: str
@@ -46,7 +47,7 @@ class NewJob(NamedTuple):
             "run_at": job.run_at,
             "priority": job.priority,
             "key": job.idempotency_key,
-            "payload": json.dumps({"jobId": str(job.id)}),
+            "payload": json.dumps(event_payload("content_job.queued", job.id)),
             "now": job.created_at,
         }
 
@@ -57,7 +58,7 @@ class NewJob(NamedTuple):
             rest = f',"task":{json.dumps(job.source_task_id)}'
         if job.run_at is not None:
             rest += f',"run_at":"{job.run_at.astimezone(UTC).isoformat(" ", "microseconds")}"'
-        # Whatever an enumeration prints for a number, its number is meant.
+        # Not str(): an IntEnum may print its name.
         return (
             f'{{"id":"{job.id}","type":{json.dumps(job.job_type)},"priority":{int.__repr__(job.priority)}'
             f',"input":{self.text}{rest}}}'
@@ -65,7 +66,7 @@ class NewJob(NamedTuple):
 
 
 class CheckedRequest(NamedTuple):
-    """A request that can be stored, with the number of its job's id. Nothing of it changes with what was given."""
+    """A request that can be stored, with the number of its job's id. ``input`` is a copy of the caller's."""
 
     number: int
     request: JobRequest
@@ -74,7 +75,7 @@ class CheckedRequest(NamedTuple):
     text: str
 
     def draft(self, company_id: str, now: datetime) -> NewJob:
-        """The job that it becomes."""
+        """The job to insert."""
         request = self.request
         # By position: create_many makes thousands, and 25 names would cost half as much again.
         job = Job(
@@ -125,7 +126,7 @@ def checked(request: JobRequest, max_input_bytes: int) -> CheckedRequest:
 
 
 def checked_many(requests: Iterable[JobRequest], max_input_bytes: int) -> deque[CheckedRequest]:
-    """Every request, checked and copied as it is drawn; the error says which one and which field."""
+    """Every request, checked and copied as it is drawn; an error says which request and which field."""
     found: deque[CheckedRequest] = deque()
     for position, request in enumerate(requests):
         if not isinstance(request, JobRequest):
@@ -138,8 +139,8 @@ def checked_many(requests: Iterable[JobRequest], max_input_bytes: int) -> deque[
 
 
 class Chunk(NamedTuple):
-    """Some of the jobs of a call, in its order: the ``keyed`` ones to be inserted one by one, the others together, as
-    the JSON array that ``Dialect.insert_jobs`` reads; None when there are no others.
+    """The next jobs of a call, in its order: those with an idempotency key in ``keyed``, to be inserted one by one; the
+    others in ``array``, the JSON that ``Dialect.insert_jobs`` reads, None when there are no others.
     """
 
     jobs: list[Job]
@@ -148,13 +149,13 @@ class Chunk(NamedTuple):
 
     @property
     def statements(self) -> int:
-        """How many statements insert it."""
+        """The number of statements that insert it."""
         return len(self.keyed) + (self.array is not None)
 
 
 def chunks(wanted: deque[CheckedRequest], company_id: str, now: datetime) -> Iterator[Chunk]:
-    """The jobs of all requests, in pieces that a statement can carry. Takes from ``wanted`` what it gives: of a large
-    call there is no second copy.
+    """The jobs of all requests, in chunks that a statement can carry. Empties ``wanted`` as it goes: a large call is
+    not held twice.
     """
     jobs: list[Job] = []
     keyed: list[NewJob] = []
@@ -202,8 +203,8 @@ def prefetched(first: T, rest: Iterator[T]) -> Generator[T]:
 
 MAX_DEPTH = 100
 MAX_INPUT_BYTES = 1 << 20
-# Numbers that jsonb would change: it reads 1e+23 as an integer, which is another number, and has no negative zero. The
-# first branch steps over strings.
+# Numbers that jsonb would change: it reads 1e+23 as the integer, which is not the same number, and has no negative
+# zero. The first branch skips strings.
 _NUMBERS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|-?[0-9.]+e\+[0-9]+|-0\.0(?![0-9])')
 # As json.dumps and json.loads, which would make an encoder for each call.
 _encode = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode
@@ -236,7 +237,7 @@ def canonical(value: object, *, max_bytes: int = MAX_INPUT_BYTES) -> tuple[str, 
         raise ValueError("input contains a lone surrogate") from None
     except (TypeError, ValueError) as error:
         raise ValueError(f"input cannot be stored: {error}") from None
-    # Only what these cheap signs point at is walked; each may point without cause, none stays silent with one.
+    # These cheap tests may suspect a good value, but miss no bad one; only suspects are walked.
     if changed or "\\u0000" in text or text.count("{") + text.count("[") > MAX_DEPTH:
         _inspect(value, 1)
     return text, copy

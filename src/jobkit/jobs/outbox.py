@@ -8,7 +8,8 @@ from typing import Any
 import sqlalchemy as sa
 
 from jobkit.db.dialects import statements_for
-from jobkit.types import Job, JobStatus
+from jobkit.db.dialects.base import event_payload
+from jobkit.types import Job
 
 
 def append(connection: sa.Connection, job: Job, *, notify: bool) -> int:
@@ -20,7 +21,7 @@ def append(connection: sa.Connection, job: Job, *, notify: bool) -> int:
         "company_id": job.company_id,
         "job_id": job.id,
         "seq": job.event_seq,
-        "type": f"content_job.{job.status.value}",
+        "type": type_of(job),
         "payload": json.dumps(payload_of(job)),
         "now": job.updated_at,
     }
@@ -28,10 +29,10 @@ def append(connection: sa.Connection, job: Job, *, notify: bool) -> int:
 
 
 def payload_of(job: Job) -> dict[str, Any]:
-    """What the event of the job's status says of it, as JSON has it."""
-    payload: dict[str, Any] = {"jobId": str(job.id)}
-    if job.status is JobStatus.DONE:
-        payload["assetId"] = None if job.result_asset_id is None else str(job.result_asset_id)
-    if job.status is JobStatus.FAILED:
-        payload["errorMessage"] = job.error_message
-    return payload
+    """The payload of the event of the job's status, as JSON has it."""
+    return event_payload(type_of(job), job.id, asset_id=job.result_asset_id, error=job.error_message)
+
+
+def type_of(job: Job) -> str:
+    """The type of the event of the job's status."""
+    return f"content_job.{job.status.value}"

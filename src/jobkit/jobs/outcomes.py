@@ -1,4 +1,4 @@
-"""What follows a failed attempt: the job ends, or it goes back into the queue and when."""
+"""What follows a failed attempt: the job ends, or is queued again for a later time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from jobkit.errors import Discard, JobCancelled, LeaseLost, Retry, Snooze
 from jobkit.types import JobStatus
 
-# Seconds before the second attempt; each further pause is twice as long, up to the longest.
+# Seconds before the second attempt; each further pause doubles, up to LONGEST_PAUSE seconds.
 FIRST_PAUSE = 5.0
 LONGEST_PAUSE = 3600.0
 
@@ -25,15 +25,14 @@ def decide(
     now: datetime,
     jitter: Callable[[], float] = random.random,
 ) -> Outcome:
-    """How a job goes on whose renderer raised ``failure`` in its ``attempt``-th run of at most ``max_attempts``.
+    """The outcome of a run whose renderer raised ``failure``, the ``attempt``-th of at most ``max_attempts``.
 
-    ``interrupted``: whether it was asked to stop; one that raises ``JobCancelled`` unasked has simply failed.
+    ``interrupted``: whether the run was asked to stop; ``JobCancelled`` raised unasked is a failure like any other.
     """
     if isinstance(failure, JobCancelled) and interrupted:
         return Outcome(JobStatus.CANCELLED)
-    if (
-        isinstance(failure, LeaseLost) and interrupted
-    ):  # should the claim hold after all, the next runner begins at once
+    if isinstance(failure, LeaseLost) and interrupted:
+        # Written only if the claim holds after all; then the next runner begins at once.
         return Outcome(JobStatus.QUEUED, charged=False)
     if isinstance(failure, Snooze):
         return Outcome(JobStatus.QUEUED, run_at=now + timedelta(seconds=failure.seconds), charged=False)
@@ -45,13 +44,13 @@ def decide(
 
 
 def pause_before(attempt: int, jitter: Callable[[], float] = random.random) -> float:
-    """Seconds before the ``attempt``-th run: exponential, less a random part of up to a third that keeps many apart."""
+    """Seconds before the ``attempt``-th run: doubling, less up to a third at random, so that many jobs spread."""
     return float(min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(attempt - 2, 20)) * (1 - jitter() / 3))
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a job goes on after an attempt that gave no files. ``charged``: whether the attempt counts."""
+    """What becomes of a job whose attempt gave no files. ``charged``: whether the attempt counts."""
 
     status: JobStatus
     error: str | None = None

@@ -15,9 +15,8 @@ from jobkit.base.clock import Clock, aware, utcnow
 from jobkit.base.ids import parse_id
 from jobkit.base.text import company_id_or_none, require_company_id, sanitise, storable
 from jobkit.db.dialects import statements_for
-from jobkit.db.host import connection_of, of_company, page_size
-from jobkit.db.sqlite import require_configured
-from jobkit.errors import ConfigurationError, IdempotencyConflict, InvalidTransition, JobNotFound
+from jobkit.db.host import connection_of, of_company, page_size, writable
+from jobkit.errors import IdempotencyConflict, InvalidTransition, JobNotFound
 from jobkit.jobs import outbox
 from jobkit.jobs.creation import MAX_INPUT_BYTES, NewJob, checked, checked_many, chunks, prefetched
 from jobkit.tables import content_jobs
@@ -65,7 +64,7 @@ class JobStore:
         with no second event, and ``IdempotencyConflict`` when its input is another.
 
         ``input`` is copied. ``ValueError`` naming the field, with nothing written, for: a blank or missing company, a
-        blank job type, an input that is not a JSON object both databases can store (see ``jobkit.payload``), text
+        blank job type, an input that is not a JSON object both databases can store (see ``jobkit.jobs.creation``), text
         with NUL or lone surrogates, a naive ``run_at``. ``ConfigurationError`` for a connection in AUTOCOMMIT, and for
         an SQLite engine without ``configure_sqlite``.
         """
@@ -76,7 +75,7 @@ class JobStore:
         """``create``, with the id of the event it appended: None when the job was there already."""
         owner = require_company_id(company_id)
         wanted = checked(request, self._max_input_bytes)
-        return self._insert(self._writable(), wanted.draft(owner, self._clock()))
+        return self._insert(writable(self._session), wanted.draft(owner, self._clock()))
 
     def create_many(self, company_id: object, requests: Iterable[JobRequest]) -> list[Job]:
         """Insert many queued jobs of one company, each with its event; return them in the order of ``requests``.
@@ -90,13 +89,13 @@ class JobStore:
         count = len(wanted)
         pieces = chunks(wanted, owner, now := self._clock())
         first = next(pieces, None)
-        connection = self._writable()
+        connection = writable(self._session)
         if first is None:
             return []
         made: list[Job] = []
         keyed: list[NewJob] = []
         whole = len(first.jobs) == count
-        # A host may catch the error of a later statement and commit; the savepoint takes the earlier ones back.
+        # A host may catch an error and commit; the savepoint undoes the statements before the one that failed.
         one = whole and first.statements == 1
         savepoint: AbstractContextManager[object] = nullcontext() if one else connection.begin_nested()
         with savepoint, closing(prefetched(first, pieces)) as prepared:
@@ -130,7 +129,7 @@ class JobStore:
         query = sa.select(content_jobs).where(_c.id == parsed)
         if company_id is not None:
             query = query.where(of_company(_c.company_id, company_id))
-        row = self._connection().execute(query).one_or_none()
+        row = connection_of(self._session).execute(query).one_or_none()
         return None if row is None else job_of(row)
 
     def list_by_company(
@@ -157,7 +156,7 @@ class JobStore:
                 raise JobNotFound(before.id if isinstance(before, Job) else before)
             query = query.where(sa.tuple_(_c.created_at, _c.id) < sa.tuple_(*_position(last)))
         query = query.order_by(_c.created_at.desc(), _c.id.desc()).limit(page_size(limit))
-        return [job_of(row) for row in self._connection().execute(query)]
+        return [job_of(row) for row in connection_of(self._session).execute(query)]
 
     def transition(
         self, /, job_id: UUID | str, *, expect: JobStatus | str | Iterable[JobStatus | str] | None = None, **patch: Any
@@ -173,7 +172,7 @@ class JobStore:
         values = _checked(patch)
         expected = _statuses(expect)
         parsed = parse_id(job_id)
-        connection = self._writable()
+        connection = writable(self._session)
         # Compare and set: the row may change between the read and the write, and the write then counts no row.
         while True:
             row = parsed and connection.execute(sa.select(content_jobs).where(_c.id == parsed)).one_or_none()
@@ -204,8 +203,8 @@ class JobStore:
     def _settle(
         self, job_id: UUID | str, company_id: object, change: Callable[[sa.Connection, Job], Job | None]
     ) -> Job:
-        """Change a job by compare and set, looking again as long as others change it first."""
-        connection = self._writable()
+        """Change a job by compare and set, again and again while others change it first."""
+        connection = writable(self._session)
         while True:
             job = self.get_by_id(job_id, company_id=company_id)
             if job is None:
@@ -261,20 +260,6 @@ class JobStore:
             outbox.append(connection, changed, notify=self._notify)
         return changed
 
-    def _connection(self) -> sa.Connection:
-        return connection_of(self._session)
-
-    def _writable(self) -> sa.Connection:
-        connection = self._connection()
-        require_configured(connection)
-        # Some drivers have no such attribute; those never commit by themselves here.
-        if connection.dialect.name != "sqlite" and getattr(connection.connection, "autocommit", False) is True:
-            raise ConfigurationError(
-                "this connection is in AUTOCOMMIT: jobkit needs a transaction that the host commits or rolls back; "
-                'use a connection without isolation_level="AUTOCOMMIT"'
-            )
-        return connection
-
 
 def job_of(row: sa.Row[Any]) -> Job:
     """A row of ``content_jobs``, all columns in the table's order, as a Job."""
@@ -284,7 +269,7 @@ def job_of(row: sa.Row[Any]) -> Job:
 
 
 def _same_key(job: Job) -> sa.Select[Any]:
-    """The row that ``job`` cannot be inserted beside."""
+    """The row whose idempotency key ``job`` repeats."""
     return sa.select(content_jobs).where(
         _c.company_id == job.company_id,
         _c.job_type == job.job_type,

@@ -30,6 +30,7 @@ from jobkit.db.host import leave_connections, refuse_inherited, require_schema, 
 from jobkit.db.sqlite import is_memory, refuse_deadlock
 from jobkit.events import relay
 from jobkit.events.feed import Feed
+from jobkit.jobs import outbox
 from jobkit.jobs.store import JobStore
 from jobkit.maintenance.rescue import Rescuer, RescueReport, rescue
 from jobkit.rendering.renderers import Renderers
@@ -126,8 +127,9 @@ class Runner:
         return job
 
     def _tell_queued(self, job: Job, event_id: int, position: Position) -> None:
-        payload = {"jobId": str(job.id)}
-        row = EventRow(event_id, 0, 1, job.company_id, "content_job.queued", job.id, job.created_at, payload)
+        row = EventRow(
+            event_id, 0, 1, job.company_id, outbox.type_of(job), job.id, job.created_at, outbox.payload_of(job)
+        )
         feed = relay.running_feed(self.engine)  # one that began before the commit may have seen the event already
         if feed is not None and feed.publish([row]):
             feed.flush(DELIVERY_WAIT)

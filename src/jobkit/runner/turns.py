@@ -116,7 +116,7 @@ class Committer:
     @property
     def waiting(self) -> bool:
         """Whether more jobs wait than the last claim took."""
-        return self._rotation.waiting
+        return self._rotation.more_waiting
 
     def commit(self, turn: Turn) -> Committed:
         """Do what ``turn`` says, as a whole."""
@@ -160,7 +160,7 @@ class Committer:
                 return [], []
         else:
             with autocommitting(connection), connection.begin():
-                self._rotation.look(connection, now, check_scheduled=check_scheduled)
+                self._rotation.find_due(connection, now, check_scheduled=check_scheduled)
                 check_scheduled = False  # it has just looked
                 if not self.waiting:
                     return self._claim(connection, turn.limit, now, check_scheduled=check_scheduled)

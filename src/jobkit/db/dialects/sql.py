@@ -23,6 +23,7 @@ class _Seconds(sa.types.TypeDecorator[float]):
         return str(value) if dialect.name == "sqlite" else value
 
 
+# The type of a parameter by its name; the others are text.
 _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
     **dict.fromkeys(("id", "xid"), sa.BigInteger()),
     **dict.fromkeys(("each", "limit", "max_rescues", "priority", "seq", "window"), sa.Integer()),
@@ -33,8 +34,8 @@ _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
 
 
 class Sql:
-    """A statement with ``{s}`` where the schema goes. A parameter has the same type in all of them, text unless listed
-    above, except where ``types`` says another; ``columns`` are those of the result.
+    """A statement with ``{s}`` where the schema goes. ``columns``: those of the result. ``types``: of parameters that
+    have another type here than in other statements.
 
     Calling it with a connection gives the clause for that connection's ``schema_translate_map``, which SQLAlchemy
     itself does not apply to written-out SQL.
@@ -68,7 +69,7 @@ CLAIMED = (
     sa.column("event_seq", sa.Integer()),
     sa.column("event_id", sa.BigInteger()),
 )
-QUEUED = (
+QUEUED_JOB = (
     sa.column("id", sa.Uuid()),
     sa.column("company_id", sa.Text()),
     sa.column("priority", sa.Integer()),

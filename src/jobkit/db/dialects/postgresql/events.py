@@ -23,7 +23,7 @@ WITH told AS (
 )
 """
 INSERT_EVENT = Sql(_INSERT_EVENT + "SELECT id FROM told")
-# What is queued again is worth a look of every idle runner; the rest only of those who follow the log.
+# An event of a queued job wakes idle runners; any other only the readers of the log.
 INSERT_EVENT_NOTIFY = Sql(
     _INSERT_EVENT
     + f"""SELECT id, pg_notify(CASE :type WHEN 'content_job.queued' THEN '{JOBS}' ELSE '{LOG}' END, '')
@@ -31,11 +31,11 @@ FROM told""",
 )
 
 START = Sql("SELECT CAST(CAST(pg_snapshot_xmin(s) AS text) AS bigint), CAST(s AS text) FROM pg_current_snapshot() AS s")
-# A scan gives what lies below it: nothing new, as long as it stays where it is.
+# A scan reads the events below this transaction id; while it stays the same, there is nothing new.
 _HORIZON = "CAST(CAST(pg_snapshot_xmin(pg_current_snapshot()) AS text) AS bigint)"
 _SINCE_START = "NOT pg_visible_in_snapshot(CAST(CAST(xid AS text) AS xid8), CAST(:snapshot AS pg_snapshot))"
 
-# Ids become visible out of order, transaction ids below every running transaction's do not: (xid, id) skips nothing.
+# Ids become visible out of order; below the oldest running transaction no event can appear: (xid, id) skips none.
 _NEXT = f"""
 SELECT h.horizon, e.* FROM (SELECT {_HORIZON} AS horizon) h LEFT JOIN LATERAL (
     SELECT id, xid, seq, company_id, type, job_id, created_at, payload FROM {{s}}content_job_events
@@ -75,7 +75,7 @@ class Events(base.Events):
     """The event log on PostgreSQL."""
 
     channels = (JOBS, LOG)
-    # The first two numbers are those of no transaction.
+    # No transaction has a number below 3.
     nothing_visible = "1:1:"
 
     _earlier = EARLIER
@@ -85,7 +85,7 @@ class Events(base.Events):
         return int(connection.execute(statement(connection), values).scalar_one())
 
     def version(self, connection: sa.Connection) -> int:
-        # Past SQLAlchemy, because a feed without notifications asks a dozen times a second.
+        # Past SQLAlchemy, for its cost: a feed without notifications asks a dozen times a second.
         with closing(connection.connection.cursor()) as cursor:
             cursor.execute(f"SELECT {_HORIZON}")
             found: Any = cursor.fetchone()

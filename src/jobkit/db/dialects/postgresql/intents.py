@@ -16,8 +16,8 @@ ON CONFLICT (provider, object_key) DO NOTHING
 """,
 )
 
-# A key belongs to its row's company alone, so the company is part of the match: it is what the index begins with. And
-# clock_timestamp(), which may change between two rows, cannot be compared by index.
+# The company is part of the match, because the index of assets begins with it. clock_timestamp() may change between two
+# rows, so an index cannot serve it.
 _SWEEPABLE = """i.provider = :provider AND i.state = :state
     AND i.not_before <= statement_timestamp() + make_interval(secs => :early)
     AND NOT EXISTS (
@@ -34,10 +34,10 @@ ORDER BY i.not_before LIMIT :limit
     *DUE,
 )
 
-# As an array the keys are looked up one by one; as a join, one plan compares each with every key of the provider.
+# As an array the keys are found by index one by one; as a join, one plan compares each with all of the provider.
 _KEYS = "ANY (ARRAY(SELECT jsonb_array_elements_text(CAST(:keys AS jsonb))))"
 
-# SKIP LOCKED leaves out a key that another sweep, or the transaction that gives it its row, is at just now.
+# SKIP LOCKED leaves out a key that another sweep holds, or the transaction that gives it its row.
 CLAIM_INTENTS = Sql(
     f"""
 WITH due AS MATERIALIZED (

@@ -20,7 +20,7 @@ from jobkit.db.dialects.base import (
     EventRow,
     RescueTerms,
 )
-from jobkit.db.dialects.sql import APPENDED, CLAIMED, EVENT, HELD, QUEUED, Sql
+from jobkit.db.dialects.sql import APPENDED, CLAIMED, EVENT, HELD, QUEUED_JOB, Sql
 
 _INSERT_JOB = """
 WITH job AS (
@@ -40,7 +40,7 @@ WITH job AS (
 _UNLESS = """
     ON CONFLICT (company_id, job_type, idempotency_key) WHERE idempotency_key IS NOT NULL DO NOTHING"""
 
-# One notification without a payload: PostgreSQL folds equal ones of a transaction into one, and it is only a hint.
+# Without a payload, as a hint: PostgreSQL folds equal notifications of a transaction into one.
 _NOTIFY = "SELECT id, pg_notify('jobkit', '') FROM told"
 
 INSERT_JOB_NOTIFY = Sql(_INSERT_JOB.replace("{unless}", "") + _NOTIFY, id=sa.Uuid())
@@ -65,7 +65,7 @@ WITH r AS (
 INSERT_JOBS_NOTIFY = Sql(_INSERT_JOBS + "SELECT pg_notify('jobkit', '')")
 INSERT_JOBS = Sql(_INSERT_JOBS + "SELECT 1")
 
-# One look at each priority, however many jobs wait for a later time.
+# One index lookup for each priority, however many jobs wait for a later time.
 _LEVELS = """
 WITH RECURSIVE level(priority) AS (
     (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
@@ -89,7 +89,7 @@ DUE_JOBS = Sql(
 )
 SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run_at, id LIMIT :limit
 """,
-    *QUEUED,
+    *QUEUED_JOB,
 )
 
 FIRST_QUEUED = Sql(
@@ -100,7 +100,7 @@ SELECT x.* FROM jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(compan
     ORDER BY company_id, priority DESC, created_at, id LIMIT :each
 ) x
 """,
-    *QUEUED,
+    *QUEUED_JOB,
 )
 
 COMPANIES = Sql(
@@ -113,8 +113,8 @@ WITH RECURSIVE c(company_id, n) AS (
 
 HAS_QUEUED = Sql(_LEVELS + HAS_QUEUED_BELOW)
 
-# Each way to pick jobs ends in the same claim. MATERIALIZED fixes the candidates: as a plain subquery, one plan claims
-# more rows than LIMIT says.
+# The end of every claim. MATERIALIZED fixes the candidates: as a plain subquery, one plan claims more rows than LIMIT
+# says.
 _CLAIM = """, claimed AS (
     UPDATE {s}content_jobs j
     SET status = 'running', fence = j.fence + 1, attempt = j.attempt + 1, event_seq = j.event_seq + 1,

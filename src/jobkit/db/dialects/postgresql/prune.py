@@ -17,7 +17,7 @@ _OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, upd
 _JOBS = "ANY (ARRAY(SELECT CAST(jsonb_array_elements_text(CAST(:jobs AS jsonb)) AS uuid)))"
 _ID = sa.column("id", sa.Uuid())
 
-# A page of the table at a time, by its key: what a look reads is bounded, however few of its jobs are over.
+# One page of the table by its key: it reads a bounded number of rows, however few jobs are over.
 ENDED_BEFORE = Sql(
     f"""
 WITH page AS MATERIALIZED (
@@ -42,7 +42,7 @@ LOCK_JOBS = Sql(
     _ID,
 )
 
-# The jobs with an asset that somebody is changing: waiting for it could end in a deadlock with a host.
+# The jobs with an asset that another transaction is changing: to wait for it could deadlock with a host.
 SELECT_BUSY = Sql(
     f"""
 WITH held AS MATERIALIZED (
@@ -54,7 +54,7 @@ WHERE job_id = {_JOBS} AND provider = :provider AND id NOT IN (SELECT id FROM he
     _ID,
 )
 
-# After the locks, and not in one statement with them: this one sees every event that was committed before them.
+# A statement of its own, after the locks: it sees every event that was committed before them.
 DELETE = Sql(
     f"""
 WITH gone AS (
@@ -74,7 +74,6 @@ FROM (SELECT) AS one LEFT JOIN (SELECT xid, id FROM told ORDER BY xid DESC, id D
 """,
 )
 
-# One row of the log, that belongs to no job: up to where events were removed.
 MARK_PRUNED = Sql(
     f"""
 INSERT INTO {{s}}content_job_events AS e (id, xid, company_id, job_id, seq, type, payload)
@@ -102,6 +101,6 @@ class Prune(base.Prune):
             locked = [job for job in locked if job not in busy]
         events, files, *upto = connection.execute(DELETE(connection), these(locked, provider=provider)).one()
         if events:
-            # Last, because other prunes wait for the mark.
+            # Last, because other prunes wait for this row.
             self.mark_pruned(connection, Position(*upto))
         return PruneCounts(locked, events, files)

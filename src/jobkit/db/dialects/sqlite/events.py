@@ -79,12 +79,12 @@ class Events(base.Events):
         return insert_event(connection, values)
 
     def version(self, connection: sa.Connection) -> int:
-        # Past SQLAlchemy, because a feed asks a hundred times a second.
+        # Past SQLAlchemy, for its cost: a feed asks a hundred times a second.
         driver: Any = connection.connection.driver_connection
         return int(driver.execute("PRAGMA data_version").fetchone()[0])
 
     def log_file(self, connection: sa.Connection) -> str | None:
-        # SQLite says where its file is, whatever the URL was and the working directory is now.
+        # The file as SQLite opened it, whatever the URL and the working directory are now.
         driver: Any = connection.connection.driver_connection
         files = {name: file for _, name, file in driver.execute("PRAGMA database_list")}
         return f"{files['main']}-wal" if files.get("main") else None

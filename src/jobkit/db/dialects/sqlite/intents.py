@@ -18,8 +18,8 @@ ON CONFLICT (provider, object_key) DO NOTHING
 """,
 )
 
-# A key belongs to its row's company alone, so the company is part of the match: it is what the index begins with.
-# The plus signs keep the planner from reading every key of the provider rather than those that are due.
+# The company is part of the match, because the index of assets begins with it.
+# The plus signs keep the planner from reading all keys of the provider instead of those that are due.
 _SWEEPABLE = f"""+i.provider = :provider AND i.state = :state AND i.not_before <= {sqlite_in(":early")}
     AND NOT EXISTS (
         SELECT 1 FROM {{s}}assets a

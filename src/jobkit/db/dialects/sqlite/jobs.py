@@ -24,7 +24,7 @@ from jobkit.db.dialects.base import (
     RescueTerms,
     event_payload,
 )
-from jobkit.db.dialects.sql import CLAIMED, HELD, QUEUED, Sql
+from jobkit.db.dialects.sql import CLAIMED, HELD, QUEUED_JOB, Sql
 from jobkit.db.dialects.sqlite.events import insert_event, insert_events
 from jobkit.tables import SQLITE_NOW, sqlite_in
 
@@ -61,7 +61,7 @@ FROM json_each(:jobs) WHERE true
 """,
 )
 
-# One look at each priority, however many jobs wait for a later time. After ANALYZE the planner would rather sort them.
+# One index lookup for each priority, however many jobs wait for a later time. After ANALYZE the planner would sort.
 _LEVELS = """
 WITH RECURSIVE level(priority) AS (
     SELECT * FROM (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx
@@ -86,7 +86,7 @@ DUE_JOBS = Sql(
 )
 SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run_at, id LIMIT :limit
 """,
-    *QUEUED,
+    *QUEUED_JOB,
 )
 
 FIRST_QUEUED = Sql(
@@ -97,7 +97,7 @@ FROM json_each(:companies) AS c CROSS JOIN {s}content_jobs AS j ON j.id IN (
     ORDER BY company_id, priority DESC, created_at, id LIMIT :each
 )
 """,
-    *QUEUED,
+    *QUEUED_JOB,
 )
 
 COMPANIES = Sql(
@@ -111,7 +111,7 @@ WITH RECURSIVE c(company_id, n) AS (
 
 HAS_QUEUED = Sql(_LEVELS + HAS_QUEUED_BELOW)
 
-# Each way to pick jobs ends in the same claim.
+# The end of every claim.
 _CLAIM = f"""
 UPDATE {{s}}content_jobs
 SET status = 'running', fence = fence + 1, attempt = attempt + 1, event_seq = event_seq + 1, worker_id = :worker_id,
@@ -334,7 +334,7 @@ def _event(row: Any, kind: str, payload: dict[str, Any]) -> dict[str, Any]:
 def _rescued(row: Any, terms: RescueTerms) -> dict[str, Any]:
     kind = f"content_job.{'retrying' if row.status == 'queued' else row.status}"
     error = terms.stopped if row.status == "failed" else terms.reason
-    # The row's attempt is the one that is not charged less.
+    # The row's attempt is one less already: it is not charged. The event names the attempt that was lost.
     payload = event_payload(kind, row.id, error=error, attempt=row.attempt + 1, run_at=terms.now)
     return _event(row, kind, payload)
 

@@ -18,7 +18,7 @@ _OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, upd
 _JOBS = "IN (SELECT value FROM json_each(:jobs))"
 _ID = sa.column("id", sa.Uuid())
 
-# A page of the table at a time, by its key: what a look reads is bounded, however few of its jobs are over.
+# One page of the table by its key: it reads a bounded number of rows, however few jobs are over.
 ENDED_BEFORE = Sql(
     f"""
 WITH page AS MATERIALIZED (
@@ -38,7 +38,7 @@ SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id {_JOBS}),
 """,
 )
 
-# The first statement, because it is a write: from here on nobody else changes anything.
+# The first statement: being a write, it takes the lock, and nobody else changes anything after it.
 DELETE_JOBS = Sql(
     f"DELETE FROM {{s}}content_jobs WHERE id {_JOBS} AND {_OVER} RETURNING id",
     _ID,
@@ -57,7 +57,6 @@ ON CONFLICT (provider, object_key) DO NOTHING
 )
 DELETE_ASSETS = Sql(f"DELETE FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider")
 
-# One row of the log, that belongs to no job: up to where events were removed.
 MARK_PRUNED = Sql(
     f"""
 INSERT INTO {{s}}content_job_events (id, company_id, job_id, seq, type, payload)
