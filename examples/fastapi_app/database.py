@@ -56,7 +56,7 @@ class Report(Base):
 
 
 def migrate() -> None:
-    """Create the tables of jobkit and of the host. All workers do it at once at their start. A real host has Alembic."""
+    """Create the tables of jobkit and of the host. All workers do it at their start. A real host has Alembic."""
     migrations.upgrade(engine)
     with engine.begin() as connection:
         if not on_sqlite:  # IF NOT EXISTS alone fails when two processes check at the same moment
