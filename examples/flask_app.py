@@ -58,7 +58,7 @@ class Base(DeclarativeBase):
 
 
 class Report(Base):
-    """The host's own table. Nothing in it repeats what the job's row says."""
+    """The host's own table. It repeats nothing of the job's row."""
 
     __tablename__ = "reports"
     __table_args__ = (sa.UniqueConstraint("company", "title"),)
@@ -97,8 +97,8 @@ def create_app(database_url: str | None = None, assets_url: str | None = None) -
 
     @app.before_request
     def start_runner() -> None:
-        # Not while the app is loaded: a reloader's supervisor, `flask routes` and a parent that forks workers load it
-        # too. Only the process that serves gets a request. A runner that is started already stays as it is.
+        # Not at import: a reloader's supervisor, `flask routes` and a parent that forks workers import the app too.
+        # Only a process that serves gets a request. On a started runner this does nothing.
         runner.start()
 
     _stop_at_exit(runner)
@@ -108,17 +108,17 @@ def create_app(database_url: str | None = None, assets_url: str | None = None) -
 
 
 def _stop_at_exit(runner: Runner) -> None:
-    """Let jobs in flight end when the process does. A second SIGTERM, or one within a kill, still ends it."""
+    """Wait for jobs in flight when the process exits, up to 30 seconds. A second SIGTERM ends it at once."""
     atexit.register(runner.stop)
     main = threading.current_thread() is threading.main_thread()
-    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else the server has its own, such as gunicorn's
+    if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else a server such as gunicorn has its own
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
 def _tell_companies(app: Flask, engine: sa.Engine) -> None:
     """Tell a company once that its report is ready.
 
-    Every process that listens gets the event. The conditional UPDATE makes one of them do what is to be done once.
+    Every process with a started runner or relay gets the event. The conditional UPDATE lets only one of them act.
     """
 
     def tell(company_id: str, *, event: JobEvent) -> None:

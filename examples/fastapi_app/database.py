@@ -44,7 +44,7 @@ class Base(DeclarativeBase):
 
 
 class Report(Base):
-    """The host's own row. Nothing in it repeats what the job's row says."""
+    """The host's own row. It repeats nothing of the job's row."""
 
     __tablename__ = "fastapi_reports"
     __table_args__ = (sa.UniqueConstraint("company", "title"),)
@@ -56,9 +56,9 @@ class Report(Base):
 
 
 def migrate() -> None:
-    """Bring both sets of tables into being. All workers do it at once, when they start. A real host has Alembic."""
+    """Create the tables of jobkit and of the host. All workers do it at their start. A real host has Alembic."""
     migrations.upgrade(engine)
     with engine.begin() as connection:
-        if not on_sqlite:  # where IF NOT EXISTS alone fails when two look at the same moment
+        if not on_sqlite:  # IF NOT EXISTS alone fails when two processes check at the same moment
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(9020)))
         connection.execute(CreateTable(Report.__table__, if_not_exists=True))

@@ -35,12 +35,12 @@ pages = Jinja2Templates(HERE / "templates")
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    sse.end_on_signals()  # or the server would wait at Ctrl-C, and at a reload, until the last page is closed
+    sse.end_on_signals()  # else Ctrl-C and a reload wait until the last page is closed
     await asyncio.to_thread(migrate)
     if os.environ.get("RENDER", "1") != "0":
         await asyncio.to_thread(runner.start)
     yield
-    # What has not ended by then goes back to the queue, for another worker or for this one's successor.
+    # Jobs that have not ended by then go back into the queue.
     await asyncio.to_thread(runner.stop, 3)
     await requests.dispose()
     engine.dispose()
@@ -50,11 +50,11 @@ app = FastAPI(title="Branch reports", lifespan=lifespan)
 app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
 
 
-# --- who asks, and for what
+# --- the company and the report of a request
 
 
 async def current_company(company: Annotated[str, Cookie(max_length=100)] = "acme") -> str:
-    """Whoever says so, here. Yours is the company of the user who is logged in."""
+    """The cookie's company, unchecked. Yours is the company of the user who is logged in."""
     return company
 
 
@@ -62,7 +62,7 @@ Company = Annotated[str, Depends(current_company)]
 
 
 async def report_and_job(report_id: Annotated[int, Path(lt=2**31)], company: Company) -> tuple[Report, Job]:
-    """Both rows; 404 for those of others. The session is closed before a stream begins, which may last for hours."""
+    """Both rows; 404 for another company's. The session is closed before a stream begins, which may last for hours."""
     async with new_session() as session:
         report = await session.scalar(sa.select(Report).where(Report.id == report_id, Report.company == company))
         job = report and await AsyncJobStore(session).get_by_id(report.job_id, company_id=company)
@@ -89,7 +89,7 @@ class Order(BaseModel):
 
 @app.post("/reports", status_code=201)
 async def create_report(order: Order, company: Company, response: Response) -> dict[str, Any]:
-    """The report and its job, in one transaction: both are there afterwards, or neither is."""
+    """Create the report and its job in one transaction: both, or neither."""
     try:
         async with new_session() as session, session.begin():
             job = await AsyncJobStore(session).create(company, job_type=JOB_TYPE, input=order.model_dump())
@@ -97,14 +97,14 @@ async def create_report(order: Order, company: Company, response: Response) -> d
             session.add(report)
     except sa.exc.IntegrityError:
         raise HTTPException(409, f"There is a report “{order.title}” already.") from None
-    runner.dispatch(job)  # returns at once; without a started runner in this process it only marks the job as wanted
+    runner.dispatch(job)  # returns at once; does nothing more if this process renders nothing
     response.headers["Location"] = app.url_path_for("show_report", report_id=report.id)
     return {"id": report.id, "job_id": job.id}
 
 
 @app.post("/reports/{report_id}/cancel")
 async def cancel_report(found: Found, company: Company) -> dict[str, Any]:
-    """A queued job is cancelled at once, a running one is asked to stop: its page hears of it."""
+    """Cancel a queued job at once, ask a running one to stop; its page receives the event."""
     async with new_session() as session, session.begin():
         job = await AsyncJobStore(session).cancel(found[1].id, company_id=company)
     return {"status": job.status}
@@ -137,14 +137,14 @@ async def show_report(request: Request, company: Company, found: Found) -> Respo
 async def report_events(
     found: Found, company: Company, last_event_id: Annotated[str | None, Header()] = None
 ) -> Response:
-    """What happens to the job, as it happens. A browser that was cut off comes back and says where it was."""
+    """The job's events as they happen. A browser that reconnects sends the id of its last one."""
     stream = await sse.astream(engine, company, found[1].id, last_event_id=last_event_id)
     return StreamingResponse(stream, stream.status, sse.HEADERS)
 
 
 @app.get("/reports/{report_id}/file")
 async def download_report(found: Found, company: Company) -> Response:
-    """The bytes as they come from the storage, however many they are."""
+    """The file, streamed from the storage."""
     async with new_session() as session:
         made = await files.list_by_job(session, found[1].id, company_id=company)
     if not made:

@@ -1,4 +1,4 @@
-"""What the files are made of: a ZIP with a PDF for each branch. Knows nothing of the web.
+"""The renderer: a ZIP with a PDF for each branch. Knows nothing of the web.
 
 STORAGE_URL says where files go, any fsspec URL; without it, into a folder.
 """

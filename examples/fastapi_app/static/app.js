@@ -1,4 +1,4 @@
-// Forms and buttons speak JSON, which no other site's page can send here. The live page listens.
+// Forms and buttons send JSON, which a page of another site cannot. The live page receives events.
 
 async function post(path, body) {
   const response = await fetch(path, {
@@ -36,8 +36,8 @@ document.querySelector("[data-post]")?.addEventListener("click", (event) => {
 const card = document.querySelector("#report");
 if (card && ["queued", "running"].includes(card.dataset.status)) follow(card);
 
-// The first message is the job as it stands, the others are what happens to it. The browser comes back by itself when it
-// was cut off, and then gets what it missed.
+// The first message is the job's current state, the others are its events. The browser reconnects by itself, and then gets
+// the events it missed.
 function follow(card) {
   const bar = card.querySelector("progress"), words = card.querySelector(".message"), badge = card.querySelector(".badge");
   const status = { progress: "running", retrying: "queued" };
