@@ -59,7 +59,9 @@ def impatient(database: Database) -> sa.Engine:
 
 
 def failing(runner: Runner, times: int) -> None:
-    until(lambda: runner._running is not None and runner._running.pipeline._backoff.failures >= times, f"{times} failures")
+    until(
+        lambda: runner._running is not None and runner._running.pipeline._backoff.failures >= times, f"{times} failures"
+    )
 
 
 @pytest.mark.parametrize("moment", ["idle", "rendering", "storing"])

@@ -163,7 +163,7 @@ def test_a_renderer_that_fails_leaves_a_clear_message_and_nothing_else(
     runner = Runner(engine, store, only(lambda ctx: FAILING[ctx.input["case"]][0](ctx)))
     jobs = {case: create(input={"case": case}) for case in FAILING}
     fine = create("fine", input={"case": "fine"})
-    runner._renderers.register("fine")(lambda ctx: note())
+    runner.renderers.register("fine")(lambda ctx: note())
     assert runner.run_until_idle(timeout=60) == len(FAILING) + 1
     for case, (_, message) in FAILING.items():
         job = seen(engine, jobs[case])

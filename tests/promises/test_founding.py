@@ -253,7 +253,7 @@ def test_4_6_an_empty_file_fails_the_job(engine: sa.Engine, assets: AssetStore, 
 
 def test_4_7_dispatch_returns_nothing_at_once_and_the_work_happens_later(runner: Runner, create: Create) -> None:
     released = threading.Event()
-    runner._renderers.register("slow")(lambda ctx: released.wait(30) and Rendered("a.txt", "text/plain", b"x"))
+    runner.renderers.register("slow")(lambda ctx: released.wait(30) and Rendered("a.txt", "text/plain", b"x"))
     job = create("slow")
     runner.start()
     try:

@@ -85,9 +85,9 @@ class AssetStore:
         return self._storage.spool_folder()
 
     @property
-    def together(self) -> int:
+    def batch_bytes(self) -> int:
         """Up to how many bytes of files one thread stores together in less time than several. For runners."""
-        return self._storage.together
+        return self._storage.batch_bytes
 
     def put_file(
         self,
@@ -318,10 +318,8 @@ class AssetStore:
         self._storage.scratch.sweep()
         return sweep.run()
 
-    def _sweep(
-        self, engine: sa.Engine, connect: Callable[[], contextlib.AbstractContextManager[sa.Connection]]
-    ) -> None:
-        """As ``collect_garbage`` after its usual time, on the connections that a runner gives it."""
+    def sweep(self, engine: sa.Engine, connect: Callable[[], contextlib.AbstractContextManager[sa.Connection]]) -> None:
+        """As ``collect_garbage`` after its usual time, on connections that ``connect`` lends. For runners."""
         self._storage.scratch.sweep()
         GarbageCollector(engine, self._storage, older_than=INTENT_GRACE, connect=connect).run()
 

@@ -31,7 +31,7 @@ def add(commands: Any) -> None:
 
 
 def _render(options: argparse.Namespace) -> int:
-    renderers = load(options.app)._renderers if options.app else _built_in(options.type)
+    renderers = load(options.app).renderers if options.app else _built_in(options.type)
     try:
         read = sys.stdin.buffer.read() if options.input == "-" else Path(options.input).read_bytes()
         given = json.loads(read)

@@ -1,4 +1,4 @@
-"""An inbox: what many threads send to one, which takes all of it at once."""
+"""A mailbox: many threads send to one, which drains it."""
 
 from __future__ import annotations
 
@@ -6,24 +6,31 @@ import sys
 import time
 from collections import deque
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 Message = TypeVar("Message")
-# No number of messages.
+Sent_contra = TypeVar("Sent_contra", contravariant=True)
+# More messages than ever come.
 NEVER = sys.maxsize
 
 
-class Mailbox(Generic[Message]):
-    """Messages in the order in which they came. ``put`` is for any thread, also within a signal handler; ``take`` for
-    one.
+class Sender(Protocol[Sent_contra]):
+    """A mailbox for those who send to it."""
 
-    Not a queue: that wakes its reader for each message, and two threads that take turns cost more than what they say.
+    def put(self, message: Sent_contra) -> None: ...
+
+
+class Mailbox(Generic[Message]):
+    """Messages in the order in which they came. ``put`` and ``ring`` may be called by any thread, also in a signal
+    handler; ``drain`` by one.
+
+    Not ``queue.Queue``: it wakes the reader for each message, and the context switches cost more than the messages.
     """
 
     def __init__(self) -> None:
         self._messages: deque[Message] = deque()
         self._bell: SimpleQueue[None] = SimpleQueue()
-        # How many messages wake the reader; while it is awake, no number does.
+        # How many messages wake the reader; NEVER while it is awake.
         self._least = NEVER
         self._rung = False
 
@@ -31,24 +38,24 @@ class Mailbox(Generic[Message]):
         return len(self._messages)
 
     def put(self, message: Message) -> None:
-        """Send, and wake the reader if this is what it waits for."""
+        """Send, and wake the reader if it waits for no more than this."""
         self._messages.append(message)
         if len(self._messages) >= self._least:
             self._bell.put(None)
 
     def ring(self) -> None:
-        """Wake the reader now, or keep it from its next sleep, whatever it waits for."""
+        """Wake the reader now, or keep it from waiting the next time, whatever it waits for."""
         self._rung = True
         self._bell.put(None)
 
-    def take(self, timeout: float, least: int = 1) -> list[Message]:
-        """Everything that has come, as soon as that is ``least`` messages, or after ``timeout`` seconds."""
+    def drain(self, timeout: float, least: int = 1) -> list[Message]:
+        """Every message, as soon as there are ``least`` of them, or after ``timeout`` seconds."""
         deadline = time.monotonic() + timeout
-        # Before looking how many there are: whoever sends one after that look rings.
+        # Set before the messages are counted: whoever sends one after that rings.
         self._least = least
         while not self._rung and len(self._messages) < least and (remaining := deadline - time.monotonic()) > 0:
             try:
-                self._bell.get(timeout=remaining)  # an earlier ring may be left: hence the loop
+                self._bell.get(timeout=remaining)  # maybe an earlier ring: hence the loop
             except Empty:
                 break
         self._least, self._rung = NEVER, False
