@@ -23,7 +23,7 @@ from jobkit.db.dialects import statements_for
 from jobkit.jobs import claims
 from jobkit.maintenance.rescue import INTERVAL, rescue
 from jobkit.runner.leases import look_every
-from jobkit.runner.runner import SWEEP_INTERVAL
+from jobkit.runner.supervisor import SWEEP_INTERVAL
 from tests.benchmarks.measuring import process_cpu
 from tests.support.postgres import start_server
 

@@ -96,8 +96,8 @@ CLAIMS = [
     bug(
         "rescue only when somebody calls it",
         "runner/supervisor.py",
-        "(self._keeper.timer, self._rescuer.timer, self._sweeper, self._watch):\n            timer.start()",
-        "(self._keeper.timer, self._sweeper, self._watch):\n            timer.start()",
+        "(self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog):\n            timer.start()",
+        "(self._keeper.timer, self._sweeper, self._watchdog):\n            timer.start()",
         "runner/test_leases.py::test_a_started_runner_rescues_by_itself_while_every_slot_is_busy",
     ),
     bug(
@@ -134,7 +134,7 @@ CLAIMS = [
     bug(
         "a flood of reports",
         "runner/leases.py",
-        "        if sent < self._record_at:\n            return\n",
+        "        if sent < in_flight.record_at:\n            return\n",
         "",
         "runner/test_progress.py::test_ten_thousand_reports_are_a_few_events",
     ),
@@ -355,8 +355,8 @@ ATTEMPTS = [
     bug(
         "a claim that is no longer doubted after the next one",
         "runner/turns.py",
-        "        return Committed(events, taken, settled)\n",
-        "        self._unsure_until = -math.inf\n        return Committed(events, taken, settled)\n",
+        "        return Committed(events, claimed, settled)\n",
+        "        self._unsure_until = -math.inf\n        return Committed(events, claimed, settled)\n",
         "costs/test_statements.py::test_a_claim_that_goes_on_after_it_was_cut_is_given_back",
     ),
     bug(
@@ -376,7 +376,7 @@ ATTEMPTS = [
     bug(
         "a claim that forgets what it may hold already",
         "runner/turns.py",
-        "if turn.only_claims and not unsure:",
+        "if turn.only_claims and not self.unsure:",
         "if turn.only_claims:",
         "costs/test_statements.py::test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has",
     ),
@@ -404,8 +404,8 @@ ATTEMPTS = [
     bug(
         "an end whose reply was lost counts as rejected",
         "runner/turns.py",
-        "if turn.again else {}",
-        "if turn.again and not turn else {}",
+        "if turn.may_be_committed else {}",
+        "if turn.may_be_committed and not turn else {}",
         "faults/test_outages.py::test_a_commit_whose_reply_is_lost_is_neither_lost_nor_done_twice",
         only="sqlite",
     ),
@@ -427,10 +427,10 @@ ATTEMPTS = [
     ),
     bug(
         "a thread that is woken too late",
-        "runner/mailbox.py",
+        "base/mailbox.py",
         "        if len(self._messages) >= self._least:\n",
         "        if len(self._messages) > self._least:\n",
-        "runner/test_mailbox.py::test_the_reader_is_woken_by_the_message_that_makes_it_enough",
+        "base/test_mailbox.py::test_the_reader_is_woken_by_the_message_that_makes_it_enough",
     ),
     bug(
         "connections that a child inherits",

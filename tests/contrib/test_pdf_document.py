@@ -22,6 +22,9 @@ import jobkit
 from jobkit import cli
 from jobkit.contrib.renderers import _markdown, pdf_document
 from jobkit.contrib.renderers._markdown import MAX_CHARACTERS, MAX_COLUMNS, MAX_DEPTH
+from jobkit.jobs.claims import Claim
+from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import Registration, RenderEnvironment
 from tests.support.pdf import RENDERERS, read, render
 
 # What the pages say
@@ -333,17 +336,9 @@ def test_a_renderer_whose_claim_is_lost_stops_while_it_reads() -> None:
 
 def _context(input: dict[str, Any]) -> jobkit.RenderContext:
     unused: Any = None
-    return jobkit.RenderContext(
-        job_id=uuid.uuid4(),
-        company_id="acme",
-        job_type="pdf-document",
-        input=input,
-        attempt=1,
-        services=None,
-        open_asset=unused,
-        new_draft=unused,
-        workspace=unused,
-    )
+    claim = Claim(uuid.uuid4(), "acme", "pdf-document", input, None, fence=1, attempt=1)
+    environment = RenderEnvironment(unused, unused, unused)
+    return jobkit.RenderContext(claim, environment, Attempt(claim, Registration(unused), environment))
 
 
 @pytest.mark.parametrize("missing", ["typst", "markdown_it"])

@@ -21,6 +21,9 @@ from jobkit.events.log import DeliveredEvents
 from jobkit.jobs import fairness as rotation
 from jobkit.jobs.claims import RELEASED, Claim, Completion
 from jobkit.maintenance.rescue import rescue
+from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import Registration
+from jobkit.runner.in_flight import InFlight
 from jobkit.runner.turns import Committer, Turn
 from jobkit.tables import content_jobs
 from tests.support.databases import Database
@@ -177,24 +180,24 @@ def test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has(pos
         """Which of the statements committed by themselves; none does afterwards."""
         sent.clear()
         with hearing(engine, hear):
-            held.extend(committer.commit(turn).taken)
+            held.extend(committer.commit(turn).claimed)
         with committer.link.use() as connection:
             hear(connection)
         assert sent.pop() is False
         return sent
 
     def committer() -> Committer:
-        return Committer(engine, worker_id="worker", lease=60, clock=utcnow, holds=lambda _: True)
+        return Committer(engine, worker_id="worker", lease=60, clock=utcnow, in_flight=InFlight())
 
     held: list[Claim] = []
     one, other = committer(), committer()
     one._rotation.find_due = other._rotation.find_due = lambda *_, **__: None  # type: ignore[method-assign]
     assert committing(one, Turn(limit=2)) == [True]
-    assert one.waiting  # so whose turn it is counts: a list, and a claim of theirs
+    assert one.more_waiting  # so whose turn it is counts: a list, and a claim of theirs
     assert committing(one, Turn(limit=2)) == [False, False]
     other._unsure_until = math.inf  # what may have been claimed before is given back first
     assert set(committing(other, Turn(limit=2))) == {False}
-    assert committing(other, Turn(ends=[Completion(claim, outcome=RELEASED) for claim in held])) == [False]
+    assert committing(other, Turn([Completion(claim, outcome=RELEASED) for claim in held])) == [False]
     assert len(held) == 6
     for done in (one, other):
         done.link.close()
@@ -204,20 +207,20 @@ def test_a_claim_that_goes_on_after_it_was_cut_is_given_back(postgres_database: 
     engine = postgres_database.engine
     with engine.begin() as connection:
         JobStore(connection).create_many("acme", [JobRequest("note") for _ in range(3)])
-    books: set[tuple[Any, int]] = set()
-    committer = Committer(
-        engine, worker_id="worker", lease=60, clock=utcnow, holds=lambda claim: (claim.job_id, claim.fence) in books
-    )
+    in_flight = InFlight()
+    committer = Committer(engine, worker_id="worker", lease=60, clock=utcnow, in_flight=in_flight)
+    never: Any = None
     outcomes: list[Any] = []
 
     def claim() -> None:
         try:
-            taken = committer.commit(Turn(limit=3)).taken
+            taken = committer.commit(Turn(limit=3)).claimed
         except sa.exc.DBAPIError as error:
             outcomes.append(error)
         else:
             outcomes.append(len(taken))
-            books.update((one.job_id, one.fence) for one in taken)
+            for one in taken:
+                in_flight.add(Attempt(one, Registration(never), never))
 
     def waiting() -> int:
         with engine.connect() as connection:
@@ -241,7 +244,9 @@ def test_a_claim_that_goes_on_after_it_was_cut_is_given_back(postgres_database: 
     assert sum(outcomes[1:]) == 3  # whether the second came before the first or after it
     with engine.connect() as connection:
         jobs = connection.execute(sa.select(content_jobs.c.id, content_jobs.c.fence, content_jobs.c.status)).all()
-    assert {(job.id, job.fence) for job in jobs} == books
+    assert {(job.id, job.fence) for job in jobs} == {
+        (attempt.claim.job_id, attempt.claim.fence) for attempt in in_flight.attempts()
+    }
     assert {job.status for job in jobs} == {"running"}
     committer.link.close()
 
@@ -258,8 +263,8 @@ def test_a_hook_for_begin_is_asked_for_what_it_sets_locally(postgres_database: D
             driver: Any = connection.connection.dbapi_connection
             found.append(driver.execute("SHOW application_name").fetchone()[0])
 
-    committer = Committer(engine, worker_id="worker", lease=60, clock=utcnow, holds=lambda _: True)
+    committer = Committer(engine, worker_id="worker", lease=60, clock=utcnow, in_flight=InFlight())
     with hearing(engine, look):
-        assert len(committer.commit(Turn(limit=1)).taken) == 1
+        assert len(committer.commit(Turn(limit=1)).claimed) == 1
     assert found == ["us"]
     committer.link.close()

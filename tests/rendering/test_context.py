@@ -18,6 +18,7 @@ from jobkit import AssetStore, Job, RenderContext, Rendered, Renderers
 from jobkit.base.loops import LoopThread
 from jobkit.jobs.claims import Claim
 from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import RenderEnvironment
 from tests.support.files import COMPANY, intents, keep, rows
 
 Renderer = Callable[[RenderContext], Any]
@@ -250,7 +251,7 @@ def test_check_raises_what_interrupted_the_attempt_past_except_exception(disk: A
             return note()
         return note()
 
-    def no_asset(asset_id: object) -> BinaryIO:
+    def no_asset(company_id: str, asset_id: object) -> BinaryIO:
         raise jobkit.AssetNotFound(f"no asset {asset_id}")
 
     renderers = Renderers()
@@ -258,10 +259,7 @@ def test_check_raises_what_interrupted_the_attempt_past_except_exception(disk: A
     attempt = Attempt(
         claim,
         renderers.find("note"),
-        disk,
-        services=None,
-        open_asset=no_asset,
-        start_coroutine=LoopThread().start,
+        RenderEnvironment(disk, LoopThread(), no_asset),
     )
     with pytest.raises(jobkit.LeaseLost) as raised:
         attempt.render()

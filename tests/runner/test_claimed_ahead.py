@@ -15,9 +15,8 @@ from jobkit import AssetStore, Job, JobRequest, JobStore, RenderContext, Rendere
 from jobkit.base.ids import new_id
 from jobkit.jobs.claims import Claim
 from jobkit.rendering.attempt import Attempt
-from jobkit.rendering.context import Registration
-from jobkit.runner import render_stage as pace
-from jobkit.runner import render_stage as workshop
+from jobkit.rendering.context import Registration, RenderEnvironment
+from jobkit.runner import render_stage
 from jobkit.runner.pipeline import Pipeline
 from jobkit.tables import content_job_events, content_jobs
 from tests.support.invariants import violations
@@ -51,8 +50,8 @@ class Halting:
 def test_what_waits_behind_a_long_job_goes_back_to_the_queue_and_others_can_take_it(
     engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "QUICK", 1.0)  # whatever this machine is busy with
-    monkeypatch.setattr(workshop, "STUCK", 1.0)
+    monkeypatch.setattr(render_stage, "QUICK", 1.0)  # whatever this machine is busy with
+    monkeypatch.setattr(render_stage, "STUCK", 1.0)
     jobs = many(engine, 60)
     # The one that halts is claimed once enough have shown that they take no time.
     halting = Halting(engine, halt_at=30)
@@ -75,7 +74,7 @@ def test_what_waits_behind_a_long_job_goes_back_to_the_queue_and_others_can_take
 def test_jobs_that_take_their_time_are_never_claimed_ahead(
     engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "QUICK", 0.0)
+    monkeypatch.setattr(render_stage, "QUICK", 0.0)
     many(engine, 50)
     most: list[int] = []
 
@@ -96,9 +95,9 @@ def test_jobs_that_take_their_time_are_never_claimed_ahead(
 def test_jobs_behind_a_long_one_are_taken_by_other_threads(
     engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "QUICK", 60.0)
-    monkeypatch.setattr(workshop, "STUCK", 3600.0)
-    monkeypatch.setattr(pace, "WORTH", 1.0)  # so one thread is enough for all, while none takes a second
+    monkeypatch.setattr(render_stage, "QUICK", 60.0)
+    monkeypatch.setattr(render_stage, "STUCK", 3600.0)
+    monkeypatch.setattr(render_stage, "WORTH", 1.0)  # so one thread is enough for all, while none takes a second
     many(engine, 80)
     halting = Halting(engine, halt_at=40)
     with Runner(engine, disk, only(halting), concurrency=4):
@@ -109,27 +108,27 @@ def test_jobs_behind_a_long_one_are_taken_by_other_threads(
 
 
 @pytest.mark.parametrize("begins_first", [True, False])
-def test_an_attempt_is_either_begun_or_withdrawn(begins_first: bool, disk: AssetStore) -> None:
+def test_an_attempt_is_either_started_or_cancelled(begins_first: bool, disk: AssetStore) -> None:
     claim = Claim(new_id(), "acme", "note", {}, None, 1, 1)
     never: Any = None
-    attempt = Attempt(claim, Registration(note), disk, services=None, open_asset=never, start_coroutine=never)
+    attempt = Attempt(claim, Registration(note), RenderEnvironment(disk, never, never))
     if begins_first:
-        assert attempt.handover.begin()
-        assert not attempt.handover.withdraw()
+        assert attempt.task.start()
+        assert not attempt.task.cancel()
         attempt.run()
-        assert not attempt.handover.over()
-        assert not attempt.handover.withdraw()
+        assert not attempt.task.finish()
+        assert not attempt.task.cancel()
         attempt.discard()
     else:
-        assert attempt.handover.withdraw()
-        assert not attempt.handover.begin()
+        assert attempt.task.cancel()
+        assert not attempt.task.start()
 
 
 def test_some_jobs_are_claimed_ahead(engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pace, "QUICK", 60.0)
+    monkeypatch.setattr(render_stage, "QUICK", 60.0)
     many(engine, 60)
     halting = Halting(engine, halt_at=40)
-    monkeypatch.setattr(workshop, "STUCK", 3600.0)
+    monkeypatch.setattr(render_stage, "STUCK", 3600.0)
     with Runner(engine, disk, only(halting), concurrency=1):
         assert halting.entered.wait(60)
         until(lambda: statuses(engine).count("running") > 1, "others are claimed while one is at work")
@@ -171,9 +170,9 @@ def test_a_runner_that_gets_no_more_threads_waits_for_those_it_has(
 def test_jobs_behind_one_whose_failure_takes_long_to_log_are_taken_by_other_threads(
     engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "QUICK", 60.0)
-    monkeypatch.setattr(workshop, "STUCK", 3600.0)
-    monkeypatch.setattr(pace, "WORTH", 1.0)
+    monkeypatch.setattr(render_stage, "QUICK", 60.0)
+    monkeypatch.setattr(render_stage, "STUCK", 3600.0)
+    monkeypatch.setattr(render_stage, "WORTH", 1.0)
     many(engine, 80)
     logging_, sent = threading.Event(), threading.Event()
 
@@ -204,8 +203,8 @@ def test_jobs_behind_one_whose_failure_takes_long_to_log_are_taken_by_other_thre
 def test_a_job_taken_while_it_waited_for_a_slot_is_rendered_for_its_second_claim_only(
     engine: sa.Engine, disk: AssetStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pace, "QUICK", 60.0)
-    monkeypatch.setattr(workshop, "STUCK", 3600.0)
+    monkeypatch.setattr(render_stage, "QUICK", 60.0)
+    monkeypatch.setattr(render_stage, "STUCK", 3600.0)
     jobs = many(engine, 45)
     halting, rendered = Halting(engine, halt_at=40), []
 

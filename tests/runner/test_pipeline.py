@@ -368,7 +368,7 @@ def test_a_full_runner_waits_instead_of_looking_again_and_again(
     gate.entered()
     create("second")
     full.dispatch(create("third"))
-    until(lambda: full._running is not None and len(full._running.pipeline._inbox) == 0)
+    until(lambda: full._running is not None and len(full._running.pipeline._mailbox) == 0)
     running = full._running
     assert running is not None
     monkeypatch.setattr(Pipeline, "_plan", lambda self: plans.append(self) or plan(self))

@@ -221,7 +221,7 @@ def test_ten_thousand_reports_are_a_few_events(
         gate.entered()
         runner._running._keeper._tick()  # type: ignore[union-attr]
         assert told(engine, job) == [(0.0, None)]
-        monkeypatch.setattr(runner._running._keeper, "_record_at", 0.0)  # type: ignore[union-attr]
+        monkeypatch.setattr(runner._running.pipeline.in_flight, "record_at", 0.0)  # type: ignore[union-attr]
         until(lambda: len(told(engine, job)) == 2)
         gate.open()
         runner.run_until_idle(timeout=60)
@@ -302,10 +302,10 @@ def test_reports_of_many_jobs_go_together(
     jobs, gate = [create() for _ in range(8)], Gate()
     with Runner(engine, disk, only(gate), concurrency=8) as runner:
         gate.entered(8)
-        monkeypatch.setattr(runner._running._keeper, "_record_at", float("inf"))  # type: ignore[union-attr]
+        monkeypatch.setattr(runner._running.pipeline.in_flight, "record_at", float("inf"))  # type: ignore[union-attr]
         for ctx in gate.contexts:
             ctx.progress(0.5)
-        monkeypatch.setattr(runner._running._keeper, "_record_at", 0.0)  # type: ignore[union-attr]
+        monkeypatch.setattr(runner._running.pipeline.in_flight, "record_at", 0.0)  # type: ignore[union-attr]
         until(lambda: all(seen(engine, job).progress == 0.5 for job in jobs))
         gate.open()
     assert asked == [8]

@@ -47,11 +47,11 @@ def test_a_job_claimed_again_while_its_first_files_are_stored_is_at_work_until_i
             jobkit.JobStore(connection).transition(job.id, expect="running", status="queued")
         assert second.wait(60)
         assert runner._running is not None
-        workshop = runner._running.pipeline._workshop
+        pipeline = runner._running.pipeline
         stored.set()
         try:
-            until(lambda: not workshop._storing, "what was stored is forgotten")
-            assert len(workshop.rendering) == 1
+            until(lambda: not pipeline._store_stage._storing, "what was stored is forgotten")
+            assert len(pipeline._render_stage.rendering) == 1
         finally:
             door.set()
         runner.run_until_idle(timeout=60)

@@ -156,7 +156,7 @@ def test_stop_ends_a_wait_for_idleness(engine: sa.Engine, disk: AssetStore, crea
     waiting = threading.Thread(target=lambda: counts.append(runner.run_until_idle()), daemon=True)
     waiting.start()
     gate.entered()
-    until(lambda: runner._running is not None and runner._running.pipeline._asked > 0)
+    until(lambda: runner._running is not None and runner._running.pipeline._idle_requests > 0)
     runner.stop(timeout=0)
     waiting.join(60)
     gate.open()

@@ -54,13 +54,13 @@ def test_as_many_are_engaged_as_it_is_worth_and_can_use(
     slots: Slots, render: Renderer, count: int, most: float, engaged: int
 ) -> None:
     add(slots, count)
-    assert slots.idle
-    slots.engage(most)
+    assert slots.can_grow
+    slots.grow(most)
     until(lambda: len(render.begun) == engaged)
-    assert slots._engaged == engaged
-    assert slots.idle == (engaged < 3 and count > engaged)
+    assert slots._threads == engaged
+    assert slots.can_grow == (engaged < 3 and count > engaged)
     render.open.set()
-    until(lambda: slots._engaged == 0)
+    until(lambda: slots._threads == 0)
     assert sorted(render.begun) == list(range(count))
     assert len(slots) == 0
 
@@ -68,7 +68,7 @@ def test_as_many_are_engaged_as_it_is_worth_and_can_use(
 def test_one_thread_takes_them_in_order(slots: Slots, render: Renderer) -> None:
     render.open.set()
     add(slots, 50)
-    slots.engage(1.0)
+    slots.grow(1.0)
     until(lambda: len(render.begun) == 50)
     assert render.begun == list(range(50))
     assert render.threads == {"slot-0"}
@@ -78,31 +78,31 @@ def test_what_waits_behind_one_that_takes_long_is_taken_by_others_once_they_are_
     slots: Slots, render: Renderer
 ) -> None:
     add(slots, 3)
-    slots.engage(1.0)
+    slots.grow(1.0)
     until(lambda: render.begun == [0])
-    slots.engage(math.inf)
+    slots.grow(math.inf)
     until(lambda: sorted(render.begun) == [0, 1, 2])
 
 
 def test_a_thread_that_was_replaced_counts_no_more_and_ends(slots: Slots, render: Renderer) -> None:
     render.late = {0, 1, 2}
     add(slots, 3)
-    slots.engage(math.inf)
+    slots.grow(math.inf)
     until(lambda: len(render.begun) == 3)
     for _ in range(3):
         slots.replace()
-    assert slots._engaged == 0
+    assert slots._threads == 0
     slots.add([3, 4])  # type: ignore[list-item]
-    slots.engage(math.inf)
+    slots.grow(math.inf)
     until(lambda: len(render.begun) == 5)
     render.open.set()
-    until(lambda: slots._engaged == 0)
+    until(lambda: slots._threads == 0)
     until(lambda: len([t for t in threading.enumerate() if t.name.startswith("slot-")]) <= 3)
 
 
 def test_what_waits_is_dropped_when_it_closes(slots: Slots, render: Renderer) -> None:
     add(slots, 5)
-    slots.engage(1.0)
+    slots.grow(1.0)
     until(lambda: render.begun == [0])
     slots.close()
     render.open.set()
@@ -114,9 +114,9 @@ def test_all_is_done_at_once_where_there_are_no_threads(render: Renderer) -> Non
     render.open.set()
     slots = Slots(InlinePool(), 1, render)
     add(slots, 3)
-    slots.engage(math.inf)
+    slots.grow(math.inf)
     assert render.begun == [0, 1, 2]
-    assert slots._engaged == 0
+    assert slots._threads == 0
 
 
 def test_no_more_can_be_engaged_than_what_waits_can_use(
@@ -126,13 +126,13 @@ def test_no_more_can_be_engaged_than_what_waits_can_use(
         raise RuntimeError("can't start new thread")
 
     add(slots, 1)
-    slots.engage(math.inf)
+    slots.grow(math.inf)
     until(lambda: render.begun == [0])
     monkeypatch.setattr(threading.Thread, "start", refuse)
     add(slots, 1)
-    slots.engage(math.inf)
+    slots.grow(math.inf)
     assert len(slots) == 1
-    assert not slots.idle  # who waits for the thread that was engaged would else look again without a pause
+    assert not slots.can_grow  # who waits for the thread that was engaged would else look again without a pause
 
 
 def test_a_thread_whose_rendering_raises_leaves_its_place_to_others(slots: Slots, render: Renderer) -> None:
@@ -142,6 +142,6 @@ def test_a_thread_whose_rendering_raises_leaves_its_place_to_others(slots: Slots
     slots._render = fail
     add(slots, 5)
     for _ in range(5):
-        slots.engage(math.inf)
-        until(lambda: slots._engaged == 0)
+        slots.grow(math.inf)
+        until(lambda: slots._threads == 0)
     assert (len(slots), slots._rendering) == (0, 0)

@@ -15,7 +15,7 @@ from jobkit import AssetStore, Rendered, Runner
 from jobkit.base.ids import new_id
 from jobkit.jobs.claims import Claim
 from jobkit.rendering.attempt import Attempt
-from jobkit.rendering.context import Registration
+from jobkit.rendering.context import Registration, RenderEnvironment
 from jobkit.runner.store_stage import MOST, StoreBatch, store_batches
 from tests.support.invariants import violations
 from tests.support.runners import only, seen, statuses
@@ -29,10 +29,7 @@ def attempt(store: AssetStore, *sizes: int) -> Attempt:
     made = Attempt(
         Claim(new_id(), "acme", "note", {}, None, 1, 1),
         Registration(lambda ctx: [Rendered("a.txt", "text/plain", b"x" * size) for size in sizes]),
-        store,
-        services=None,
-        open_asset=never,
-        start_coroutine=never,
+        RenderEnvironment(store, never, never),
     )
     made.run()
     return made

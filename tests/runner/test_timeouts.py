@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, JobTimeout, Rendered, Renderers, Runner, RunnerMetrics
-from jobkit.runner import render_stage as workshop
+from jobkit.runner import store_stage
 from jobkit.testing import Fault, FaultPlan, faulty_filesystem
 from tests.support.invariants import spooled, violations
 from tests.support.recorder import Recorder
@@ -170,7 +170,7 @@ def test_without_a_database_the_timeout_counts_for_check() -> None:
 def test_uploads_that_never_answer_do_not_hold_up_the_others(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "STALLED", 0.2)
+    monkeypatch.setattr(store_stage, "STALLED", 0.2)
     answers = threading.Event()
     where = str(uuid.uuid4())
     with faulty_filesystem(FaultPlan(Fault("put_file", "wait", until=answers.wait, times=6))):
@@ -188,7 +188,7 @@ def test_uploads_that_never_answer_do_not_hold_up_the_others(
 def test_no_turn_waits_for_an_upload_that_takes_long(
     engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workshop, "STALLED", 0.2)
+    monkeypatch.setattr(store_stage, "STALLED", 0.2)
     answers = threading.Event()
     with faulty_filesystem(FaultPlan(Fault("put_file", "wait", until=answers.wait, times=1))):
         store = AssetStore(f"faulty://{uuid.uuid4()}")
@@ -197,7 +197,7 @@ def test_no_turn_waits_for_an_upload_that_takes_long(
             assert runner._running is not None
             pipeline = runner._running.pipeline
             until(lambda: pipeline.metrics().replaced == 1)
-            soon = pipeline._workshop.soon
+            expected = pipeline._store_stage.expected_results() + pipeline._render_stage.expected_results()
             answers.set()
             until(lambda: seen(engine, job).status == "done")
-    assert soon == 0
+    assert expected == 0

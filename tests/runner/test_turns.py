@@ -20,11 +20,11 @@ def end() -> Completion:
 
 
 def test_the_parts_of_a_turn_whose_reply_was_lost_know_that() -> None:
-    for again in (False, True):
-        parts = Turn(ends=[end(), end()], limit=1, again=again).parts()
-        assert [(len(part.ends), part.limit, part.again) for part in parts] == [
-            (1, 0, again),
-            (1, 0, again),
+    for may_be_committed in (False, True):
+        parts = Turn([end(), end()], limit=1, may_be_committed=may_be_committed).parts()
+        assert [(len(part.completions), part.limit, part.may_be_committed) for part in parts] == [
+            (1, 0, may_be_committed),
+            (1, 0, may_be_committed),
             (0, 1, False),
         ]
 

@@ -21,6 +21,7 @@ from jobkit.events.watch import Watcher
 from jobkit.jobs import claims
 from jobkit.jobs.claims import Completion, Report
 from jobkit.jobs.fairness import DUE, DUE_WINDOW
+from jobkit.runner.in_flight import InFlight
 from jobkit.runner.turns import Committer, Turn
 from jobkit.types import StoredObject
 from tests.support import filled
@@ -51,7 +52,7 @@ class Host:
         return statements_for(self.connection)
 
     def committer(self) -> Committer:
-        return Committer(self.engine, worker_id=WORKER, lease=60.0, clock=utcnow, holds=lambda claim: False)
+        return Committer(self.engine, worker_id=WORKER, lease=60.0, clock=utcnow, in_flight=InFlight())
 
 
 def terms() -> ClaimTerms:
@@ -75,7 +76,7 @@ def finish(host: Host) -> None:
 
 def settled(host: Host) -> None:
     with host.engine.connect() as connection:
-        host.committer()._settled(connection, Turn(ends=[Completion(claim) for claim in HELD]), set())
+        host.committer()._settled(connection, Turn([Completion(claim) for claim in HELD]), set())
 
 
 def watched(host: Host) -> Watcher:

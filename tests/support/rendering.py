@@ -14,6 +14,7 @@ from jobkit.base.ids import new_id
 from jobkit.base.loops import LoopThread
 from jobkit.jobs.claims import Claim
 from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import RenderEnvironment
 
 
 def attempt(
@@ -25,7 +26,7 @@ def attempt(
 ) -> list[jobkit.Rendered]:
     """What ``renderer`` makes of ``input``; ``check`` is what ``ctx.check()`` calls."""
 
-    def open_asset(asset_id: UUID | str) -> BinaryIO:
+    def open_asset(company_id: str, asset_id: UUID | str) -> BinaryIO:
         found = (assets or {}).get(str(asset_id))
         if found is None:
             raise jobkit.AssetNotFound(f"no asset {asset_id}")
@@ -39,9 +40,10 @@ def attempt(
     renderers = jobkit.Renderers(default=checked)
     with tempfile.TemporaryDirectory() as folder:
         run = Attempt(
-            Claim(new_id(), "acme", "kind", input, None, 1, 1), renderers.find("kind"), jobkit.AssetStore(folder),
-            services=None, open_asset=open_asset, start_coroutine=LoopThread().start,
-        )  # fmt: skip
+            Claim(new_id(), "acme", "kind", input, None, 1, 1),
+            renderers.find("kind"),
+            RenderEnvironment(jobkit.AssetStore(folder), LoopThread(), open_asset),
+        )
         run.render()
         assert not list(Path(folder).rglob("work-*")), "the working folder is left"
         return [jobkit.Rendered(d.filename or "", d.content_type, d.spool.path.read_bytes()) for d in run.drafts]

@@ -15,6 +15,8 @@ from jobkit.base.clock import utcnow
 from jobkit.base.loops import LoopThread
 from jobkit.jobs.claims import Claim, Completion
 from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import RenderEnvironment
+from jobkit.runner.in_flight import InFlight
 from jobkit.runner.leases import LeaseKeeper
 from jobkit.runner.store_stage import StoreBatch
 from jobkit.runner.turns import Committer, Turn
@@ -30,7 +32,7 @@ class Story:
         self.bill, self.costs = Bill(database), dict[str, str]()
         self.engine = self.bill.engine
         self._assets = AssetStore(folder, engine=self.engine)
-        self._committer = Committer(self.engine, worker_id="w", lease=60.0, clock=utcnow, holds=lambda claim: True)
+        self._committer = Committer(self.engine, worker_id="w", lease=60.0, clock=utcnow, in_flight=InFlight())
         # What it costs to open a connection, and to look for jobs that wait for a time, is not what this is about.
         self.turn(limit=1, check_scheduled=True)
         self.engine.connect().close()
@@ -48,9 +50,9 @@ class Story:
     def turn(self, *, ends: Sequence[Attempt] = (), **others: Any) -> list[Attempt]:
         """The attempts at what a turn claimed."""
         completions = [Completion(attempt.claim, files=attempt.stored) for attempt in ends]
-        committed = self._committer.commit(Turn(ends=completions, **others))
+        committed = self._committer.commit(Turn(completions, **others))
         assert [event.type for event in committed.events].count("content_job.done") == len(ends)
-        return [self._attempt(claim) for claim in committed.taken]
+        return [self._attempt(claim) for claim in committed.claimed]
 
     def claim(self, count: int) -> list[Attempt]:
         attempts = self.turn(limit=count + 1)  # one more, or it would look whose turn is next
@@ -58,16 +60,17 @@ class Story:
         return attempts
 
     def keeper(self, attempts: list[Attempt]) -> LeaseKeeper:
-        return LeaseKeeper(self.engine, 60.0, lambda: attempts, clock=utcnow, on_commit=nothing)
+        in_flight = InFlight()
+        for attempt in attempts:
+            in_flight.add(attempt)
+        return LeaseKeeper(self.engine, 60.0, in_flight, clock=utcnow, on_commit=nothing)
 
     def close(self) -> None:
         self._committer.link.close()
 
     def _attempt(self, claim: Claim) -> Attempt:
-        return Attempt(
-            claim, only().find("note"), self._assets,
-            services=None, open_asset=lambda _: pytest.fail("no asset"), start_coroutine=LoopThread().start,
-        )  # fmt: skip
+        environment = RenderEnvironment(self._assets, LoopThread(), lambda *_: pytest.fail("no asset"))
+        return Attempt(claim, only().find("note"), environment)
 
 
 def nothing(_: object) -> None:

@@ -85,9 +85,9 @@ class AssetStore:
         return self.storage.spool_folder()
 
     @property
-    def together(self) -> int:
+    def batch_bytes(self) -> int:
         """Up to how many bytes of files one thread stores together in less time than several. For runners."""
-        return self.storage.together
+        return self.storage.batch_bytes
 
     def put_file(
         self,

@@ -109,19 +109,25 @@ class InlinePool:
 
 
 class Periodic:
-    """A daemon thread that does ``task`` every ``interval`` seconds, and when woken, from now on until stopped.
+    """A daemon thread that does ``task`` every ``interval`` seconds, and as soon as ``woken`` is set, until stopped.
 
     The pauses vary by a tenth, so that many processes do not act in step. A task that raises is logged once in a row
-    and tried again after a growing pause. ``after`` is called on the thread when it ends.
+    and tried again after a growing pause, which ``woken`` does not cut short. ``after`` is called on the thread when it
+    ends.
     """
 
     def __init__(
-        self, name: str, interval: float, task: Callable[[], object], after: Callable[[], None] = lambda: None
+        self,
+        name: str,
+        interval: float,
+        task: Callable[[], object],
+        after: Callable[[], None] = lambda: None,
+        woken: threading.Event | None = None,
     ) -> None:
         self._name, self.interval, self._task, self._after = name, interval, task, after
-        self._woken = threading.Event()
+        self._woken = threading.Event() if woken is None else woken
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._stopped = False
+        self._stopped = threading.Event()
         self._backoff = Backoff()
         self._since: float | None = None
 
@@ -134,14 +140,9 @@ class Periodic:
     def start(self) -> None:
         self._thread.start()
 
-    def wake(self) -> None:
-        """Do the task now, unless it failed the last time. From any thread."""
-        if not self._backoff:
-            self._woken.set()
-
     def stop(self) -> None:
         """Let the thread end. Waits for nothing."""
-        self._stopped = True
+        self._stopped.set()
         self._woken.set()
 
     def join(self, timeout: float) -> None:
@@ -165,50 +166,48 @@ class Periodic:
 
     def _next(self) -> bool:
         """Wait until the task is due; False when stopped."""
-        self._woken.wait(self._pause())
-        self._woken.clear()
-        return not self._stopped
-
-    def _pause(self) -> float:
         if self._backoff:
-            return min(self.interval, self._backoff.pause)
-        return self.interval * random.uniform(0.9, 1.1)
+            self._stopped.wait(min(self.interval, self._backoff.pause))
+        elif not self._stopped.is_set():
+            self._woken.wait(self.interval * random.uniform(0.9, 1.1))
+        self._woken.clear()
+        return not self._stopped.is_set()
 
 
 class TaskState:
-    """Between the thread that does a piece of work, and the one that may not want to wait for it."""
+    """The state of a task that may be taken from its thread: waiting, running, finished, cancelled, abandoned."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._begun = self._at_work = self._left = False
+        self._started = self._running = self._unwanted = False
 
-    # --- on the thread that works
+    # --- on the thread that runs the task
 
-    def begin(self) -> bool:
-        """The thread is about to work; False when the work was withdrawn."""
+    def start(self) -> bool:
+        """The task is about to run. False when it was cancelled: then it must not."""
         with self._lock:
-            self._begun = self._at_work = not self._left
-            return self._at_work
+            self._started = self._running = not self._unwanted
+            return self._running
 
-    def over(self) -> bool:
-        """The thread is through; whether another has taken its place."""
+    def finish(self) -> bool:
+        """The task has run. True when it was abandoned: another thread has taken the place of this one."""
         with self._lock:
-            self._at_work = False
-            return self._left
+            self._running = False
+            return self._unwanted
 
-    # --- on the other
+    # --- on other threads
 
-    def withdraw(self) -> bool:
-        """Let the work never begin; False when it has."""
+    def cancel(self) -> bool:
+        """Keep the task from starting. False when it has started."""
         with self._lock:
-            self._left = self._left or not self._begun
-            return not self._begun
+            self._unwanted = self._unwanted or not self._started
+            return not self._started
 
-    def leave(self) -> bool:
-        """Let another thread take the place of the one that is at work; False when none is."""
+    def abandon(self) -> bool:
+        """Wait no longer for a running task: its thread will be replaced. False when it is not running."""
         with self._lock:
-            self._left = self._left or self._at_work
-            return self._at_work
+            self._unwanted = self._unwanted or self._running
+            return self._running
 
 
 class Pool(Protocol):

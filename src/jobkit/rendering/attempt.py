@@ -1,4 +1,4 @@
-"""One attempt at a job: call its renderer, read every output into a sealed draft, and tell what came of it."""
+"""One attempt at a job: its renderer is called, and every output read into a sealed file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import AsyncIterable, Callable, Coroutine, Generator, Iterable
+from collections.abc import AsyncIterable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
 from typing import Any, BinaryIO, SupportsFloat
@@ -16,6 +16,7 @@ from uuid import UUID
 from jobkit.assets.spool import StagedFile
 from jobkit.assets.store import AssetStore
 from jobkit.base.ids import new_id
+from jobkit.base.loops import LoopThread
 from jobkit.base.text import error_message
 from jobkit.base.threads import TaskState
 from jobkit.errors import (
@@ -30,70 +31,35 @@ from jobkit.errors import (
 )
 from jobkit.jobs.claims import Claim, Report
 from jobkit.jobs.creation import canonical
-from jobkit.rendering.context import Registration, RenderContext, report
+from jobkit.rendering.context import Registration, RenderContext, RenderEnvironment, report
 from jobkit.types import Rendered, StoredObject
-
-StartCoroutine = Callable[[Coroutine[Any, Any, Any]], "Future[Any]"]
 
 logger = logging.getLogger("jobkit")
 
 
 class Attempt:
-    """One run of a claimed job's renderer. Afterwards ``failure`` says why it failed, or ``stored`` has its files."""
+    """One run of a claimed job's renderer. Afterwards ``stored`` has its files, or ``failure`` what it raised."""
 
-    def __init__(
-        self,
-        claim: Claim,
-        registration: Registration,
-        assets: AssetStore,
-        *,
-        services: Any,
-        open_asset: Callable[[UUID | str], BinaryIO],
-        start_coroutine: StartCoroutine,
-        progressed: Callable[[], None] = lambda: None,
-        lease: float = math.inf,
-    ) -> None:
-        """``progressed`` is called when ``reported`` has changed, on whatever thread the renderer does that. ``lease``:
-        for how many seconds after its last renewal the claim holds.
-        """
+    def __init__(self, claim: Claim, registration: Registration, environment: RenderEnvironment) -> None:
         self.claim = claim
         self.failure: BaseException | None = None
         self.max_attempts = registration.max_attempts
-        # When the claim's lease was last known to have begun, on this machine's monotonic clock.
+        #: When the claim's lease was last known to begin, on the monotonic clock.
         self.renewed = time.monotonic()
+        self.drafts: list[StagedFile] = []
         self.stored: tuple[StoredObject, ...] = ()
-        #: What the renderer said last of how far it is, and what of that the job's row says.
+        #: The renderer's last progress report, and the one that the job's row has.
         self.reported: Report | None = None
         self.recorded: Report | None = None
-        self._progressed = progressed
-        #: When its renderer began, on this machine's monotonic clock.
+        #: When its renderer started, on the monotonic clock.
         self.started: float | None = None
-        #: How many seconds its thread was busy with it, once that has ended.
+        #: How many seconds it kept its thread, once that is free again.
         self.took: float | None = None
-        #: Between the thread that renders and the one that may give the attempt up.
-        self.handover = TaskState()
+        #: Shared by the thread that renders and the one that may give the attempt up.
+        self.task = TaskState()
+        self._registration, self._environment = registration, environment
         self._interruption: RenderInterrupted | None = None
         self._awaited: Future[Any] | None = None
-        self._registration = registration
-        self._assets = assets
-        self._start_coroutine = start_coroutine
-        self._lease = lease
-        # Given up once it was rendered: the context knows the attempt as well, and two objects that know each other
-        # stay until the garbage collector comes, which has to look at all others to find them.
-        self._context: RenderContext | None = RenderContext(
-            job_id=claim.job_id,
-            company_id=claim.company_id,
-            job_type=claim.job_type,
-            input=claim.input,
-            attempt=claim.attempt,
-            services=services,
-            open_asset=open_asset,
-            new_draft=self._draft,
-            workspace=assets.spool_folder,
-            check=self.check,
-            progress=self._progress,
-        )
-        self.drafts: list[StagedFile] = self._context.drafts
 
     def run(self) -> None:
         """Render in this thread. Raises nothing: whatever the renderer raises, ``SystemExit`` too, is this attempt's
@@ -102,20 +68,20 @@ class Attempt:
         began = time.monotonic()
         try:
             self.render()
-        except BaseException as error:  # the thread belongs to the runner: not even SystemExit may end it
+        except BaseException as error:  # not even SystemExit may end the runner's thread
             self.failure = error
-            with suppress(Exception):  # a host's log handler that raises must not keep the failure from being recorded
+            with suppress(Exception):  # a host's log handler may raise; the failure must be recorded
                 self._log(error)
-        finally:  # with what a log handler takes, which may send mail: the thread is not free before
+        finally:  # after logging: a handler that sends mail keeps the thread busy too
             self.took = time.monotonic() - began
 
     def render(self) -> None:
         """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk."""
-        context, self._context = self._context, None
-        assert context is not None, "an attempt is rendered once"
+        # Not an attribute: the context knows the attempt, and a cycle would wait for the garbage collector.
+        context = RenderContext(self.claim, self._environment, self)
         self.started = time.monotonic()
         try:
-            self.check()  # it may have waited for its thread
+            self.check()  # the claim may have been lost while the attempt waited for a thread
             context.input = self._registration.parse(self.claim.input)
             self._read(self._registration.renderer(context), context)
             if not self.drafts:
@@ -138,23 +104,23 @@ class Attempt:
         return timeout if self.started is None else self.started + timeout - time.monotonic()
 
     def interrupt(self, reason: RenderInterrupted) -> None:
-        """Let ``ctx.check()`` raise ``reason`` from now on, and end the coroutine that the renderer waits for."""
+        """Make ``ctx.check()`` raise ``reason`` from now on, and cancel the coroutine that the renderer waits for."""
         self._interruption = reason
         if (awaited := self._awaited) is not None:
             awaited.cancel()
 
     def give_up(self) -> JobTimeout:
-        """Stop a renderer that has taken too long, as far as it lets itself be stopped; the reason."""
+        """Ask a renderer that has taken too long to stop; return the reason."""
         reason = self._overdue()
         self.interrupt(reason)
         return reason
 
     def check(self) -> None:
-        """Raise the reason why the work is not wanted any more, if there is one."""
+        """Raise why the work is no longer wanted, if it is not."""
         if self._interruption is None:
             if self.remaining <= 0:
                 self._interruption = self._overdue()
-            elif time.monotonic() > self.renewed + self._lease:
+            elif time.monotonic() > self.renewed + self._environment.lease:
                 self._interruption = LeaseLost(f"the lease of job {self.claim.job_id} could not be renewed")
         if self._interruption is not None:
             raise self._interruption
@@ -164,11 +130,16 @@ class Attempt:
         """Whether the renderer was asked to stop."""
         return self._interruption is not None
 
-    def _progress(self, fraction: SupportsFloat, message: str | None) -> None:
+    def progress(self, fraction: SupportsFloat, message: str | None) -> None:
+        """Keep a progress report for the lease keeper to record. From any thread."""
         latest = report(fraction, message, after=self.reported)
         if latest is not self.reported:
             self.reported = latest
-            self._progressed()
+            self._environment.progressed()
+
+    def start_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run ``coroutine`` on the runner's event loop."""
+        return self._environment.loop.start(coroutine)
 
     def _overdue(self) -> JobTimeout:
         return JobTimeout(
@@ -184,16 +155,11 @@ class Attempt:
 
     def _log(self, error: BaseException) -> None:
         asked = isinstance(error, RenderInterrupted | Snooze | Retry | Discard)
-        # Of a job type that nobody registered, the traceback would show only jobkit.
+        # The traceback of an unknown job type would show only jobkit.
         traceback = None if asked or isinstance(error, UnknownJobType) else error
         message = "job %s (%r) ended without files: %s" if asked else "job %s (%r) failed: %s"
         level = logging.INFO if asked else logging.WARNING
         logger.log(level, message, self.claim.job_id, self.claim.job_type, error_message(error), exc_info=traceback)
-
-    def _draft(self, filename: str, content_type: str) -> StagedFile:
-        return self._assets.draft(
-            self.claim.company_id, namespace="generated", filename=filename, content_type=content_type
-        )
 
     def _read(self, result: Any, context: RenderContext) -> None:
         if inspect.isawaitable(result):
@@ -235,14 +201,14 @@ class Attempt:
             raise
         except BaseException as error:
             if hasattr(iterator, "aclose"):
-                closing = self._start_coroutine(_awaited(iterator.aclose()))
-                if not isinstance(error, RenderInterrupted):  # which does not wait: the generator may still be running
+                closing = self.start_coroutine(_awaited(iterator.aclose()))
+                if not isinstance(error, RenderInterrupted):  # then the generator may still be running
                     closing.result()
             raise
 
     def _wait(self, awaitable: Any) -> Any:
-        """What ``awaitable`` gives on the runner's loop; the reason instead, as soon as the attempt is interrupted."""
-        self._awaited = future = self._start_coroutine(_awaited(awaitable))
+        """The result of ``awaitable`` on the runner's loop. Raises as soon as the attempt is interrupted."""
+        self._awaited = future = self.start_coroutine(_awaited(awaitable))
         if self._interruption is not None:
             future.cancel()
         try:
@@ -262,19 +228,17 @@ def _spool(rendered: Rendered, context: RenderContext) -> None:
 
 
 def render_alone(
-    registration: Registration, services: Any, job_type: str, input: dict[str, Any] | None, start: StartCoroutine
+    registration: Registration, services: Any, job_type: str, input: dict[str, Any] | None, loop: LoopThread
 ) -> list[Rendered]:
     """The files of one job type and input, each with its body as bytes, without a database."""
     claim = Claim(new_id(), "render", job_type, canonical({} if input is None else input)[1], None, 1, 1)
     with tempfile.TemporaryDirectory(prefix="jobkit-render-") as folder:
-        attempt = Attempt(
-            claim, registration, AssetStore(folder), services=services, open_asset=_nothing, start_coroutine=start
-        )
+        attempt = Attempt(claim, registration, RenderEnvironment(AssetStore(folder), loop, _no_asset, services))
         attempt.render()
         return [Rendered(d.filename or "file", d.content_type, d.spool.path.read_bytes()) for d in attempt.drafts]
 
 
-def _nothing(asset_id: UUID | str) -> BinaryIO:
+def _no_asset(company_id: str, asset_id: UUID | str) -> BinaryIO:
     raise AssetNotFound(f"no asset {asset_id}: there is no database behind Renderers.render")
 
 

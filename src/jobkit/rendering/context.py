@@ -10,66 +10,75 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, SupportsFloat
+from typing import Any, BinaryIO, Protocol, SupportsFloat
 from uuid import UUID
 
 from jobkit.assets.spool import Spool, StagedFile
+from jobkit.assets.store import AssetStore
+from jobkit.base.loops import LoopThread
 from jobkit.base.text import sanitise
-from jobkit.jobs.claims import Report
+from jobkit.jobs.claims import Claim, Report
 from jobkit.types import Rendered
 
 Output = Rendered | Iterable[Rendered] | None
 Renderer = Callable[["RenderContext"], Output | Awaitable[Output] | AsyncIterator[Rendered]]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class RenderEnvironment:
+    """What surrounds every attempt of a runner.
+
+    ``loop`` runs the coroutines of renderers; ``open_asset`` opens an asset of a company, given its id, or raises
+    ``AssetNotFound``; ``progressed`` is called on the renderer's thread when it has reported something new. ``lease``:
+    for how many seconds after its last renewal a claim holds.
+    """
+
+    assets: AssetStore
+    loop: LoopThread
+    open_asset: Callable[[str, UUID | str], BinaryIO]
+    services: Any = None
+    progressed: Callable[[], None] = lambda: None
+    lease: float = math.inf
+
+
+class Control(Protocol):
+    """What an attempt does for its context."""
+
+    drafts: list[StagedFile]
+
+    def check(self) -> None: ...
+    def progress(self, fraction: SupportsFloat, message: str | None) -> None: ...
+
+
 class RenderContext:
-    """What a renderer is told and given for one attempt at one job. Valid until the renderer has returned its last
-    output.
+    """What a renderer is given for one attempt at one job. Valid until the renderer has returned its last output.
 
     ``input`` is the job's input, or what the renderer's ``input=`` model made of it; ``services`` is what the
     ``Renderers`` were given. Used by the thread that renders.
     """
 
-    def __init__(
-        self,
-        *,
-        job_id: UUID,
-        company_id: str,
-        job_type: str,
-        input: Any,
-        attempt: int,
-        services: Any,
-        open_asset: Callable[[UUID | str], BinaryIO],
-        new_draft: Callable[[str, str], StagedFile],
-        workspace: Callable[[], Path],
-        check: Callable[[], None] = lambda: None,
-        progress: Callable[[SupportsFloat, str | None], None] = lambda fraction, message: None,
-    ) -> None:
-        self.job_id = job_id
-        self.company_id = company_id
-        self.job_type = job_type
-        self.input = input
-        self.attempt = attempt
-        self.services = services
-        self.drafts: list[StagedFile] = []
-        self._open_asset = open_asset
-        self._new_draft = new_draft
-        self._workspace = workspace
-        self._check, self._progress = check, progress
+    def __init__(self, claim: Claim, environment: RenderEnvironment, attempt: Control) -> None:
+        self.job_id = claim.job_id
+        self.company_id = claim.company_id
+        self.job_type = claim.job_type
+        self.input: Any = claim.input
+        self.attempt = claim.attempt
+        self.services = environment.services
+        self._environment, self._control = environment, attempt
         self._workdir: Path | None = None
 
     @property
     def workdir(self) -> Path:
         """An empty private folder for this attempt, made on first use, removed when the outputs have been read."""
         if self._workdir is None:
-            self._workdir = Path(tempfile.mkdtemp(prefix="work-", dir=self._workspace()))
+            self._workdir = Path(tempfile.mkdtemp(prefix="work-", dir=self._environment.assets.spool_folder()))
         return self._workdir
 
     def check(self) -> None:
         """Return when the work is still wanted; else raise ``LeaseLost``, ``JobCancelled`` or ``JobTimeout``. Cheap:
         call it often.
         """
-        self._check()
+        self._control.check()
 
     def progress(self, fraction: SupportsFloat, message: str | None = None) -> None:
         """Tell how far the work is, from 0 to 1, and what is being done. Cheap: call it often, from any thread or
@@ -80,12 +89,12 @@ class RenderContext:
         as it is. ``message`` is what the message is from now on. ``TypeError`` or ``ValueError`` for what is no number
         from 0 to 1. Raises what ``check`` raises.
         """
-        self._progress(fraction, message)
-        self._check()
+        self._control.progress(fraction, message)
+        self._control.check()
 
     def open_asset(self, asset_id: UUID | str) -> BinaryIO:
         """Another asset of the same company, as a binary file to read and close; else ``AssetNotFound``."""
-        return self._open_asset(asset_id)
+        return self._environment.open_asset(self.company_id, asset_id)
 
     @contextmanager
     def writer(self, filename: str, content_type: str) -> Iterator[Spool]:
@@ -99,7 +108,7 @@ class RenderContext:
         except BaseException:
             # One that went over the limit stays, to fail the job even when this is swallowed.
             if not draft.spool.refused:
-                self.drafts.remove(draft)
+                self._control.drafts.remove(draft)
                 draft.discard()
             raise
         finally:
@@ -107,8 +116,10 @@ class RenderContext:
 
     def add(self, filename: str, content_type: str) -> StagedFile:
         """Begin an output."""
-        draft = self._new_draft(filename, content_type)
-        self.drafts.append(draft)
+        draft = self._environment.assets.draft(
+            self.company_id, namespace="generated", filename=filename, content_type=content_type
+        )
+        self._control.drafts.append(draft)
         return draft
 
     def clean(self) -> None:
@@ -138,7 +149,7 @@ class Registration:
         return model(**value) if hasattr(model, "__dataclass_fields__") else model(value)
 
 
-# A sum of fractions may come out a little above 1.
+# How far above 1 a fraction may be: floating-point sums overshoot.
 ROUNDING = 1e-9
 
 

@@ -74,7 +74,7 @@ class Renderers:
         """
         registration = self.find(job_type)
         with closing(LoopThread()) as loop:
-            return render_alone(registration, self.services, job_type, input, loop.start)
+            return render_alone(registration, self.services, job_type, input, loop)
 
 
 def _checked(renderer: R) -> R:
@@ -84,7 +84,7 @@ def _checked(renderer: R) -> R:
 
 
 def registration_of(renderers: Renderers, job_type: str) -> Registration:
-    """How a job of this type is rendered; of an unknown type, by a renderer that says so."""
+    """As ``Renderers.find``; for an unknown type, a renderer that raises ``UnknownJobType``."""
     try:
         return renderers.find(job_type)
     except UnknownJobType as error:

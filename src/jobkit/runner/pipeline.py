@@ -1,209 +1,202 @@
-"""The pipeline: one loop that does every database step of the jobs in flight, as few commits as possible.
+"""The pipeline: one loop that does every database step of the jobs in flight, in as few commits as possible.
 
-Each turn is one transaction: it ends the jobs whose files are stored, records the keys of those that were just
-rendered, and claims jobs for the free slots. Rendering and storing happen on other threads, between the turns; no
-transaction is open then.
+Each turn is one transaction: it finishes the jobs whose files are stored, records the keys of those that were just
+rendered, and claims jobs for the free slots. Between the turns, other threads render and store; no transaction is open
+then.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from uuid import UUID
 
-import sqlalchemy as sa
-
-from jobkit.assets.store import AssetStore
-from jobkit.base.clock import AdaptivePoll, Backoff, Clock
+from jobkit.base.clock import AdaptivePoll, Backoff
+from jobkit.base.ids import new_id
+from jobkit.base.mailbox import NEVER, Mailbox
 from jobkit.base.text import error_message
 from jobkit.base.threads import Pool
-from jobkit.db.connections import SharedConnection, is_outage
+from jobkit.db.connections import is_outage
 from jobkit.db.dialects.base import EventRow
 from jobkit.errors import LeaseLost
 from jobkit.jobs import claims
 from jobkit.jobs.claims import RELEASED, Claim, Completion
 from jobkit.rendering.attempt import Attempt
-from jobkit.rendering.renderers import Renderers
-from jobkit.runner.mailbox import NEVER, Mailbox
-from jobkit.runner.render_stage import Workshop
-from jobkit.runner.store_stage import StoreBatch
-from jobkit.runner.turns import Committed, Committer, Turn, end
+from jobkit.rendering.context import RenderEnvironment
+from jobkit.runner.in_flight import InFlight
+from jobkit.runner.render_stage import RenderStage
+from jobkit.runner.settings import Settings
+from jobkit.runner.store_stage import StoreBatch, StoreStage
+from jobkit.runner.turns import Committed, Committer, Turn, completion_of
 from jobkit.types import JobStatus, RunnerMetrics
 
 logger = logging.getLogger("jobkit")
 
-# After a job was seen, the next is looked for this often for this long, both in seconds; then at the poll interval.
+# After a job was found, the database is polled every ACTIVE_POLL seconds for ACTIVE_FOR seconds; then every
+# ``poll_interval``.
 ACTIVE_POLL = 0.05
 ACTIVE_FOR = 2.0
-# How long a runner that can claim nothing, because it is full or stopping, waits for its renderers before it looks
-# again, in seconds; what they send wakes it at once.
+# How long a pipeline that can claim nothing, because it is full or stopping, waits for messages at most, in seconds.
 FULL_PAUSE = 5.0
-# Jobs that were rendered and wait for storage or commit may number this many more than the slots, so that their commits
-# can be shared without their spool files filling the disk.
+# How many more jobs than slots may be rendered and wait for storage or commit: enough for commits to be shared, too few
+# for their spool files to fill the disk.
 BACKLOG = 32
 CLAIM_LOST = "job %s was taken from this runner; its result is dropped"
-# A turn waits for the jobs that are likely to join it for as long as the last one took, within these bounds in seconds:
-# what comes later would wait for that long. Jobs of a millisecond otherwise arrive two at a time.
+# Group commit: wait for results that are about to come as long as the last commit took, within these bounds (s).
+# Without it, 1 ms jobs are committed two at a time.
 GROUP_COMMIT_DELAY, GROUP_COMMIT_DELAY_MOST = 0.002, 0.02
-# Events of jobs that will run again.
+# The types of events after which a job runs again.
 BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
 
+# An attempt that was rendered, a batch that was stored, or None: there may be jobs.
 Message = Attempt | StoreBatch | None
 
 
 class Pipeline:
-    """Claims, renders, stores and finishes jobs until it is told to stop. ``run`` belongs to one thread; the rest to
-    any.
+    """Claims, renders, stores and finishes jobs until it is stopped. ``run`` belongs to one thread; any may call the
+    other methods.
     """
 
     def __init__(
         self,
-        engine: sa.Engine,
-        assets: AssetStore,
-        renderers: Renderers,
+        settings: Settings,
+        environment: RenderEnvironment,
+        in_flight: InFlight,
         *,
-        slots: Pool,
-        publishers: Pool,
-        concurrency: int,
-        lease: float,
-        poll_interval: float,
-        worker_id: str,
-        clock: Clock,
-        shared: SharedConnection,
+        render_pool: Pool,
+        store_pool: Pool,
         on_commit: Callable[[Sequence[EventRow]], object],
-        progressed: Callable[[], None],
     ) -> None:
-        self._concurrency = concurrency
-        self._clock, self._on_commit = clock, on_commit
-        self._committer = Committer(engine, worker_id=worker_id, lease=lease, clock=clock, holds=self._holds)
-        # What was rendered, what was stored, and that there may be jobs.
-        self._inbox: Mailbox[Message] = Mailbox()
-        self._workshop = Workshop(
-            assets,
-            renderers,
-            concurrency=concurrency,
-            slots=slots,
-            publishers=publishers,
-            lease=lease,
-            shared=shared,
-            progressed=progressed,
-            wanted=lambda attempt: not self._abandoned and self._holds(attempt.claim),
-            rendered=self._inbox.put,
-            stored=self._inbox.put,
+        """``on_commit`` is called with the events of each commit, on the thread of ``run``."""
+        self._concurrency, self._clock, self._on_commit = settings.concurrency, settings.clock, on_commit
+        #: What it has claimed and not ended.
+        self.in_flight = in_flight
+        self._committer = Committer(
+            settings.engine,
+            worker_id=f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}",
+            lease=settings.lease,
+            clock=settings.clock,
+            in_flight=in_flight,
         )
         self.link = self._committer.link
+        self._mailbox: Mailbox[Message] = Mailbox()
+        self._render_stage = RenderStage(
+            settings.renderers, environment, render_pool, settings.concurrency, in_flight, self._mailbox
+        )
+        self._store_stage = StoreStage(store_pool, settings.assets.batch_bytes, self._mailbox)
         self._turn = Turn()
-        self._attempts: dict[UUID, Attempt] = {}
         self._should_claim, self._next_poll = True, 0.0
-        self._poll = AdaptivePoll(min(ACTIVE_POLL, poll_interval), poll_interval, ACTIVE_FOR)
+        self._poll = AdaptivePoll(min(ACTIVE_POLL, settings.poll_interval), settings.poll_interval, ACTIVE_FOR)
         self._stopping = self._abandoned = False
         self._backoff = Backoff()
-        self._gather = GROUP_COMMIT_DELAY
-        self._asking = threading.Condition()
+        self._commit_delay = GROUP_COMMIT_DELAY
+        self._changed = threading.Condition()
         self._idle_requests = self._idle_confirmed = 0
-        self._over = False
+        self._returned = False
+        #: How many jobs ended here.
         self.ended = 0
         self._rejected = 0
 
     def wake(self) -> None:
-        """Look for jobs now rather than at the next poll. From any thread."""
-        self._inbox.put(None)
+        """Look for jobs now rather than at the next poll. Also in a signal handler."""
+        self._mailbox.put(None)
 
-    def ask(self) -> int:
-        """As ``wake``, for every kind of job; return a number for ``wait_idle``."""
-        with self._asking:
+    def request_idle(self) -> int:
+        """As ``wake``, and look for scheduled jobs too; return a number for ``wait_idle``."""
+        with self._changed:
             self._idle_requests += 1
-            asked = self._idle_requests
-        self._inbox.put(None)
-        return asked
+            idle_request = self._idle_requests
+        self._mailbox.put(None)
+        return idle_request
 
-    def attempts(self) -> list[Attempt]:
-        """The attempts in flight. From any thread."""
-        return list(self._attempts.values())
-
-    def wait_idle(self, asked: int, timeout: float | None) -> bool:
-        """Wait until a look for jobs that began after that ``ask`` found none and none is in flight, or until ``run``
-        has returned; False at the timeout.
+    def wait_idle(self, idle_request: int, timeout: float | None) -> bool:
+        """Wait until a claim that began after that request found no job and none is in flight, or until ``run`` has
+        returned; False after ``timeout`` seconds.
         """
-        with self._asking:
-            return self._asking.wait_for(lambda: self._idle_confirmed >= asked or self._over, timeout)
+        with self._changed:
+            return self._changed.wait_for(lambda: self._idle_confirmed >= idle_request or self._returned, timeout)
 
     def metrics(self) -> RunnerMetrics:
-        """What this pipeline counted. From any thread."""
-        return RunnerMetrics(self.ended, self._rejected, self._workshop.replaced)
+        """What this pipeline counted."""
+        return RunnerMetrics(self.ended, self._rejected, self._render_stage.replaced + self._store_stage.replaced)
 
-    def wait_over(self, timeout: float) -> bool:
-        """Wait until ``run`` has returned; False at the timeout."""
-        with self._asking:
-            return self._asking.wait_for(lambda: self._over, timeout)
+    def wait_ended(self, timeout: float) -> bool:
+        """Wait until ``run`` has returned; False after ``timeout`` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._returned, timeout)
 
     def stop(self) -> None:
         """Claim nothing more; ``run`` returns when the jobs in flight have ended."""
         self._stopping = True
-        self._inbox.put(None)
+        self._mailbox.put(None)
 
     def abandon(self) -> None:
-        """Put the jobs in flight back into the queue; ``run`` returns at once. What their renderers still do changes
+        """Put the jobs in flight back into the queue; ``run`` returns at once. What their renderers go on to do changes
         nothing.
         """
         self._stopping = self._abandoned = True
-        self._inbox.ring()
+        self.in_flight.abandon()
+        self._mailbox.ring()
 
     def leave_to_leases(self) -> None:
-        """Count as over although ``run`` goes on: a call to the database never answers. Its jobs are left to their
+        """Give up on the thread of ``run``, which is blocked in a database call for good. Its claims end with their
         leases.
         """
         self.abandon()
-        for attempt in self.attempts():
+        for attempt in self.in_flight.attempts():
             attempt.interrupt(LeaseLost(f"the database does not answer the runner of job {attempt.claim.job_id}"))
         self._close()
 
     def run(self, *, until_idle: bool = False) -> None:
-        """Work until stopped, or until there is nothing to do. Survives whatever the database does."""
+        """Work until stopped, or until there is nothing to do. Survives whatever the database raises."""
         try:
             while not self._finished(until_idle):
-                self._collect(min(self._patience(), self._workshop.patience))
-                for attempt, reason in self._workshop.overdue():
-                    self._turn.ends.append(self._end(attempt, reason))
-                self._workshop.engage()
-                for attempt in self._workshop.stuck():
-                    self._turn.ends.append(Completion(attempt.claim, outcome=RELEASED))
+                self._collect(min(self._next_turn_in(), self._next_deadline_in()))
+                for attempt, reason in self._render_stage.overdue():
+                    self._turn.completions.append(self._completion(attempt, reason))
+                self._store_stage.replace_overdue()
+                self._render_stage.grow()
+                for attempt in self._render_stage.stalled():
+                    self._turn.completions.append(Completion(attempt.claim, outcome=RELEASED))
                 turn, self._turn = self._plan(), Turn()
                 if turn:
-                    self._take(turn)
+                    self._commit(turn)
             if self._abandoned or self._committer.unsure:
                 self._release_all()
         finally:
             self.link.close()
             try:
-                self._drop()
+                self._discard_rendered()
             finally:
-                self._close()  # the last thing: whoever waits for it finds no file left
+                self._close()  # last: who waits for the end must find no spool file
 
     def _close(self) -> None:
-        self._workshop.close()
-        with self._asking:
-            self._over = True
-            self._asking.notify_all()
+        self._render_stage.close()
+        self._store_stage.close()
+        with self._changed:
+            self._returned = True
+            self._changed.notify_all()
 
-    def _drop(self) -> None:
-        """Remove the spool files of what was rendered and will not be stored."""
-        self._sort_all(self._inbox.take(0))
+    def _discard_rendered(self) -> None:
+        """Remove the spool files that will not be stored."""
+        self._sort_all(self._mailbox.drain(0))
         for attempt in self._turn.rendered:
             attempt.discard()
 
     def _finished(self, until_idle: bool) -> bool:
         if self._abandoned:
             return True
-        return not self._attempts and (
+        return not self.in_flight and (
             self._stopping or (until_idle and self._idle_confirmed >= self._idle_requests > 0)
         )
 
     # --- what to do next
 
-    def _patience(self) -> float:
+    def _next_turn_in(self) -> float:
+        """For how many seconds to wait for messages before the next turn."""
         if self._backoff:
             return self._backoff.pause
         if self._turn:
@@ -212,12 +205,18 @@ class Pipeline:
             return FULL_PAUSE
         return 0 if self._should_claim else max(0.0, self._next_poll - time.monotonic())
 
+    def _next_deadline_in(self) -> float:
+        """Seconds until something in a stage may be overdue."""
+        return max(0.0, min(3600.0, self._render_stage.next_deadline_in(), self._store_stage.next_deadline_in()))
+
     def _collect(self, timeout: float) -> None:
-        """Sort what the other threads sent; wait up to ``timeout`` for the first of it, and a little for the rest."""
-        # While the database fails, the pause lasts whatever comes.
-        self._sort_all(self._inbox.take(timeout, NEVER if self._backoff else 1))
-        if self._turn.size and not self._backoff and (others := self._workshop.soon):
-            self._sort_all(self._inbox.take(self._gather, others))
+        """Sort the messages. Waits up to ``timeout`` seconds for the first, and a little for more results."""
+        # While the database fails, no message ends the pause.
+        self._sort_all(self._mailbox.drain(timeout, NEVER if self._backoff else 1))
+        if self._turn.size and not self._backoff:
+            expected = self._render_stage.expected_results() + self._store_stage.expected_results()
+            if expected:
+                self._sort_all(self._mailbox.drain(self._commit_delay, expected))
         if time.monotonic() >= self._next_poll:
             self._should_claim = True
 
@@ -229,45 +228,41 @@ class Pipeline:
         if message is None:
             self._should_claim = True
         elif isinstance(message, StoreBatch):
-            self._workshop.settled(message)
-            self._turn.ends += [self._end(attempt, message.failures.get(attempt)) for attempt in message.attempts]
+            self._store_stage.finished(message)
+            self._turn.completions += [self._completion(one, message.failures.get(one)) for one in message.attempts]
         else:
-            self._workshop.ended(message)
+            self._render_stage.finished(message)
             if message.failure is None:
                 self._turn.rendered.append(message)
             else:
-                self._turn.ends.append(self._end(message, message.failure))
+                self._turn.completions.append(self._completion(message, message.failure))
 
-    def _end(self, attempt: Attempt, failure: BaseException | None) -> Completion:
-        return end(attempt, failure, now=self._clock())
+    def _completion(self, attempt: Attempt, failure: BaseException | None) -> Completion:
+        return completion_of(attempt, failure, now=self._clock())
 
     def _free(self) -> int:
+        """How many jobs may be claimed; not above 0 when none."""
         if self._stopping:
             return 0
-        room = self._concurrency + self._workshop.ahead
-        # What ends with the same turn makes room for what it claims.
-        return room - max(len(self._workshop.rendering), len(self._attempts) - len(self._turn.ends) - BACKLOG)
+        room = self._concurrency + self._render_stage.ahead
+        # The jobs that this turn finishes make room for those it claims.
+        unfinished = len(self.in_flight) - len(self._turn.completions)
+        return room - max(len(self._render_stage.rendering), unfinished - BACKLOG)
 
     def _plan(self) -> Turn:
-        turn = self._turn
-        turn.ends = [end for end in turn.ends if self._holds(end.claim)]
-        for attempt in [attempt for attempt in turn.rendered if not self._holds(attempt.claim)]:
+        """The next turn, without what is no longer in flight."""
+        turn, holds = self._turn, self.in_flight.holds
+        turn.completions = [completion for completion in turn.completions if holds(completion.claim)]
+        for attempt in [attempt for attempt in turn.rendered if not holds(attempt.claim)]:
             attempt.discard()
             turn.rendered.remove(attempt)
         turn.limit = max(0, self._free()) if self._should_claim else 0
-        turn.asked, turn.check_scheduled = self._idle_requests, self._idle_requests > self._idle_confirmed
+        turn.idle_request, turn.check_scheduled = self._idle_requests, self._idle_requests > self._idle_confirmed
         return turn
-
-    def _holds(self, claim: Claim) -> bool:
-        """Whether this is the last claim of its job that this runner knows of: the job may have been taken from it, and
-        then claimed by it again.
-        """
-        attempt = self._attempts.get(claim.job_id)
-        return attempt is not None and attempt.claim.fence == claim.fence
 
     # --- one transaction
 
-    def _take(self, turn: Turn) -> None:
+    def _commit(self, turn: Turn) -> None:
         began = time.monotonic()
         try:
             committed = self._committer.commit(turn)
@@ -279,88 +274,86 @@ class Pipeline:
             return
         if self._backoff.succeeded():
             logger.warning("the database answers again")
-        self._gather = min(max(GROUP_COMMIT_DELAY, time.monotonic() - began), GROUP_COMMIT_DELAY_MOST)
+        self._commit_delay = min(max(GROUP_COMMIT_DELAY, time.monotonic() - began), GROUP_COMMIT_DELAY_MOST)
         self._after(turn, committed)
 
     def _after(self, turn: Turn, committed: Committed) -> None:
-        """What follows a commit: signals, then the work that the commit allows."""
-        events, taken, settled = committed
+        """After a commit: signals, then the work that the commit allows."""
+        events, claimed, settled = committed
         if events:
             self._on_commit(events)
-        told = {event.job_id: event.type for event in events if event.type != "content_job.running"}
-        for completion in turn.ends:
+        ends = {event.job_id: event.type for event in events if event.type != "content_job.running"}
+        for completion in turn.completions:
             job_id = completion.claim.job_id
-            self._attempts.pop(job_id, None)
-            if job_id in told:
-                self.ended += told[job_id] not in BACK_IN_QUEUE
+            self.in_flight.pop(completion.claim)
+            if job_id in ends:
+                self.ended += ends[job_id] not in BACK_IN_QUEUE
             elif job_id in settled:
                 self.ended += settled[job_id].terminal
             else:
                 self._rejected += 1
                 logger.warning(CLAIM_LOST, job_id)
-        self._workshop.store(turn.rendered)
-        self._workshop.render([self._begin(claim) for claim in taken])
+        self._store_stage.submit(turn.rendered)
+        self._render_stage.submit([self._begin(claim) for claim in claimed])
         if turn.limit:
-            self._polled(turn, found=len(taken))
+            self._polled(turn, found=len(claimed))
 
     def _polled(self, turn: Turn, *, found: int) -> None:
-        self._should_claim = self._committer.waiting
+        self._should_claim = self._committer.more_waiting
         if found:
             self._poll.found()
-        elif not self._attempts:
-            with self._asking:
-                self._idle_confirmed = turn.asked
-                self._asking.notify_all()
+        elif not self.in_flight:
+            with self._changed:
+                self._idle_confirmed = turn.idle_request
+                self._changed.notify_all()
         self._next_poll = time.monotonic() + self._poll.interval
 
     # --- when the database refuses or fails
 
     def _one_by_one(self, turn: Turn, error: Exception) -> None:
-        """Do each part by itself, so that what the database refuses fails alone."""
+        """Commit each part by itself, so that only the refused one fails."""
         parts = turn.parts()
         if len(parts) > 1:
             for part in parts:
-                self._take(part)
+                self._commit(part)
         elif turn.limit:
             self._pause(turn, error)
         else:
             self._refused(turn, error)
 
     def _refused(self, part: Turn, error: Exception) -> None:
-        claim = part.ends[0].claim if part.ends else part.rendered[0].claim
+        claim = part.completions[0].claim if part.completions else part.rendered[0].claim
         logger.error("job %s could not be finished: %s", claim.job_id, error_message(error), exc_info=error)
         if part.rendered:
             part.rendered[0].discard()
-        elif part.ends[0].outcome.status is not JobStatus.DONE:
-            self._attempts.pop(claim.job_id, None)  # not even its failure can be written: its lease will run out
+        elif part.completions[0].outcome.status is not JobStatus.DONE:
+            self.in_flight.pop(claim)  # not even its failure can be written: its lease will run out
             return
         message = error_message(getattr(error, "orig", None) or error)
-        self._take(Turn(ends=[claims.failed(claim, f"the result could not be recorded: {message}")]))
+        self._commit(Turn([claims.failed(claim, f"the result could not be recorded: {message}")]))
 
     def _pause(self, turn: Turn, error: Exception) -> None:
-        """Keep the work, log once, and come back after a while."""
+        """Keep the turn for the next try. Log the first failure of a row."""
         if self._backoff.failed():
             logger.error("the database failed; jobs in flight are kept and tried again: %s", error_message(error))
-        self._turn.ends[:0] = turn.ends
+        self._turn.completions[:0] = turn.completions
         self._turn.rendered[:0] = turn.rendered
-        self._turn.again = self._turn.again or bool(turn.ends)
+        self._turn.may_be_committed = self._turn.may_be_committed or bool(turn.completions)
         self._should_claim = self._should_claim or bool(turn.limit)
 
-    # --- other threads
-
     def _begin(self, claim: Claim) -> Attempt:
-        attempt = self._workshop.attempt(claim)
-        if (former := self._attempts.get(claim.job_id)) is not None:
+        attempt = self._render_stage.attempt(claim)
+        if (former := self.in_flight.add(attempt)) is not None:
             logger.warning(CLAIM_LOST, claim.job_id)
             former.interrupt(LeaseLost(f"job {claim.job_id} was taken from this runner, and claimed again"))
-        self._attempts[claim.job_id] = attempt
         return attempt
 
     def _release_all(self) -> None:
-        """Give back what is still in flight, as far as the database lets us."""
-        for attempt in self._attempts.values():
+        """Put what is still in flight back into the queue, if the database can be reached."""
+        held = []
+        for attempt in self.in_flight.attempts():
             attempt.interrupt(LeaseLost(f"the runner stopped before job {attempt.claim.job_id} ended"))
-        held = [attempt.claim for attempt in self._attempts.values()]
+            held.append(attempt.claim)
         if not held and not self._committer.unsure:
             return
         try:

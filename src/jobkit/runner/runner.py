@@ -1,15 +1,14 @@
-"""Runner: takes queued jobs, renders them on its threads, stores their files and tells of it."""
+"""Runner: renders queued jobs on its threads, and stores their files."""
 
 from __future__ import annotations
 
 import logging
 import math
-import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self
@@ -17,12 +16,10 @@ from typing import Any, Self
 import sqlalchemy as sa
 
 from jobkit import signals
-from jobkit.assets.intents import INTENT_GRACE, GarbageCollector
 from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Clock, seconds, utcnow
 from jobkit.base.forks import reset_in_children
-from jobkit.base.ids import new_id
-from jobkit.base.threads import DaemonPool, InlinePool, Periodic
+from jobkit.base.threads import InlinePool
 from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Position, Start
@@ -32,17 +29,16 @@ from jobkit.events import relay
 from jobkit.events.feed import Feed
 from jobkit.jobs import outbox
 from jobkit.jobs.store import JobStore
-from jobkit.maintenance.rescue import Rescuer, RescueReport, rescue
+from jobkit.maintenance.rescue import RescueReport, rescue
 from jobkit.rendering.renderers import Renderers
+from jobkit.runner.in_flight import InFlight
 from jobkit.runner.leases import LeaseKeeper
 from jobkit.runner.pipeline import Pipeline
+from jobkit.runner.settings import Settings
 from jobkit.runner.supervisor import Supervisor
 from jobkit.types import Job, JobRequest, RunnerMetrics
 
-PUBLISHERS = 4
-# How often a runner sweeps its storage, in seconds.
-SWEEP_INTERVAL = 3600.0
-# How long a caller waits for receivers of an event it caused, in seconds.
+# How long a caller waits for the receivers of events it caused, in seconds.
 DELIVERY_WAIT = 10.0
 
 logger = logging.getLogger("jobkit")
@@ -81,11 +77,17 @@ class Runner:
             raise TypeError(f"renderers must be a jobkit.Renderers, not {type(renderers).__name__}")
         if assets.engine is None:
             assets.engine = self.engine
-        self.assets, self._assets, self.renderers = assets, assets, renderers
-        self._concurrency = concurrency
-        self._lease, self._poll_interval = seconds(lease, "lease"), seconds(poll_interval, "poll_interval")
-        self._db_timeout = seconds(db_timeout, "db_timeout")
-        self._clock = clock
+        self.assets, self.renderers = assets, renderers
+        self._settings = Settings(
+            self.engine,
+            assets,
+            renderers,
+            concurrency,
+            lease=seconds(lease, "lease"),
+            poll_interval=seconds(poll_interval, "poll_interval"),
+            db_timeout=seconds(db_timeout, "db_timeout"),
+            clock=clock,
+        )
         self._lock = threading.RLock()
         self._running: Supervisor | None = None
         self._ending: Supervisor | None = None
@@ -119,18 +121,18 @@ class Runner:
         with self.engine.begin() as connection:
             if relay.running_feed(self.engine) is None and signals.any_receivers():
                 position = statements_for(connection).start(connection).position
-            store = JobStore(connection, clock=self._clock)
+            store = JobStore(connection, clock=self._settings.clock)
             job, event_id = store.insert(company_id, request)
         if event_id is not None:
-            self._tell_queued(job, event_id, position)
+            self._deliver_queued(job, event_id, position)
         self.dispatch(job)
         return job
 
-    def _tell_queued(self, job: Job, event_id: int, position: Position) -> None:
+    def _deliver_queued(self, job: Job, event_id: int, position: Position) -> None:
         row = EventRow(
             event_id, 0, 1, job.company_id, outbox.type_of(job), job.id, job.created_at, outbox.payload_of(job)
         )
-        feed = relay.running_feed(self.engine)  # one that began before the commit may have seen the event already
+        feed = relay.running_feed(self.engine)  # it may have read the event from the log already
         if feed is not None and feed.publish([row]):
             feed.flush(DELIVERY_WAIT)
         else:
@@ -144,7 +146,7 @@ class Runner:
         """
         running = self._running
         if running is not None:
-            running.pipeline.wake()
+            running.wake()
         elif self._inherited and not self._warned:
             self._warned = True
             logger.warning(
@@ -163,7 +165,7 @@ class Runner:
         refuse_inherited(self.engine, self._inherited)
         with self._lock:
             if self._running is None:
-                self._running = self._supervisor(relay.acquire(self.engine))
+                self._running = Supervisor(self._settings, relay.acquire(self.engine))
                 self._running.start()
         return self
 
@@ -193,13 +195,13 @@ class Runner:
             relay.release(self.engine, DELIVERY_WAIT)
 
     def metrics(self) -> RunnerMetrics:
-        """What this runner counted since it was made, over every start and stop."""
+        """What this runner counted since it was made, through every start and stop."""
         with self._lock:
             present = self._running or self._ending
             return self._past if present is None else self._past + present.metrics()
 
     def _after_fork(self) -> None:
-        """Be as if never started: called in a forked child, whose ``start`` then begins anew."""
+        """Be as if never started. Called in a forked child."""
         leave_connections(self.engine)
         self._inherited = self._inherited or self._running is not None
         self._lock = threading.RLock()
@@ -232,7 +234,7 @@ class Runner:
         try:
             with feed.catching_up():
                 self._rescue(feed)
-                mine = self._supervisor(feed)
+                mine = Supervisor(self._settings, feed)
                 mine.start()
                 try:
                     return _until_idle(mine, feed, limit, before=0)
@@ -257,64 +259,32 @@ class Runner:
             relay.release(self.engine, DELIVERY_WAIT)
         running = self._running
         if report.queued and running is not None:
-            running.pipeline.wake()
+            running.wake()
         return report
 
     def _rescue(self, feed: Feed) -> RescueReport:
         link = DedicatedConnection(self.engine)
         with closing(link):
-            return rescue(link, statements_for(self.engine), clock=self._clock, on_commit=feed.publish)
+            return rescue(link, statements_for(self.engine), clock=self._settings.clock, on_commit=feed.publish)
 
     def _run_here(self) -> int:
         """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""
         require_schema(self.engine)
-
-        def record() -> None:
-            keeper.record()
-
-        pipeline = self._pipeline(None, SharedConnection(self.engine, 0.0), record)
-        keeper = LeaseKeeper(self.engine, math.inf, pipeline.attempts, clock=self._clock, on_commit=self._deliver_here)
-        pipeline.ask()
+        settings = replace(self._settings, concurrency=1, lease=math.inf)
+        in_flight = InFlight()
+        keeper = LeaseKeeper(self.engine, math.inf, in_flight, clock=settings.clock, on_commit=self._deliver_here)
+        pipeline = Pipeline(
+            settings,
+            settings.environment(SharedConnection(self.engine, 0.0), keeper.record),
+            in_flight,
+            render_pool=InlinePool(),
+            store_pool=InlinePool(),
+            on_commit=self._deliver_here,
+        )
+        pipeline.request_idle()
         pipeline.run(until_idle=True)
         self._past += pipeline.metrics()
         return pipeline.ended
-
-    def _supervisor(self, feed: Feed) -> Supervisor:
-        engine, lease, clock = self.engine, self._lease, self._clock
-        feed.hurry(self._db_timeout)
-        shared = SharedConnection(engine, self._db_timeout / 2)
-        collector = GarbageCollector(engine, self._assets.storage, older_than=INTENT_GRACE, connect=shared.use)
-        # Where there is one writer at a time, a renewal may have to wait longer than a short lease, and does answer.
-        waits_for_writers = statements_for(engine).claim_locks
-        return Supervisor(
-            pipeline=lambda progressed: self._pipeline(feed, shared, progressed),
-            keeper=lambda attempts: LeaseKeeper(engine, lease, attempts, clock=clock, on_commit=feed.publish),
-            rescuer=lambda wake: Rescuer(
-                engine, lease=lease, clock=clock, shared=shared, on_commit=feed.publish, wake=wake
-            ),
-            sweeper=Periodic("jobkit-sweep", SWEEP_INTERVAL, collector.run),
-            listen=feed.on_jobs,
-            shared=shared,
-            db_timeout=self._db_timeout,
-            renewal_timeout=self._db_timeout if waits_for_writers else min(self._db_timeout, lease / 3),
-        )
-
-    def _pipeline(self, feed: Feed | None, shared: SharedConnection, progressed: Callable[[], None]) -> Pipeline:
-        return Pipeline(
-            self.engine,
-            self._assets,
-            self.renderers,
-            slots=DaemonPool(self._concurrency, "jobkit-render") if feed else InlinePool(),
-            publishers=DaemonPool(PUBLISHERS, "jobkit-store") if feed else InlinePool(),
-            concurrency=self._concurrency if feed else 1,
-            lease=self._lease if feed else math.inf,
-            poll_interval=self._poll_interval,
-            worker_id=f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}",
-            clock=self._clock,
-            shared=shared,
-            on_commit=feed.publish if feed else self._deliver_here,
-            progressed=progressed,
-        )
 
     def _deliver_here(self, rows: Sequence[EventRow]) -> None:
         with self.engine.connect() as connection:
@@ -330,16 +300,16 @@ class Runner:
 
 
 def _until_idle(supervisor: Supervisor, feed: Feed, timeout: float | None, *, before: int) -> int:
-    """Wait until a look found nothing and nothing was told meanwhile: receivers may create jobs, and run them
-    themselves.
+    """Wait until no job is left and no event was delivered meanwhile: receivers may create jobs, or run them
+    themselves. How many jobs ended, beyond ``before``.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     while True:
-        ended, told = supervisor.metrics().ended, feed.delivered_count
+        ended, delivered = supervisor.metrics().ended, feed.delivered_count
         if not supervisor.wait_idle(None if deadline is None else max(0.0, deadline - time.monotonic())):
             raise TimeoutError(
                 f"jobs are still in flight after {timeout} s; {supervisor.metrics().ended - before} ended"
             )
         feed.flush(DELIVERY_WAIT)
-        if (supervisor.metrics().ended, feed.delivered_count) == (ended, told):
+        if (supervisor.metrics().ended, feed.delivered_count) == (ended, delivered):
             return supervisor.metrics().ended - before

@@ -1,5 +1,5 @@
-"""The supervisor: a runner's threads from start to stop. A call to the database that never answers is cut, and when
-even that does not end it, its thread is replaced.
+"""The supervisor: a runner's threads from start to stop. A database call that lasts too long is cut; a thread that even
+this does not free is replaced.
 """
 
 from __future__ import annotations
@@ -9,18 +9,26 @@ import threading
 import time
 from collections.abc import Callable
 
+from jobkit.assets.intents import INTENT_GRACE, GarbageCollector
 from jobkit.base.text import error_message
-from jobkit.base.threads import Periodic
+from jobkit.base.threads import DaemonPool, Periodic
 from jobkit.db.connections import GIVE_UP, SharedConnection, abort_overdue
+from jobkit.db.dialects import statements_for
+from jobkit.events.feed import Feed
 from jobkit.maintenance.rescue import Rescuer
-from jobkit.rendering.attempt import Attempt
+from jobkit.runner.in_flight import InFlight
 from jobkit.runner.leases import LeaseKeeper
 from jobkit.runner.pipeline import Pipeline
+from jobkit.runner.settings import Settings
 from jobkit.types import RunnerMetrics
 
 logger = logging.getLogger("jobkit")
 
-# How often the calls under way are looked at, in seconds.
+# Threads that store files.
+STORE_THREADS = 4
+# Seconds between two sweeps of the storage.
+SWEEP_INTERVAL = 3600.0
+# Seconds between two checks for calls that last too long.
 LOOK = 1.0
 # How long a stopping runner waits for its last statement, and then for its other threads, in seconds.
 RELEASE_WAIT = 2.0
@@ -29,69 +37,68 @@ RELEASE_WAIT = 2.0
 class Supervisor:
     """A pipeline with its lease keeper, rescuer and sweeper. ``start`` and ``stop`` once; the rest from any thread."""
 
-    def __init__(
-        self,
-        *,
-        pipeline: Callable[[Callable[[], None]], Pipeline],
-        keeper: Callable[[Callable[[], list[Attempt]]], LeaseKeeper],
-        rescuer: Callable[[Callable[[], None]], Rescuer],
-        sweeper: Periodic,
-        listen: Callable[[Callable[[], None]], Callable[[], None]],
-        shared: SharedConnection,
-        db_timeout: float,
-        renewal_timeout: float,
-    ) -> None:
-        """``pipeline``, ``keeper`` and ``rescuer`` make one; ``listen`` lets hints at new jobs call a function, until
-        what it returns is called; ``shared`` is the connection they use in turns. ``db_timeout``: how long any use of a
-        connection may last, in seconds; ``renewal_timeout``: the keeper's.
-        """
-        self._make_pipeline, self._listen = pipeline, listen
-        self._unsubscribe: Callable[[], None] = lambda: None
-        self._make_keeper, self._make_rescuer = keeper, rescuer
-        self._sweeper, self._shared = sweeper, shared
-        self._db_timeout, self._renewal_timeout = db_timeout, renewal_timeout
-        self.pipeline = pipeline(self._hear)
-        self._keeper, self._rescuer = keeper(self._attempts), rescuer(self._wake)
+    def __init__(self, settings: Settings, feed: Feed) -> None:
+        """``feed`` delivers what is committed here."""
+        engine, lease, self._db_timeout = settings.engine, settings.lease, settings.db_timeout
+        self._settings, self._feed = settings, feed
+        feed.hurry(self._db_timeout)
         self._past = RunnerMetrics()
         self._stopping = False
         self._dead: Pipeline | None = None
-        self._watch = Periodic("jobkit-watch", min(LOOK, db_timeout / 4), self._look)
+        self._unsubscribe: Callable[[], None] | None = None
+        # Where there is one writer at a time, a renewal may wait for longer than a short lease, and then succeed.
+        waits_for_writers = statements_for(engine).claim_locks
+        self._renewal_timeout = self._db_timeout if waits_for_writers else min(self._db_timeout, lease / 3)
+        # What rescuer, sweeper and renderers use in turns.
+        self._shared = SharedConnection(engine, self._db_timeout / 2)
+        in_flight = InFlight()
+        self._keeper = self._new_keeper(in_flight)
+        self.pipeline = self._new_pipeline(in_flight)
+        self._rescuer = self._new_rescuer()
+        collector = GarbageCollector(engine, settings.assets.storage, older_than=INTENT_GRACE, connect=self._shared.use)
+        self._sweeper = Periodic("jobkit-sweep", SWEEP_INTERVAL, collector.run)
+        self._watchdog = Periodic("jobkit-watch", min(LOOK, self._db_timeout / 4), self._check)
 
     def start(self) -> None:
         """Start every thread."""
         self._spawn(self.pipeline)
-        self._unsubscribe = self._listen(self._wake)
-        for timer in (self._keeper.timer, self._rescuer.timer, self._sweeper, self._watch):
+        self._unsubscribe = self._feed.on_jobs(self.wake)
+        for timer in (self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog):
             timer.start()
 
     def stop(self, timeout: float) -> None:
-        """Let the jobs in flight end; those that have not after ``timeout`` seconds go back into the queue. Called
-        again from another thread, a shorter ``timeout`` counts.
+        """Let the jobs in flight end; those that have not after ``timeout`` seconds go back into the queue. Of calls by
+        several threads the shortest ``timeout`` counts.
         """
         self._stopping = True
-        self._unsubscribe()
+        if self._unsubscribe is not None:
+            self._unsubscribe()
         pipeline = self.pipeline
         pipeline.stop()
-        over = False
+        ended = False
         try:
-            over = pipeline.wait_over(timeout)
+            ended = pipeline.wait_ended(timeout)
         finally:  # also when Ctrl-C ends the wait: what is in flight goes back to the queue
-            if not over:
+            if not ended:
                 pipeline.abandon()
-                over = pipeline.wait_over(RELEASE_WAIT)
-            self._end(self._keeper.timer, self._rescuer.timer, self._sweeper, self._watch)
-        if not over:
+                ended = pipeline.wait_ended(RELEASE_WAIT)
+            self._end(self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog)
+        if not ended:
             logger.error("the runner's thread does not answer; its jobs stay claimed until their lease runs out")
 
+    def wake(self) -> None:
+        """Look for jobs now rather than at the next poll. Also in a signal handler."""
+        self.pipeline.wake()
+
     def wait_idle(self, timeout: float | None) -> bool:
-        """Wait until a look that began after this call found nothing to do and nothing is in flight, or until stopped;
-        False at the timeout.
+        """Wait until a claim that began after this call found no job and none is in flight, or until stopped; False
+        after ``timeout`` seconds.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             pipeline = self.pipeline
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not pipeline.wait_idle(pipeline.ask(), remaining):
+            if not pipeline.wait_idle(pipeline.request_idle(), remaining):
                 return False
             if pipeline is self.pipeline:
                 return True
@@ -100,22 +107,40 @@ class Supervisor:
         """Counts since ``start``."""
         return self._past + self.pipeline.metrics()
 
+    def _new_pipeline(self, in_flight: InFlight) -> Pipeline:
+        return Pipeline(
+            self._settings,
+            self._settings.environment(self._shared, in_flight.progressed),
+            in_flight,
+            render_pool=DaemonPool(self._settings.concurrency, "jobkit-render"),
+            store_pool=DaemonPool(STORE_THREADS, "jobkit-store"),
+            on_commit=self._feed.publish,
+        )
+
+    def _new_keeper(self, in_flight: InFlight) -> LeaseKeeper:
+        settings = self._settings
+        return LeaseKeeper(
+            settings.engine, settings.lease, in_flight, clock=settings.clock, on_commit=self._feed.publish
+        )
+
+    def _new_rescuer(self) -> Rescuer:
+        settings = self._settings
+        return Rescuer(
+            settings.engine,
+            lease=settings.lease,
+            clock=settings.clock,
+            shared=self._shared,
+            on_commit=self._feed.publish,
+            wake=self.wake,
+        )
+
     def _end(self, *timers: Periodic) -> None:
-        """End their threads, and give them a moment to give their connections back."""
+        """Stop the threads; wait a moment until they have given their connections back."""
         deadline = time.monotonic() + RELEASE_WAIT
         for timer in timers:
             timer.stop()
         for timer in timers:
             timer.join(deadline - time.monotonic())
-
-    def _attempts(self) -> list[Attempt]:
-        return self.pipeline.attempts()
-
-    def _wake(self) -> None:
-        self.pipeline.wake()
-
-    def _hear(self) -> None:
-        self._keeper.hear()
 
     def _spawn(self, pipeline: Pipeline) -> None:
         threading.Thread(target=self._work, args=(pipeline,), name="jobkit-runner", daemon=True).start()
@@ -127,7 +152,7 @@ class Supervisor:
             self._dead = pipeline
             logger.error("the runner's thread failed, and is replaced: %s", error_message(error), exc_info=error)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         pipeline, keeper, rescuer = self.pipeline, self._keeper, self._rescuer
         stuck = abort_overdue(pipeline.link, self._db_timeout)
         unrenewed = abort_overdue(keeper.link, self._renewal_timeout)
@@ -135,18 +160,20 @@ class Supervisor:
         if self._stopping:
             return
         if stuck or pipeline is self._dead:
-            self.pipeline, self._past = self._make_pipeline(self._hear), self._past + pipeline.metrics()
+            in_flight = InFlight(pipeline.in_flight.reported)
+            self.pipeline, self._past = self._new_pipeline(in_flight), self._past + pipeline.metrics()
+            keeper.in_flight = in_flight
             pipeline.leave_to_leases()
             self._replaced("runner")
             self._spawn(self.pipeline)
         if unrenewed:
             keeper.timer.stop()
-            self._keeper = self._make_keeper(self._attempts)
+            self._keeper = self._new_keeper(self.pipeline.in_flight)
             self._replaced("lease")
             self._keeper.timer.start()
         if rescuer.timer.busy > GIVE_UP * self._db_timeout:
             rescuer.timer.stop()
-            self._rescuer = self._make_rescuer(self._wake)
+            self._rescuer = self._new_rescuer()
             self._replaced("rescue")
             self._rescuer.timer.start()
 

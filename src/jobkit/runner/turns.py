@@ -1,10 +1,10 @@
-"""A turn of the pipeline: what one transaction does with attempts, and whether the database failed it or refused it."""
+"""A turn of the pipeline as one transaction: jobs are finished, intents recorded, jobs claimed."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
@@ -24,6 +24,7 @@ from jobkit.jobs import claims, outcomes
 from jobkit.jobs.claims import Claim, Completion
 from jobkit.jobs.fairness import RoundRobin
 from jobkit.rendering.attempt import Attempt
+from jobkit.runner.in_flight import InFlight
 from jobkit.tables import content_jobs
 from jobkit.types import JobStatus
 
@@ -32,35 +33,36 @@ from jobkit.types import JobStatus
 class Turn:
     """What one transaction does."""
 
-    ends: list[Completion] = field(default_factory=list)
+    completions: list[Completion] = field(default_factory=list)
     rendered: list[Attempt] = field(default_factory=list)
+    #: How many jobs to claim.
     limit: int = 0
-    asked: int = 0
+    #: The number of the last request for idleness that this turn's claim answers.
+    idle_request: int = 0
+    #: Look for scheduled jobs now, not just every half second.
     check_scheduled: bool = False
-    # Whether some of the ends were sent to the database before, without a reply.
-    again: bool = False
+    #: Some of the completions were sent before, without a reply, and may have been committed.
+    may_be_committed: bool = False
 
     @property
     def size(self) -> int:
-        """How many jobs take part, besides those that are claimed."""
-        return len(self.ends) + len(self.rendered)
+        """The number of jobs in it, without those to be claimed."""
+        return len(self.completions) + len(self.rendered)
 
     @property
     def only_claims(self) -> bool:
         return bool(self.limit) and not self.size
 
     def __bool__(self) -> bool:
-        return bool(self.ends or self.rendered or self.limit)
+        return bool(self.completions or self.rendered or self.limit)
 
     def parts(self) -> list[Turn]:
         """Each thing by itself, so that what the database refuses fails alone."""
-        found = [Turn(ends=[end], again=self.again) for end in self.ends]
+        found = [Turn([completion], may_be_committed=self.may_be_committed) for completion in self.completions]
         found += [Turn(rendered=[attempt]) for attempt in self.rendered]
-        return (
-            [*found, Turn(limit=self.limit, asked=self.asked, check_scheduled=self.check_scheduled)]
-            if self.limit
-            else found
-        )
+        if self.limit:
+            found.append(Turn(limit=self.limit, idle_request=self.idle_request, check_scheduled=self.check_scheduled))
+        return found
 
 
 def intents_of(attempt: Attempt) -> list[Intent]:
@@ -68,8 +70,8 @@ def intents_of(attempt: Attempt) -> list[Intent]:
     return [Intent(attempt.claim.company_id, file.provider, file.object_key) for file in attempt.stored]
 
 
-def end(attempt: Attempt, failure: BaseException | None, *, now: datetime) -> Completion:
-    """The end of an attempt: its files; or, after a failure, its job's end or its place in the queue."""
+def completion_of(attempt: Attempt, failure: BaseException | None, *, now: datetime) -> Completion:
+    """How an attempt ends: with its files, or with what follows its failure."""
     if failure is None:
         return Completion(attempt.claim, files=attempt.stored)
     outcome = outcomes.decide(
@@ -84,28 +86,28 @@ def end(attempt: Attempt, failure: BaseException | None, *, now: datetime) -> Co
 
 
 class Committed(NamedTuple):
-    """What a turn came to: its events, what it claimed, and of the ends whose first reply was lost those that had been
-    committed then, with the status they brought: no other claim has come since, and the job does not run.
+    """The result of a turn: events, new claims, and ``settled``: completions sent before without a reply that did
+    commit, with their status, unless the job was claimed since.
     """
 
     events: list[EventRow]
-    taken: list[Claim]
+    claimed: list[Claim]
     settled: dict[UUID, JobStatus]
 
 
 class Committer:
-    """Ends, intents and claims of one runner. Used by one thread; ``link`` may be cut by others."""
+    """Does turns in the name of ``worker_id``. Used by one thread; others may cut ``link``.
 
-    def __init__(
-        self, engine: sa.Engine, *, worker_id: str, lease: float, clock: Clock, holds: Callable[[Claim], bool]
-    ) -> None:
-        """``holds``: whether the runner knows of a claim."""
+    ``commit`` works on a connection of its own, and commits; ``apply`` in the caller's transaction.
+    """
+
+    def __init__(self, engine: sa.Engine, *, worker_id: str, lease: float, clock: Clock, in_flight: InFlight) -> None:
         self.link = DedicatedConnection(engine)
-        self._worker_id, self._lease, self._clock, self._holds = worker_id, lease, clock, holds
+        self._worker_id, self._lease, self._clock, self._in_flight = worker_id, lease, clock, in_flight
         self._statements = statements_for(engine)
         self._rotation = RoundRobin(engine)
-        # Until when a claim whose reply was lost may still be committed: one that is cut while it waits for a lock goes
-        # on on the server, which does not look at the connection before it answers.
+        # A claim whose connection was cut while it waited for a lock may still commit: PostgreSQL notices a lost client
+        # only when it replies. Until this time.
         self._unsure_until = -math.inf
 
     @property
@@ -114,46 +116,50 @@ class Committer:
         return time.monotonic() < self._unsure_until
 
     @property
-    def waiting(self) -> bool:
+    def more_waiting(self) -> bool:
         """Whether more jobs wait than the last claim took."""
         return self._rotation.more_waiting
 
     def commit(self, turn: Turn) -> Committed:
-        """Do what ``turn`` says, as a whole."""
+        """Do ``turn`` in a transaction; nothing of it, when this raises."""
         done = False
         try:
             with self.link.use() as connection:
-                events, taken = self._commit(connection, turn)
+                events, claimed = self._commit(connection, turn)
                 done = True
-                settled = self._settled(connection, turn, {event.job_id for event in events}) if turn.again else {}
+                ended = {event.job_id for event in events}
+                settled = self._settled(connection, turn, ended) if turn.may_be_committed else {}
         except BaseException as error:
             # What the database refused, it rolled back: no claim of it can be unknown.
             if turn.limit and (done or not is_refusal(error)):
                 self._unsure_until = time.monotonic() + self._lease
             raise
-        return Committed(events, taken, settled)
+        return Committed(events, claimed, settled)
+
+    def apply(self, connection: sa.Connection, turn: Turn, now: datetime) -> tuple[list[EventRow], list[Claim]]:
+        """Do ``turn`` in the caller's transaction; its events, and the new claims."""
+        events: list[EventRow] = []
+        claimed: list[Claim] = []
+        if turn.completions:
+            events += claims.finish(connection, turn.completions, now=now)
+        if turn.rendered:
+            intents.record_intents(connection, [i for attempt in turn.rendered for i in intents_of(attempt)])
+        if turn.limit and self.unsure:
+            events += claims.release(connection, self._unknown(connection), now=now)
+        if turn.limit:
+            running, claimed = self._claim(connection, turn.limit, now, check_scheduled=turn.check_scheduled)
+            events += running
+        return events, claimed
 
     def _commit(self, connection: sa.Connection, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
-        unsure = self.unsure
-        if turn.only_claims and not unsure:
+        if turn.only_claims and not self.unsure:
             return self._claim_only(connection, turn)
         now = self._clock()
-        events: list[EventRow] = []
-        taken: list[Claim] = []
         with connection.begin():
-            if turn.ends:
-                events += claims.finish(connection, turn.ends, now=now)
-            if turn.rendered:
-                intents.record_intents(connection, [i for attempt in turn.rendered for i in intents_of(attempt)])
-            if turn.limit and unsure:
-                events += claims.release(connection, self._unknown(connection), now=now)
-            if turn.limit:
-                running, taken = self._claim(connection, turn.limit, now, check_scheduled=turn.check_scheduled)
-                events += running
-        return events, taken
+            return self.apply(connection, turn, now)
 
     def _claim_only(self, connection: sa.Connection, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
-        """As little as there is to do: no lock for nothing, and no transaction around one statement."""
+        """Claim without a write lock when nothing is queued, and without a transaction around one statement."""
         now, check_scheduled = self._clock(), turn.check_scheduled
         if self._statements.claim_locks:
             if not self._queued(connection):
@@ -161,8 +167,8 @@ class Committer:
         else:
             with autocommitting(connection), connection.begin():
                 self._rotation.find_due(connection, now, check_scheduled=check_scheduled)
-                check_scheduled = False  # it has just looked
-                if not self.waiting:
+                check_scheduled = False  # just done
+                if not self.more_waiting:
                     return self._claim(connection, turn.limit, now, check_scheduled=check_scheduled)
         with connection.begin():
             return self._claim(connection, turn.limit, now, check_scheduled=check_scheduled)
@@ -172,20 +178,21 @@ class Committer:
     ) -> tuple[list[EventRow], list[Claim]]:
         """The events of what is claimed, and the claims."""
         pick = partial(self._rotation.claim, check_scheduled=check_scheduled)
-        taken, events = claims.claim(
+        claimed, events = claims.claim(
             connection, limit=limit, worker_id=self._worker_id, lease=self._lease, now=now, pick=pick
         )
-        return events, taken
+        return events, claimed
 
     def release(self, held: Sequence[Claim]) -> list[EventRow]:
-        """Give back what is held, and what may have been claimed without the runner knowing; the events."""
+        """Put the ``held`` claims, and those whose reply was lost, back into the queue; the events."""
         with self.link.use() as connection, connection.begin():
             unknown = self._unknown(connection) if self.unsure else []
             return claims.release(connection, [*held, *unknown], now=self._clock())
 
-    def _settled(self, connection: sa.Connection, turn: Turn, told: set[UUID]) -> dict[UUID, JobStatus]:
+    def _settled(self, connection: sa.Connection, turn: Turn, ended: set[UUID]) -> dict[UUID, JobStatus]:
+        """Of the completions that ended nothing now, those that had before."""
         c = content_jobs.c
-        fences = {end.claim.job_id: end.claim.fence for end in turn.ends if end.claim.job_id not in told}
+        fences = {job.job_id: job.fence for job in (one.claim for one in turn.completions) if job.job_id not in ended}
         with connection.begin():
             rows = connection.execute(
                 sa.select(c.id, c.fence, c.status).where(c.id.in_(list(fences)), c.status != JobStatus.RUNNING.value)
@@ -197,10 +204,10 @@ class Committer:
             return self._statements.has_queued(connection, now=self._clock())
 
     def _unknown(self, connection: sa.Connection) -> list[Claim]:
-        """What is claimed in this runner's name and not in its books."""
+        """The claims in this worker's name that are not in flight."""
         c = content_jobs.c
         rows = connection.execute(
             sa.select(c.id, c.company_id, c.fence).where(c.worker_id == self._worker_id, c.status == "running")
         )
         found = [Claim(row.id, row.company_id, "", {}, None, row.fence, 0) for row in rows]
-        return [claim for claim in found if not self._holds(claim)]
+        return [claim for claim in found if not self._in_flight.holds(claim)]

@@ -27,7 +27,7 @@ class Storage(Protocol):
     scratch: Scratch
 
     #: Up to how many bytes of files one thread stores together in less time than several, each by itself.
-    together: int
+    batch_bytes: int
 
     def spool_folder(self) -> Path:
         """A private local folder for unfinished files, on the storage's own disk if it has one."""

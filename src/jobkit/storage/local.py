@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 LOCAL = "local_disk"
 # So many bytes of small files share what the disk does for them; a larger file is worth a thread of its own.
-_TOGETHER = 1 << 18
+BATCH_BYTES = 1 << 18
 # Files open at once while they are flushed.
 _OPEN = 32
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
@@ -29,7 +29,7 @@ class LocalStorage:
         self.root = root
         self._real_root = "\0"  # not resolved yet: no path starts with this
         self.provider = LOCAL
-        self.together = _TOGETHER
+        self.batch_bytes = BATCH_BYTES
         self.scratch = Scratch(lambda: root / ".spool")
 
     def __repr__(self) -> str:

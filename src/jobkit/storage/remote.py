@@ -44,7 +44,7 @@ class FsspecStorage:
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self.protocol = self.provider = url.partition("://")[0].lower()
-        self.together = 0
+        self.batch_bytes = 0
         self._url, self._options = url, dict(options)
         self._of_process, self._of_thread = SimpleNamespace(), threading.local()
         self.scratch = Scratch(lambda: Path(tempfile.gettempdir()) / f"jobkit-spool-{os.getuid()}")

@@ -5,20 +5,19 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from contextlib import closing
 from datetime import datetime
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, SupportsFloat, TypeVar
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 
 from jobkit import signals
-from jobkit.assets import intents
 from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Clock, utcnow
 from jobkit.base.loops import LoopThread
@@ -30,13 +29,14 @@ from jobkit.errors import AssetNotFound, RenderInterrupted
 from jobkit.events.log import event_of
 from jobkit.jobs import claims
 from jobkit.jobs.claims import Claim
-from jobkit.jobs.fairness import RoundRobin
 from jobkit.jobs.store import JobStore
 from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import Registration, RenderEnvironment
 from jobkit.rendering.renderers import Renderers, registration_of
-from jobkit.runner.leases import tell
+from jobkit.runner.in_flight import InFlight
+from jobkit.runner.leases import interrupt_if_lost
 from jobkit.runner.store_stage import StoreBatch
-from jobkit.runner.turns import end, intents_of
+from jobkit.runner.turns import Committer, Turn, completion_of
 from jobkit.tables import content_job_events, content_jobs
 from jobkit.testing.clock import FrozenClock
 from jobkit.types import Job
@@ -49,8 +49,8 @@ T = TypeVar("T")
 LEASE = 24 * 3600.0
 LIMIT = 1_000
 _e, _c = content_job_events.c, content_jobs.c
-# The last seq of each job that was told, by session: a second call goes on from there.
-_told: WeakKeyDictionary[Any, dict[UUID, int]] = WeakKeyDictionary()
+# The last seq delivered of each job, by session: a second call goes on from there.
+_delivered: WeakKeyDictionary[Any, dict[UUID, int]] = WeakKeyDictionary()
 
 
 def inline(
@@ -91,18 +91,20 @@ class _Inline:
             session.flush()  # what the host has added is there when its renderers look
         self._connection = connection_of(session)
         require_configured(self._connection)
-        self._home = _Home()
+        self.home = _Home()
+        open_asset = partial(_open_asset, self.home, session, assets)
+        self._environment = RenderEnvironment(assets, LoopThread(), open_asset, renderers.services, lease=LEASE)
 
     def run(self) -> dict[UUID, Job]:
-        with closing(LoopThread()) as loop:
+        with closing(self._environment.loop):
             while (claim := self._claim()) is not None:
                 if self._left == 0:
                     raise RuntimeError(f"jobs were still queued after {self._limit} runs")
                 self._left -= 1
                 self._ran[claim.job_id] = None
-                self._tell(claim.job_id)
-                self._end(self._attempt(claim, loop))
-                self._tell(claim.job_id)
+                self._deliver(claim.job_id)
+                self._end(self._attempt(claim))
+                self._deliver(claim.job_id)
         jobs = JobStore(self._connection)
         return {job_id: job for job_id in self._ran if (job := jobs.get_by_id(job_id)) is not None}
 
@@ -112,52 +114,54 @@ class _Inline:
         at: datetime | None = self._connection.execute(waiting.order_by(_c.run_at).limit(1)).scalar()
         return at
 
-    def _claim(self) -> Claim | None:
-        # A new rotation each time: what is due now may have come a moment ago.
-        pick = partial(RoundRobin(self._connection.engine).claim, check_scheduled=True)
-        with self._connection.begin_nested():
-            taken, _ = claims.claim(
-                self._connection, limit=1, worker_id="jobkit.testing", lease=LEASE, now=self._clock(), pick=pick
-            )
-        return taken[0] if taken else None
-
-    def _attempt(self, claim: Claim, loop: LoopThread) -> _Attempt:
-        attempt = _Attempt(
-            claim,
-            registration_of(self._renderers, claim.job_type),
-            self._assets,
-            services=self._renderers.services,
-            open_asset=lambda asset_id: self._home.ask(partial(self._open_asset, claim.company_id, asset_id)),
-            start_coroutine=lambda coroutine: self._home.serve(loop.start(coroutine), attempt),
-            progressed=lambda: self._home.ask(partial(self._record, attempt)),
+    def _commit(self, turn: Turn) -> list[Claim]:
+        """A runner's transaction, as a savepoint; what it claimed."""
+        # A committer of its own, which looks for all that is due now: some of it may have come a moment ago.
+        committer = Committer(
+            self._connection.engine,
+            worker_id="jobkit.testing",
             lease=LEASE,
+            clock=self._clock,
+            in_flight=InFlight(),
         )
-        attempt.look = lambda: self._home.ask(partial(claims.check, self._connection, [claim]))
-        return attempt
+        with self._connection.begin_nested():
+            return committer.apply(self._connection, turn, self._clock())[1]
 
-    def _record(self, attempt: _Attempt) -> None:
+    def _claim(self) -> Claim | None:
+        claimed = self._commit(Turn(limit=1, check_scheduled=True))
+        return claimed[0] if claimed else None
+
+    def _attempt(self, claim: Claim) -> _Attempt:
+        return _Attempt(claim, registration_of(self._renderers, claim.job_type), self._environment, self)
+
+    def held(self, claim: Claim) -> dict[UUID, bool]:
+        """Whether the claim holds, as ``claims.check`` says. From any thread."""
+        return self.home.ask(partial(claims.check, self._connection, [claim]))
+
+    def record(self, attempt: Attempt) -> None:
+        """Record the attempt's progress. From any thread."""
+        self.home.ask(partial(self._record, attempt))
+
+    def _record(self, attempt: Attempt) -> None:
         assert attempt.reported is not None
         with self._connection.begin_nested():
             reports = [(attempt.claim, attempt.reported)]
             claims.update_progress(self._connection, reports, lease=LEASE, now=self._clock())
-        self._tell(attempt.claim.job_id)
+        self._deliver(attempt.claim.job_id)
 
-    def _end(self, attempt: _Attempt) -> None:
-        """From the renderer to the commit of what came of it."""
+    def _end(self, attempt: Attempt) -> None:
+        """Everything from the renderer to the end of the job."""
         attempt.run()
         if attempt.failure is None and attempt.remaining <= 0:
             attempt.failure = attempt.give_up()
             attempt.discard()
         if attempt.failure is None:
-            with self._connection.begin_nested():
-                intents.record_intents(self._connection, intents_of(attempt))
+            self._commit(Turn(rendered=[attempt]))
             attempt.failure = StoreBatch([attempt]).publish().get(attempt)
         _raise_what_is_the_tests(attempt.failure)
-        failure, now = attempt.failure, self._clock()
-        completion = end(attempt, failure, now=now)
+        failure = attempt.failure
         try:
-            with self._connection.begin_nested():
-                claims.finish(self._connection, [completion], now=now)
+            self._commit(Turn([completion_of(attempt, failure, now=self._clock())]))
         except sa.exc.DBAPIError:
             if failure is None:
                 raise
@@ -166,33 +170,42 @@ class _Inline:
                 f"{error_message(failure)}"
             ) from failure
 
-    def _open_asset(self, company_id: str, asset_id: UUID | str) -> BinaryIO:
-        asset = self._assets.get_by_id(self._session, asset_id, company_id=company_id)
-        if asset is None:
-            raise AssetNotFound(f"no asset {asset_id}")
-        return self._assets.open(asset)
-
-    def _tell(self, job_id: UUID) -> None:
-        """Signals for the job's events that were not told yet."""
-        told = _told.setdefault(self._session, {})
+    def _deliver(self, job_id: UUID) -> None:
+        """Send signals for the job's events that were not delivered yet."""
+        delivered = _delivered.setdefault(self._session, {})
         log = sa.select(_e.id, sa.literal(0), _e.seq, _e.company_id, _e.type, _e.job_id, _e.created_at, _e.payload)
-        log = log.where(_e.job_id == job_id, _e.seq > told.get(job_id, 0)).order_by(_e.seq)
+        log = log.where(_e.job_id == job_id, _e.seq > delivered.get(job_id, 0)).order_by(_e.seq)
         rows = [EventRow(*row) for row in self._connection.execute(log)]
         if rows:
-            told[job_id] = rows[-1].seq
-        # No position of the log is behind a transaction that is not committed: a replay from here is a replay of all.
+            delivered[job_id] = rows[-1].seq
+        # Uncommitted events have no position in the log: a replay from this one replays everything.
         signals.deliver(event_of(row, Position(0, 0)) for row in rows)
 
 
 class _Attempt(Attempt):
-    """Asks the database at each ``ctx.check()``, where a runner's leases are looked at by a thread."""
+    """Asks the session's transaction at each ``ctx.check()``, and records progress there at once, as a runner's lease
+    keeper does now and then.
+    """
 
-    look: Callable[[], dict[UUID, bool] | None]
+    def __init__(
+        self, claim: Claim, registration: Registration, environment: RenderEnvironment, inline: _Inline
+    ) -> None:
+        super().__init__(claim, registration, environment)
+        self._inline = inline
 
     def check(self) -> None:
-        if not self.interrupted and (held := self.look()) is not None:
-            tell(self, held)
+        if not self.interrupted:
+            interrupt_if_lost(self, self._inline.held(self.claim))
         super().check()
+
+    def progress(self, fraction: SupportsFloat, message: str | None) -> None:
+        before = self.reported
+        super().progress(fraction, message)
+        if self.reported is not before:
+            self._inline.record(self)
+
+    def start_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return self._inline.home.serve(super().start_coroutine(coroutine), self)
 
 
 class _Home:
@@ -205,19 +218,19 @@ class _Home:
         self._asked: SimpleQueue[Callable[[], object]] = SimpleQueue()
 
     def ask(self, work: Callable[[], T]) -> T:
-        """What ``work`` returns in the thread of the session."""
+        """The result of ``work`` on the session's thread."""
         if threading.get_ident() == self._thread:
             return work()
         answer: Future[T] = Future()
         self._asked.put(partial(_answer, answer, work))
         return answer.result()
 
-    def serve(self, future: Future[Any], attempt: Attempt) -> Any:
+    def serve(self, future: Future[Any], attempt: Attempt) -> _Served:
         return _Served(future, self._asked, attempt)
 
 
 class _Served:
-    """A coroutine's future, for the thread of the session to wait for."""
+    """The future of a coroutine: whoever waits for it, on the session's thread, does meanwhile what is asked."""
 
     def __init__(self, future: Future[Any], asked: SimpleQueue[Callable[[], object]], attempt: Attempt) -> None:
         self._future, self._asked, self._attempt = future, asked, attempt
@@ -232,6 +245,13 @@ class _Served:
             except Empty:
                 self._attempt.give_up()
         return self._future.result()
+
+
+def _open_asset(home: _Home, session: Host, assets: AssetStore, company_id: str, asset_id: UUID | str) -> BinaryIO:
+    asset = home.ask(partial(assets.get_by_id, session, asset_id, company_id=company_id))
+    if asset is None:
+        raise AssetNotFound(f"no asset {asset_id}")
+    return assets.open(asset)
 
 
 def _answer(answer: Future[T], work: Callable[[], T]) -> None:
