@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import sqlalchemy as sa
@@ -140,7 +140,7 @@ def test_looking_after_claims_costs_the_same_for_one_and_for_many(story: Story, 
         keeper._tick()
     assert min(attempt.renewed for attempt in attempts) > 0
     for attempt in attempts:
-        attempt._progress(0.5, "half")
+        attempt.progress(0.5, "half")
     with story.costs_of("it records how far they are"):
         keeper.record()
     assert all(attempt.recorded is attempt.reported for attempt in attempts)
@@ -180,16 +180,20 @@ def test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has(pos
         """Which of the statements committed by themselves; none does afterwards."""
         sent.clear()
         with hearing(engine, hear):
-            held.extend(committer.commit(turn).claimed)
+            claimed = committer.commit(turn).claimed
+        held.extend(claimed)
+        for claim in claimed:
+            in_flight.add(Attempt(claim, Registration(never), never))
         with committer.link.use() as connection:
             hear(connection)
         assert sent.pop() is False
         return sent
 
     def committer() -> Committer:
-        return Committer(engine, worker_id="worker", lease=60, clock=utcnow, in_flight=InFlight())
+        return Committer(engine, worker_id="worker", lease=60, clock=utcnow, in_flight=in_flight)
 
     held: list[Claim] = []
+    in_flight, never = InFlight(), cast("Any", None)
     one, other = committer(), committer()
     one._rotation.find_due = other._rotation.find_due = lambda *_, **__: None  # type: ignore[method-assign]
     assert committing(one, Turn(limit=2)) == [True]
