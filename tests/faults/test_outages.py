@@ -157,7 +157,7 @@ def test_a_commit_whose_reply_is_lost_is_neither_lost_nor_done_twice(
 
     def commit(self: Committer, connection: sa.Connection, turn: Any) -> Any:
         events, taken = original(self, connection, turn)
-        if not replies and (taken if lost == "claim" else turn.ends):
+        if not replies and (taken if lost == "claim" else turn.completions):
             replies.append("lost")
             if stopped:
                 running = runner._running or runner._ending  # the scan may tell the end before this
