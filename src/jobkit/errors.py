@@ -10,6 +10,8 @@
     ├── UnknownJobType (LookupError)
     ├── InvalidTransition
     ├── IdempotencyConflict
+    ├── EventsPruned
+    ├── SubscriberTooSlow
     └── AssetError
         ├── AssetTooLarge
         ├── AssetEmpty
@@ -78,10 +80,7 @@ class IdempotencyConflict(JobkitError):
 
 
 class EventsPruned(JobkitError):
-    """The log lacks events after this cursor: some were pruned, or the cursor is of another log.
-
-    Read the state of the jobs instead.
-    """
+    """Events after this cursor were pruned, or it is of another log: read the state of the jobs instead."""
 
     def __init__(self, cursor: str, reason: str) -> None:
         super().__init__(f"cannot replay the events after {cursor}: {reason}; read the state of the jobs instead")

@@ -15,7 +15,7 @@ from jobkit.testing.chaos.__main__ import main
 from jobkit.testing.chaos.checks import Objects, judge
 from jobkit.testing.chaos.evidence import Evidence
 from jobkit.testing.chaos.plan import FREEZE_POINTS, POINTS
-from jobkit.testing.chaos.subscriber import read_log
+from jobkit.testing.chaos.workers.subscriber import read_log
 
 NOTHING = Size(
     *(0,) * len(Size.__dataclass_fields__)  # no jobs, no faults

@@ -17,7 +17,7 @@ from tests.support.databases import Database
 # SIGTERM comes at each line that the main thread runs while it looks whether it came.
 SCRIPT = """
 import signal, sys
-from jobkit.testing.chaos.process import Process
+from jobkit.testing.chaos.workers.process import Process
 
 process = Process("some", {"folder": sys.argv[1]})
 struck = 0

@@ -39,13 +39,11 @@ def new_number() -> int:
 
 def parse_id(value: object) -> UUID | None:
     """The UUID that ``value`` is or spells, else None: a malformed id is simply not found."""
-    if isinstance(value, UUID):
-        return value
-    if isinstance(value, str):
-        try:
-            parsed = UUID(value)
-        except ValueError:
-            return None
-        # UUID() parses digits with int(), which also accepts "0x", "_", blanks and digits of other scripts.
-        return parsed if parsed.hex in value.replace("-", "").lower() else None
-    return None
+    if not isinstance(value, str):
+        return value if isinstance(value, UUID) else None
+    try:
+        parsed = UUID(value)
+    except ValueError:
+        return None
+    # UUID() parses digits with int(), which also accepts "0x", "_", blanks and digits of other scripts.
+    return parsed if parsed.hex in value.replace("-", "").lower() else None

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Protocol
 
 from jobkit.base.clock import Backoff
 from jobkit.base.text import error_message
@@ -26,6 +25,7 @@ class DaemonPool:
     Not ``concurrent.futures``: it joins its threads at the interpreter's exit, which a renderer that hangs would block.
     """
 
+    # A submitted task may wait for a thread.
     waits = True
 
     def __init__(self, size: int, name: str) -> None:
@@ -108,6 +108,9 @@ class InlinePool:
         pass
 
 
+Pool = DaemonPool | InlinePool
+
+
 class Periodic:
     """A daemon thread that does ``task`` every ``interval`` seconds, and as soon as ``woken`` is set, until stopped.
 
@@ -175,13 +178,14 @@ class Periodic:
 
 
 class TaskState:
-    """The state of a task that may be taken from its thread: waiting, running, finished, cancelled, abandoned."""
+    """The state of a task that may be taken from its thread: waiting, running, finished, cancelled, abandoned.
+
+    ``start`` and ``finish`` are called by the thread that runs the task, ``cancel`` and ``abandon`` by others.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._started = self._running = self._unwanted = False
-
-    # --- on the thread that runs the task
 
     def start(self) -> bool:
         """The task is about to run. False when it was cancelled: then it must not."""
@@ -195,8 +199,6 @@ class TaskState:
             self._running = False
             return self._unwanted
 
-    # --- on other threads
-
     def cancel(self) -> bool:
         """Keep the task from starting. False when it has started."""
         with self._lock:
@@ -208,14 +210,3 @@ class TaskState:
         with self._lock:
             self._unwanted = self._unwanted or self._running
             return self._running
-
-
-class Pool(Protocol):
-    """Runs tasks: a ``DaemonPool`` or an ``InlinePool``."""
-
-    #: Whether a submitted task may wait for a thread.
-    waits: bool
-
-    def submit(self, task: Task) -> None: ...
-    def replace(self) -> None: ...
-    def close(self) -> None: ...

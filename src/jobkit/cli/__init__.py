@@ -20,7 +20,11 @@ __all__ = ["URL_VARIABLE", "main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0, 1 when the work failed, 2 when it could not start."""
-    options = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="jobkit", description="Content jobs for Python web apps.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in (running, jobs, prune, assets, render):
+        module.add(commands)
+    options = parser.parse_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without a letter is no failure
     try:
@@ -34,11 +38,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         complain(error)
         return 2
     return status
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jobkit", description="Content jobs for Python web apps.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in (running, jobs, prune, assets, render):
-        module.add(commands)
-    return parser

@@ -1,16 +1,17 @@
-"""The Runner or the database that a command works on."""
+"""What several commands take: the Runner or the database to work on, and durations."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import os
+import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -23,6 +24,9 @@ from jobkit.runner.runner import Runner
 
 URL_VARIABLE = "JOBKIT_DATABASE_URL"
 PACKAGE = str(Path(__file__).parent.parent)
+_NAMES = {"d": "days", "h": "hours"}
+_UNITS = {"d": timedelta(days=1), "h": timedelta(hours=1), "m": timedelta(minutes=1), "s": timedelta(seconds=1)}
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([dhms]?)", re.ASCII)
 
 
 def add_app(parser: argparse.ArgumentParser, whose: str) -> None:
@@ -30,56 +34,44 @@ def add_app(parser: argparse.ArgumentParser, whose: str) -> None:
     parser.add_argument("--app", required=True, metavar="MODULE:RUNNER", help=whose)
 
 
-def add_database(parser: argparse.ArgumentParser) -> None:
+def add_source(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
+    """Add ``--app``, ``--schema`` and the database's URL: ``--database``, or an argument without a name."""
     where = parser.add_mutually_exclusive_group()
-    where.add_argument(
-        "url", nargs="?", default=os.environ.get(URL_VARIABLE), help=f"SQLAlchemy URL (default: ${URL_VARIABLE})"
-    )
     where.add_argument("--app", metavar="MODULE:RUNNER", help="the database of this Runner")
-    add_schema(parser)
-
-
-def add_schema(parser: argparse.ArgumentParser) -> None:
+    what = f"SQLAlchemy URL (default: ${URL_VARIABLE})"
+    if positional:
+        where.add_argument("url", nargs="?", default=os.environ.get(URL_VARIABLE), help=what)
+    else:
+        where.add_argument("--database", metavar="URL", help=what)
     parser.add_argument("--schema", help="the PostgreSQL schema of the tables")
 
 
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Add ``--app``, ``--database`` and ``--schema`` for a command that works on a migrated database."""
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--app", metavar="MODULE:RUNNER", help="the database of this Runner")
-    where.add_argument("--database", metavar="URL", help=f"SQLAlchemy URL (default: ${URL_VARIABLE})")
-    add_schema(parser)
+def duration(unit: str) -> Callable[[str], timedelta]:
+    """A type for ``add_argument``: ``30d``, ``12h``, ``90m``, ``10s``, or a number in ``unit``."""
 
+    def parse(given: str) -> timedelta:
+        with suppress(OverflowError):
+            if (found := _DURATION.fullmatch(given)) is not None:
+                return float(found[1]) * _UNITS[found[2] or unit]
+        raise argparse.ArgumentTypeError(f"neither a number of {_NAMES[unit]} nor such as 30d or 12h: {given!r}")
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The database that a command works on, and the Runner when ``--app`` was given."""
-
-    engine: sa.Engine
-    runner: Runner | None
+    return parse
 
 
 @contextmanager
-def opened(options: argparse.Namespace) -> Iterator[Source]:
-    """The source that ``options`` name, its schema checked; closes its connections. Creates no SQLite file."""
+def opened(options: argparse.Namespace) -> Iterator[tuple[sa.Engine, Runner | None]]:
+    """The database that ``options`` name, its schema checked, and the Runner of ``--app``. Creates no SQLite file."""
     runner = load(options.app) if options.app else None
     engine = _existing(options.database or os.environ.get(URL_VARIABLE)) if runner is None else runner.engine
     if options.schema is not None:
         engine = engine.execution_options(schema_translate_map={None: options.schema})
-    with _looked_at(engine):
-        yield Source(engine, runner)
+    with migrated(engine):
+        yield engine, runner
 
 
 @contextmanager
-def migrated(app: str) -> Iterator[Runner]:
-    """The Runner that ``app`` names, with its database's schema checked. Its connections are closed at the end."""
-    runner = load(app)
-    with _looked_at(runner.engine):
-        yield runner
-
-
-@contextmanager
-def _looked_at(engine: sa.Engine) -> Iterator[None]:
+def migrated(engine: sa.Engine) -> Iterator[None]:
+    """Check the schema of the database. The engine's connections are closed at the end."""
     try:
         require_schema(engine)
         yield
@@ -100,12 +92,11 @@ def engine_of(url: str | None, *, option: str = "its URL") -> sa.Engine:
     if url is None:
         raise ConfigurationError(f"which database? Give {option}, --app, or ${URL_VARIABLE}")
     try:
-        engine = sa.create_engine(url)
+        return sa.create_engine(url)
     except ImportError as error:
         raise ConfigurationError(f"{error}: install the driver, for PostgreSQL with jobkit[postgresql]") from error
     except ValueError as error:  # such as a port that is not a number
         raise ConfigurationError("not a SQLAlchemy URL, such as postgresql+psycopg://user@host/name") from error
-    return engine
 
 
 def load(name: str) -> Runner:

@@ -8,8 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from jobkit.base.text import printable
-from jobkit.cli.app import add_app, migrated
-from jobkit.cli.durations import duration
+from jobkit.cli.app import add_app, duration, load, migrated
 from jobkit.cli.output import sample
 from jobkit.maintenance.audit import audit, elsewhere
 
@@ -34,7 +33,8 @@ def add(commands: Any) -> None:
 
 def _verify(options: argparse.Namespace) -> int:
     read = bad = 0
-    with migrated(options.app) as runner:
+    runner = load(options.app)
+    with migrated(runner.engine):
         for finding in audit(runner.engine, runner.assets, company_id=options.company):
             read += 1
             if finding.problem is not None:
@@ -49,10 +49,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _collect_garbage(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    with migrated(options.app) as runner:
-        report = runner.assets.collect_garbage(
-            older_than=options.older_than, dry_run=not options.yes, engine=runner.engine
-        )
+    runner, age = load(options.app), options.older_than
+    with migrated(runner.engine):
+        report = runner.assets.collect_garbage(older_than=age, dry_run=not options.yes, engine=runner.engine)
     size = "" if report.byte_size is None else f", {report.byte_size:,} bytes"
     print(f"objects without a row: {report.abandoned} abandoned, {report.deleted} deleted{size}")
     sample(report.sample, report.abandoned + report.deleted)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 
 from jobkit.base.ids import parse_id
 from jobkit.base.text import storable
-from jobkit.cli.app import Source, add_source, opened
-from jobkit.cli.output import complain, document, plain, shown, table, text
+from jobkit.cli.app import add_source, opened
+from jobkit.cli.output import complain, plain, shown, table, text
 from jobkit.errors import InvalidTransition, JobNotFound
 from jobkit.jobs.store import JobStore, job_of
 from jobkit.tables import assets, content_job_events, content_jobs
@@ -36,9 +38,9 @@ def add(commands: Any) -> None:
     show.add_argument("job", metavar="JOB", help="the job's id")
     show.set_defaults(command=_show)
     cancel = own.add_parser("cancel", help="cancel jobs: at once when queued, else as soon as their renderer checks")
-    cancel.set_defaults(command=_cancel)
+    cancel.set_defaults(command=partial(_change, change=JobStore.cancel))
     retry = own.add_parser("retry", help="queue failed or cancelled jobs again, with all their attempts")
-    retry.set_defaults(command=_retry)
+    retry.set_defaults(command=partial(_change, change=JobStore.retry))
     for command in (listing, show):
         command.add_argument("--json", action="store_true", help="print a JSON document per line")
     for command in (cancel, retry):
@@ -60,11 +62,11 @@ def _list(options: argparse.Namespace) -> int:
     for column, wanted in ((_c.company_id, options.company), (_c.status, options.status), (_c.job_type, options.type)):
         if wanted is not None:
             query = query.where(column == wanted if _can_be_stored(wanted) else sa.false())
-    with opened(options) as source, source.engine.connect() as connection:
+    with opened(options) as (engine, _), engine.connect() as connection:
         jobs = [job_of(row) for row in connection.execute(query)]
     if options.json:
         for job in jobs:
-            document(plain(job))
+            print(json.dumps(plain(job)))
     else:
         table(COLUMNS, ([getattr(job, name) for name in COLUMNS] for job in jobs))
     return 0
@@ -79,7 +81,7 @@ def _can_be_stored(wanted: str) -> bool:
 
 
 def _show(options: argparse.Namespace) -> int:
-    with opened(options) as source, source.engine.connect() as connection:
+    with opened(options) as (engine, _), engine.connect() as connection:
         job = JobStore(connection).get_by_id(options.job, company_id=options.company)
         if job is None:
             return _none(options.job)
@@ -89,7 +91,7 @@ def _show(options: argparse.Namespace) -> int:
         files = [Asset(*row) for row in connection.execute(theirs)]
     if options.json:
         log = [{name: text(value) for name, value in row._mapping.items()} for row in events]
-        document({**plain(job), "events": log, "assets": [plain(file) for file in files]})
+        print(json.dumps({**plain(job), "events": log, "assets": [plain(file) for file in files]}))
         return 0
     for field in dataclasses.fields(job):
         if (value := getattr(job, field.name)) is not None:
@@ -102,22 +104,14 @@ def _show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _cancel(options: argparse.Namespace) -> int:
-    return _change(options, JobStore.cancel)
-
-
-def _retry(options: argparse.Namespace) -> int:
-    return _change(options, JobStore.retry)
-
-
 def _change(options: argparse.Namespace, change: Callable[..., Job]) -> int:
-    with opened(options) as source:
-        return max([_change_one(source, options.company, job, change) for job in options.job])
+    with opened(options) as (engine, _):
+        return max([_change_one(engine, options.company, job, change) for job in options.job])
 
 
-def _change_one(source: Source, company: str | None, job_id: str, change: Callable[..., Job]) -> int:
+def _change_one(engine: sa.Engine, company: str | None, job_id: str, change: Callable[..., Job]) -> int:
     try:
-        with source.engine.begin() as connection:
+        with engine.begin() as connection:
             job = change(JobStore(connection), job_id, company_id=company)
     except JobNotFound:
         return _none(job_id)

@@ -41,15 +41,9 @@ def sample(some: Sequence[object], count: int) -> None:
         print(f"  and {more} more")
 
 
-def document(value: object) -> None:
-    """Print ``value`` as one line of JSON, in ASCII."""
-    print(json.dumps(value))
-
-
 def plain(row: Any) -> dict[str, Any]:
     """A dataclass as a JSON object: times and ids become text."""
-    values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
-    return {name: text(value) for name, value in values.items()}
+    return {field.name: text(getattr(row, field.name)) for field in dataclasses.fields(row)}
 
 
 def text(value: Any) -> Any:

@@ -6,8 +6,7 @@ import argparse
 import logging
 from typing import Any
 
-from jobkit.cli.app import add_source, opened
-from jobkit.cli.durations import duration
+from jobkit.cli.app import add_source, duration, opened
 from jobkit.cli.output import sample
 from jobkit.errors import ConfigurationError
 from jobkit.maintenance.prune import prune
@@ -28,9 +27,9 @@ def _prune(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if options.assets and not options.app:
         raise ConfigurationError("--assets needs --app: the database does not say which storage has them")
-    with opened(options) as source:
-        store = source.runner.assets if source.runner is not None and options.assets else None
-        report = prune(source.engine, older_than=options.older_than, assets=store, dry_run=not options.yes)
+    with opened(options) as (engine, runner):
+        store = runner.assets if runner is not None and options.assets else None
+        report = prune(engine, older_than=options.older_than, assets=store, dry_run=not options.yes)
     print(f"{report.jobs} jobs, {report.events} events, {report.assets} assets")
     sample(report.sample, report.jobs)
     if report.refused:

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from jobkit import migrations
-from jobkit.cli.app import add_app, add_database, engine_of, load
+from jobkit.cli.app import add_app, add_source, engine_of, load
 from jobkit.runner.runner import Runner
 
 
@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
     demo.set_defaults(command=_demo)
 
     migrate = commands.add_parser("migrate", help="create or upgrade jobkit's tables in a database")
-    add_database(migrate)
+    add_source(migrate, positional=True)
     migrate.add_argument("--downgrade", action="store_true", help="drop the tables, with all jobs and asset rows")
     migrate.set_defaults(command=_migrate)
 
@@ -48,12 +48,8 @@ def _migrate(options: argparse.Namespace) -> int:
     before = migrations.current(engine, schema=options.schema)
     (migrations.downgrade if options.downgrade else migrations.upgrade)(engine, schema=options.schema)
     after = migrations.current(engine, schema=options.schema)
-    shown = engine.url.render_as_string(hide_password=True)
-    print(
-        f"{shown}: {before or 'no tables'} -> {after or 'no tables'}"
-        if before != after
-        else f"{shown}: {after or 'no tables'}, nothing to do"
-    )
+    change = ", nothing to do" if before == after else f" -> {after or 'no tables'}"
+    print(f"{engine.url.render_as_string(hide_password=True)}: {before or 'no tables'}{change}")
     return 0
 
 

@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -24,10 +23,9 @@ from jobkit.types import JobEvent, JobStatus
 
 COMPANY = "demo"
 REPORT = Path(__file__).with_name("report.md")
-Say = Callable[[str], None]
 
 
-def run(directory: Path, document: Path | None = None, *, say: Say = print) -> int:
+def run(directory: Path, document: Path | None = None) -> int:
     """Render ``document`` as a PDF in ``directory`` and print its path; 0, or 1 when the job failed.
 
     Each run in the same directory adds a job and its file.
@@ -37,7 +35,7 @@ def run(directory: Path, document: Path | None = None, *, say: Say = print) -> i
     directory = directory.absolute()
     directory.mkdir(parents=True, exist_ok=True)
     database, folder = directory / "jobkit.db", directory / "assets"
-    say(f"database  {database}\nassets    {folder}\ndocument  {source} ({len(markdown.encode()):,} bytes)\n")
+    print(f"database  {database}\nassets    {folder}\ndocument  {source} ({len(markdown.encode()):,} bytes)\n")
 
     engine = sa.create_engine(sa.URL.create("sqlite", database=str(database)))
     configure_sqlite(engine)
@@ -47,7 +45,13 @@ def run(directory: Path, document: Path | None = None, *, say: Say = print) -> i
     assets = AssetStore(folder)
     runner = Runner(engine, assets, renderers)
 
-    unsubscribe = signals.subscribe(COMPANY, _teller(say))
+    start = time.monotonic()
+
+    def show(event: JobEvent) -> None:
+        rest = ", ".join(f"{name} {value}" for name, value in event.payload.items())
+        print(f"{time.monotonic() - start:6.2f} s  {event.type:<20} {rest}")
+
+    unsubscribe = signals.subscribe(COMPANY, show)
     try:
         with runner:
             job = runner.submit(COMPANY, job_type=pdf_document.JOB_TYPE, input={"markdown": markdown})
@@ -59,25 +63,12 @@ def run(directory: Path, document: Path | None = None, *, say: Say = print) -> i
         files = assets.list_by_job(session, job.id)
     engine.dispose()
     if done is None or done.status is not JobStatus.DONE:
-        say(f"\nThe job failed: {done.error_message if done else 'it is gone'}")
+        print(f"\nThe job failed: {done.error_message if done else 'it is gone'}")
         return 1
+    viewer = {"darwin": "open", "win32": "start"}.get(sys.platform) or os.environ.get("BROWSER") or "xdg-open"
     for asset in files:
         assets.verify(asset)
         path = Path(unquote(urlsplit(folder.as_uri()).path), *asset.object_key.split("/"))
-        say(f"\nThe file: {path}\n          {asset.byte_size:,} bytes, sha256 {asset.sha256[:16]}… verified")
-        say(f"To see it: {_viewer()} {shlex.quote(str(path))}")
+        print(f"\nThe file: {path}\n          {asset.byte_size:,} bytes, sha256 {asset.sha256[:16]}… verified")
+        print(f"To see it: {viewer} {shlex.quote(str(path))}")
     return 0
-
-
-def _teller(say: Say) -> Callable[[JobEvent], None]:
-    start = time.monotonic()
-
-    def tell(event: JobEvent) -> None:
-        rest = ", ".join(f"{name} {value}" for name, value in event.payload.items())
-        say(f"{time.monotonic() - start:6.2f} s  {event.type:<20} {rest}")
-
-    return tell
-
-
-def _viewer() -> str:
-    return {"darwin": "open", "win32": "start"}.get(sys.platform) or os.environ.get("BROWSER") or "xdg-open"

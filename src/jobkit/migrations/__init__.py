@@ -20,7 +20,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
-from jobkit.migrations.transaction import exclusive, supported
+from jobkit.migrations.transaction import exclusive, refusal, supported
 from jobkit.tables import metadata
 
 VERSION_TABLE = "jobkit_alembic_version"
@@ -62,8 +62,7 @@ def downgrade(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> 
 def current(bind: sa.Engine | sa.Connection, *, schema: str | None = None) -> str | None:
     """The revision of the database, None without jobkit's tables."""
     supported(bind)
-    with contextlib.ExitStack() as stack:
-        connection = stack.enter_context(bind.connect()) if isinstance(bind, sa.Engine) else bind
+    with bind.connect() if isinstance(bind, sa.Engine) else contextlib.nullcontext(bind) as connection:
         revision: str | None = _context(connection, _schema(connection, schema)).get_current_revision()
         return revision
 
@@ -113,8 +112,7 @@ def _migrate(bind: sa.Engine | sa.Connection, schema: str | None, target: str, *
 def _context(connection: sa.Connection, schema: str | None) -> Any:
     from alembic.runtime.migration import MigrationContext
 
-    options = {"version_table": VERSION_TABLE, "version_table_schema": schema}
-    return MigrationContext.configure(connection, opts=options)
+    return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE, "version_table_schema": schema})
 
 
 def _schema(connection: sa.Connection, schema: str | None) -> str | None:
@@ -132,15 +130,11 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except sa.exc.DBAPIError as error:
-        reason = str(error.orig).strip().replace("\n", "; ")
-        state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+        state, reason = refusal(error)
         if state in ("42501", "25006") or "readonly database" in reason:
-            raise ConfigurationError(
-                f"the database refuses to change the schema: {reason}. Migrate as a user who may create and alter "
-                "jobkit's tables"
-            ) from error
+            hint = "Migrate as a user who may create and alter jobkit's tables"
+            raise ConfigurationError(f"the database refuses to change the schema: {reason}. {hint}") from error
         if state == "2BP01":
-            raise ConfigurationError(
-                f"an object of the host depends on a table or column to be dropped: {reason}"
-            ) from error
+            what = "an object of the host depends on a table or column to be dropped"
+            raise ConfigurationError(f"{what}: {reason}") from error
         raise

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.migrations import spelling
 from jobkit.migrations.examination import Found, uniques
-from jobkit.migrations.transaction import pragma
+from jobkit.migrations.transaction import pragma, refusal
 from jobkit.tables import SQLITE_NOW
 
 logger = logging.getLogger("jobkit")
@@ -35,8 +35,9 @@ def adopt(connection: sa.Connection, found: Found) -> Added:
 
     Returns what was added, for ``give_back``. ``SchemaOutOfDate`` when an object of the host prevents the change.
     """
-    loose = [key for key in _foreign_keys(connection, found.table) if LOOSE.intersection(key["constrained_columns"])]
-    columns = [column.name for column in found.missing]
+    keys = sa.inspect(connection).get_foreign_keys(found.table.name, schema=found.table.schema)
+    loose = [key for key in keys if LOOSE.intersection(key["constrained_columns"])]
+    columns = [column.name for column in found.table.columns if column.name not in found.columns]
     logger.warning(
         "adopting table %s: foreign keys on company_id and created_by_agent_id are dropped (here: %s), both columns "
         "become text, byte_size bigint; added: %s",
@@ -86,9 +87,7 @@ def create_indexes(connection: sa.Connection, table: sa.Table) -> list[str]:
 
 
 def remember(connection: sa.Connection, version_table: str, schema: str | None, added: dict[str, Added]) -> None:
-    """Store what was added to adopted tables, for ``downgrade``: as the default of a column of the version table, whose
-    row does not exist yet.
-    """
+    """Store ``added`` for ``recall``: as the default of a column of the version table, which has no row yet."""
     name = connection.dialect.identifier_preparer.format_table(sa.table(version_table, schema=schema))
     connection.exec_driver_sql(f"ALTER TABLE {name} ADD COLUMN adopted TEXT DEFAULT '{json.dumps(added)}'")
 
@@ -98,8 +97,8 @@ def recall(connection: sa.Connection, version_table: str, schema: str | None) ->
     columns = {column["name"] for column in sa.inspect(connection).get_columns(version_table, schema=schema)}
     if "adopted" not in columns:
         return {}
-    table = sa.table(version_table, sa.column("adopted"), schema=schema)
-    note = connection.execute(sa.select(table.c.adopted)).scalar()
+    table = sa.table(version_table, schema=schema)
+    note = connection.execute(sa.select(sa.column("adopted")).select_from(table)).scalar()
     result: dict[str, Added] = json.loads(note) if note else {}
     return result
 
@@ -110,15 +109,10 @@ def _refused(kind: type[ConfigurationError], what: str) -> Iterator[None]:
     try:
         yield
     except sa.exc.DBAPIError as error:
-        state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None) or ""
-        if state[:2] in ("25", "40", "53", "55", "57", "58") or state == "42501" or "lock" in str(error.orig):
+        state, reason = refusal(error)
+        if state[:2] in ("25", "40", "53", "55", "57", "58") or state == "42501" or "lock" in reason:
             raise
-        reason = str(error.orig).strip().replace("\n", "; ")
         raise kind(f"{what}: {reason}") from error
-
-
-def _foreign_keys(connection: sa.Connection, table: sa.Table) -> list[Any]:
-    return list(sa.inspect(connection).get_foreign_keys(table.name, schema=table.schema))
 
 
 def _alter(connection: sa.Connection, found: Found, loose: list[Any]) -> None:
@@ -157,12 +151,8 @@ def _rebuild(connection: sa.Connection, found: Found) -> None:
     copy = _like(connection, found)
     copy.create(connection)
     shared = [column.name for column in table.columns if column.name in found.columns]
-    source = ", ".join(
-        f"{_FILLED[name].format(now=SQLITE_NOW)} AS {name}"
-        if table.name == "content_jobs" and name in _FILLED
-        else name
-        for name in shared
-    )
+    filled = _FILLED if table.name == "content_jobs" else {}
+    source = ", ".join(f"{filled.get(name, name).format(now=SQLITE_NOW)} AS {name}" for name in shared)
     target = ", ".join(spelling.copied(table, name, found.declared[name]) for name in shared)
     connection.exec_driver_sql(
         f'INSERT INTO {copy.name} ({", ".join(shared)}) SELECT {target} FROM (SELECT {source} FROM "{table.name}")'
@@ -195,10 +185,10 @@ def _like(connection: sa.Connection, found: Found) -> sa.Table:
             copy.append_constraint(sa.UniqueConstraint(*unique["column_names"], name=unique["name"]))
     for check in inspector.get_check_constraints(table.name):
         copy.append_constraint(sa.CheckConstraint(sa.text(check["sqltext"].replace(":", r"\:")), name=check["name"]))
-    for key in _foreign_keys(connection, table):
+    for key in inspector.get_foreign_keys(table.name):
         if LOOSE.intersection(key["constrained_columns"]):
             continue
-        others = [sa.Column(name) for name in key["referred_columns"]]
+        others: list[sa.Column[Any]] = [sa.Column(name) for name in key["referred_columns"]]
         sa.Table(key["referred_table"], copy.metadata, *others, extend_existing=True)
         referred = [f"{key['referred_table']}.{name}" for name in key["referred_columns"]]
         copy.append_constraint(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,35 +15,16 @@ from jobkit.migrations import spelling
 # Columns of the tables that can be adopted, by kind: "?" for one that may be NULL, "*" for one that may be missing.
 SEED: dict[str, dict[str, str]] = {
     "assets": {
-        "id": "uuid",
-        "company_id": "uuid|text",
-        "provider": "text",
-        "object_key": "text",
-        "content_type": "text",
-        "byte_size": "integer",
-        "sha256": "text",
-        "original_filename": "text?",
-        "created_by_agent_id": "uuid|text?",
-        "created_by_user_id": "text?",
-        "source_task_id": "text?*",
-        "created_at": "time",
-        "updated_at": "time",
+        "id": "uuid", "company_id": "uuid|text", "provider": "text", "object_key": "text", "content_type": "text",
+        "byte_size": "integer", "sha256": "text", "original_filename": "text?", "created_by_agent_id": "uuid|text?",
+        "created_by_user_id": "text?", "source_task_id": "text?*", "created_at": "time", "updated_at": "time",
     },
     "content_jobs": {
-        "id": "uuid",
-        "company_id": "uuid|text",
-        "job_type": "text",
-        "status": "text",
-        "input": "json?",
-        "result_asset_id": "uuid?",
-        "error_message": "text?",
-        "source_task_id": "text?",
-        "started_at": "time?",
-        "finished_at": "time?",
-        "created_at": "time?",
-        "updated_at": "time?",
+        "id": "uuid", "company_id": "uuid|text", "job_type": "text", "status": "text", "input": "json?",
+        "result_asset_id": "uuid?", "error_message": "text?", "source_task_id": "text?", "started_at": "time?",
+        "finished_at": "time?", "created_at": "time?", "updated_at": "time?",
     },
-}
+}  # fmt: skip
 _STATUSES = ("queued", "running", "done", "failed", "cancelled")
 
 
@@ -56,11 +37,6 @@ class Found:
     declared: dict[str, str]
     ours: bool
 
-    @property
-    def missing(self) -> list[sa.Column[Any]]:
-        """Columns of jobkit's table that it lacks."""
-        return [column for column in self.table.columns if column.name not in self.columns]
-
 
 def examine(connection: sa.Connection, table: sa.Table) -> Found | None:
     """The existing table of this name, or None. ``SchemaOutOfDate`` when it is neither jobkit's nor one to adopt."""
@@ -68,16 +44,14 @@ def examine(connection: sa.Connection, table: sa.Table) -> Found | None:
     if not inspector.has_table(table.name, schema=table.schema):
         return None
     columns = {column["name"]: column for column in inspector.get_columns(table.name, schema=table.schema)}
-    declared = _declared(connection, table, columns)
-    from_ours = [*_from_ours(connection, table, columns, declared), *_taken(connection, table)]
+    found = Found(table, columns, _declared(connection, table, columns), ours=True)
+    in_both = [*_key(inspector, table), *_taken(inspector, table)]
+    from_ours = [*_from_ours(connection, found), *in_both]
     if not from_ours:
-        return Found(table, columns, declared, ours=True)
-    seed = SEED.get(table.name)
-    from_seed = (
-        None if seed is None else [*_from_seed(connection, table, columns, declared), *_taken(connection, table)]
-    )
-    if from_seed is None or from_seed:
-        differences = from_ours if from_seed is None else min(from_ours, from_seed, key=len)
+        return found
+    from_seed = [*_from_seed(connection, found), *in_both] if table.name in SEED else from_ours
+    if from_seed:
+        differences = min(from_ours, from_seed, key=len)
         raise SchemaOutOfDate(
             f"table {table.fullname!r} exists and is not jobkit's: {'; '.join(differences)}. Nothing was changed; "
             "rename that table, or give jobkit a schema of its own with schema="
@@ -88,7 +62,7 @@ def examine(connection: sa.Connection, table: sa.Table) -> Found | None:
             f"adopting table {table.name!r} rebuilds it, which foreign keys must not notice: call upgrade with "
             "the Engine, or with a Connection that has no open transaction"
         )
-    return Found(table, columns, declared, ours=False)
+    return replace(found, ours=False)
 
 
 def uniques(table: sa.Table) -> list[tuple[str, ...]]:
@@ -108,38 +82,37 @@ def _declared(connection: sa.Connection, table: sa.Table, columns: dict[str, Any
     }
 
 
-def _from_ours(
-    connection: sa.Connection, table: sa.Table, columns: dict[str, Any], declared: dict[str, str]
-) -> list[str]:
-    found = _names(columns, [column.name for column in table.columns], optional=())
+def _from_ours(connection: sa.Connection, found: Found) -> list[str]:
+    """How the table differs from jobkit's."""
+    table, columns, declared = found.table, found.columns, found.declared
+    differences = _names(columns, [column.name for column in table.columns], optional=())
     for column in table.columns:
         there = columns.get(column.name)
         if there is None:
             continue
         wanted = column.type.compile(dialect=connection.dialect)
         if declared[column.name] not in (wanted, {"FLOAT": "DOUBLE PRECISION"}.get(wanted)):
-            found.append(f"column {column.name} is {declared[column.name]}, not {wanted}")
+            differences.append(f"column {column.name} is {declared[column.name]}, not {wanted}")
         if not column.primary_key and there["nullable"] != column.nullable:
-            found.append(f"column {column.name} {'may' if there['nullable'] else 'may not'} be NULL")
+            differences.append(f"column {column.name} {'may' if there['nullable'] else 'may not'} be NULL")
         defaulted = column.server_default is not None and column.identity is None
         may_lack = connection.dialect.name == "sqlite" and column.nullable  # there DEFAULT NULL is no default
         if defaulted and not may_lack and there["default"] is None:
-            found.append(f"column {column.name} has no default")
+            differences.append(f"column {column.name} has no default")
         if column.identity is not None and connection.dialect.name == "postgresql" and not there.get("identity"):
-            found.append(f"column {column.name} is no identity")
+            differences.append(f"column {column.name} is no identity")
     inspector = sa.inspect(connection)
     kept = [tuple(part["column_names"]) for part in inspector.get_unique_constraints(table.name, schema=table.schema)]
     for part in table.constraints:
         if isinstance(part, sa.UniqueConstraint) and tuple(c.name for c in part.columns) not in kept:
-            found.append(f"({', '.join(c.name for c in part.columns)}) is not unique")
-    return found + _key(connection, table)
+            differences.append(f"({', '.join(c.name for c in part.columns)}) is not unique")
+    return differences
 
 
-def _from_seed(
-    connection: sa.Connection, table: sa.Table, columns: dict[str, Any], declared: dict[str, str]
-) -> list[str]:
-    seed = SEED[table.name]
-    found = _names(columns, seed, optional=[name for name, kind in seed.items() if "*" in kind])
+def _from_seed(connection: sa.Connection, found: Found) -> list[str]:
+    """How the table differs from the one that can be adopted."""
+    seed, columns, declared = SEED[found.table.name], found.columns, found.declared
+    differences = _names(columns, seed, optional=[name for name, kind in seed.items() if "*" in kind])
     for name, kind in seed.items():
         if name not in columns:
             continue
@@ -149,10 +122,10 @@ def _from_seed(
         else:
             right = _kind(columns[name]["type"]) in kinds
         if not right:
-            found.append(f"column {name} is {declared[name] or 'without a type'}, not {' or '.join(kinds)}")
+            differences.append(f"column {name} is {declared[name] or 'without a type'}, not {' or '.join(kinds)}")
         if columns[name]["nullable"] and "?" not in kind and name != "id":
-            found.append(f"column {name} may be NULL")
-    return found + _key(connection, table)
+            differences.append(f"column {name} may be NULL")
+    return differences
 
 
 def _names(columns: Iterable[str], expected: Iterable[str], optional: Iterable[str]) -> list[str]:
@@ -161,14 +134,14 @@ def _names(columns: Iterable[str], expected: Iterable[str], optional: Iterable[s
     return [f"column {name} is missing" for name in missing] + [f"column {name} is unknown" for name in unknown]
 
 
-def _key(connection: sa.Connection, table: sa.Table) -> list[str]:
-    key = sa.inspect(connection).get_pk_constraint(table.name, schema=table.schema)
+def _key(inspector: sa.Inspector, table: sa.Table) -> list[str]:
+    key = inspector.get_pk_constraint(table.name, schema=table.schema)
     return [] if key["constrained_columns"] == ["id"] else ["its primary key is not id"]
 
 
-def _taken(connection: sa.Connection, table: sa.Table) -> list[str]:
+def _taken(inspector: sa.Inspector, table: sa.Table) -> list[str]:
     """Unique indexes of jobkit whose name another index has."""
-    there = {index["name"]: index for index in sa.inspect(connection).get_indexes(table.name, schema=table.schema)}
+    there = {index["name"]: index for index in inspector.get_indexes(table.name, schema=table.schema)}
     return [
         f"index {index.name} does not keep ({', '.join(c.name for c in index.columns)}) unique"
         for index in sorted(table.indexes, key=lambda index: str(index.name))
@@ -180,9 +153,8 @@ def _taken(connection: sa.Connection, table: sa.Table) -> list[str]:
 
 def _kind(type_: Any) -> str:
     """The kind of a PostgreSQL type as in SEED, else the type's name."""
-    if isinstance(type_, sa.TEXT | sa.VARCHAR):
-        return "text"
-    for kind, known in {"uuid": sa.Uuid, "json": sa.JSON, "integer": sa.Integer}.items():
+    kinds: dict[str, Any] = {"text": sa.TEXT | sa.VARCHAR, "uuid": sa.Uuid, "json": sa.JSON, "integer": sa.Integer}
+    for kind, known in kinds.items():
         if isinstance(type_, known):
             return kind
     return "time" if isinstance(type_, sa.DateTime) and type_.timezone else str(type_)
@@ -199,15 +171,14 @@ def _may_hold(declared: str, kind: str) -> bool:
 
 def _refuse_rows(connection: sa.Connection, table: sa.Table) -> None:
     """``SchemaOutOfDate`` for rows that break a unique constraint of jobkit or that it cannot read."""
+    where = f"table {table.fullname!r}"
     for names in uniques(table):
         columns: list[sa.ColumnClause[Any]] = [sa.column(name) for name in names]
         source = sa.table(table.name, *columns, schema=table.schema)
         twice = sa.select(*columns).select_from(source).group_by(*columns).having(sa.func.count() > 1).limit(1)
         if (row := connection.execute(twice).first()) is not None:
             shown = ", ".join(repr(str(value)) for value in row)
-            raise SchemaOutOfDate(
-                f"table {table.fullname!r} has several rows with the same {', '.join(names)}: {shown}"
-            )
+            raise SchemaOutOfDate(f"{where} has several rows with the same {', '.join(names)}: {shown}")
     checks: dict[str, sa.ColumnElement[bool]] = {}
     if table.name == "content_jobs":
         checks["status"] = sa.column("status").not_in(_STATUSES)
@@ -217,6 +188,4 @@ def _refuse_rows(connection: sa.Connection, table: sa.Table) -> None:
         source = sa.table(table.name, sa.column(name), sa.column("id"), schema=table.schema)
         query: Any = sa.select(sa.column("id"), sa.column(name)).select_from(source).where(wrong).limit(1)
         if (row := connection.execute(query).first()) is not None:
-            raise SchemaOutOfDate(
-                f"table {table.fullname!r}, row {row[0]}: {name} is {row[1]!r}, which jobkit cannot read"
-            )
+            raise SchemaOutOfDate(f"{where}, row {row[0]}: {name} is {row[1]!r}, which jobkit cannot read")

@@ -21,7 +21,10 @@ def copied(table: sa.Table, name: str, declared: str) -> str:
         return (
             f"CASE WHEN length({name}) = 32 AND {name} NOT GLOB '*[^0-9a-fA-F]*' THEN lower({dashed}) ELSE {name} END"
         )
-    return _time(name) if isinstance(table.c[name].type, UtcDateTime) else name
+    if not isinstance(table.c[name].type, UtcDateTime):
+        return name
+    seconds, fraction = _parts(name)
+    return f"{seconds} || '.' || substr(substr({fraction}, 2) || '000000', 1, 6)"
 
 
 def unreadable(table: sa.Table) -> dict[str, sa.ColumnElement[bool]]:
@@ -47,31 +50,21 @@ def _no_uuid(value: str) -> str:
     )
 
 
-def _zone(name: str) -> str:
-    return (
+def _parts(name: str) -> tuple[str, str]:
+    """SQL for the parts of a time: in UTC up to its second, and the fraction, which strftime would round."""
+    zone = (
         f"CASE WHEN substr({name}, -1) = 'Z' THEN 'Z' "
         f"WHEN length({name}) > 19 AND substr({name}, -6) GLOB '[+-][0-9][0-9]:[0-9][0-9]' THEN substr({name}, -6) "
         "ELSE '' END"
     )
-
-
-def _fraction(name: str) -> str:
-    return f"substr({name}, 20, length({name}) - 19 - length({_zone(name)}))"
-
-
-def _seconds(name: str) -> str:
-    # Without the fraction, which strftime would round.
-    return f"strftime('%Y-%m-%d %H:%M:%S', substr({name}, 1, 19) || {_zone(name)})"
-
-
-def _time(name: str) -> str:
-    return f"{_seconds(name)} || '.' || substr(substr({_fraction(name)}, 2) || '000000', 1, 6)"
+    seconds = f"strftime('%Y-%m-%d %H:%M:%S', substr({name}, 1, 19) || {zone})"
+    return seconds, f"substr({name}, 20, length({name}) - 19 - length({zone}))"
 
 
 def _no_time(name: str) -> str:
-    fraction = _fraction(name)
+    seconds, fraction = _parts(name)
     return (
         f"{name} IS NOT NULL AND NOT (typeof({name}) = 'text' "
-        f"AND substr({name}, 1, 19) GLOB '{_DATE}[ T]{_TIME}' AND {_seconds(name)} IS NOT NULL "
+        f"AND substr({name}, 1, 19) GLOB '{_DATE}[ T]{_TIME}' AND {seconds} IS NOT NULL "
         f"AND ({fraction} = '' OR {fraction} GLOB '.[0-9]*' AND {fraction} NOT GLOB '.*[^0-9]*'))"
     )

@@ -28,6 +28,12 @@ def supported(bind: object) -> None:
         raise ConfigurationError(f"jobkit works on SQLite and PostgreSQL, not on {bind.dialect.name}")
 
 
+def refusal(error: sa.exc.DBAPIError) -> tuple[str, str]:
+    """The SQLSTATE of an error of the database, empty on SQLite, and its message in one line."""
+    state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None) or ""
+    return state, str(error.orig).strip().replace("\n", "; ")
+
+
 @contextlib.contextmanager
 def exclusive(bind: sa.Engine | sa.Connection) -> Iterator[sa.Connection]:
     """A connection in a transaction: a savepoint in the caller's, or a transaction of its own."""
@@ -93,13 +99,10 @@ def pragma(connection: sa.Connection, name: str, value: int) -> Iterator[None]:
 
 def _raw(connection: sa.Connection, statement: str) -> Any:
     """Run a statement without beginning a transaction; the first value of its first row."""
-    cursor = connection.connection.cursor()
-    try:
+    with contextlib.closing(connection.connection.cursor()) as cursor:
         cursor.execute(statement)
         row = cursor.fetchone()
         return row and row[0]
-    finally:
-        cursor.close()
 
 
 def _driver(connection: sa.Connection) -> Any:

@@ -15,7 +15,7 @@ from jobkit.tables import asset_intents, assets, content_job_events, content_job
 from jobkit.testing.chaos.evidence import Evidence
 from jobkit.testing.chaos.plan import FILES, POINTS, Plan
 from jobkit.testing.chaos.verdict import Verdict, counted
-from jobkit.testing.chaos.workload import ATTEMPTS, CLAIM, PLANNED, PREFIX, content
+from jobkit.testing.chaos.workers.workload import ATTEMPTS, CLAIM, PLANNED, PREFIX, content
 
 TERMINAL = ("done", "failed", "cancelled")
 # What may follow each event of one job.

@@ -24,11 +24,11 @@ from jobkit.tables import asset_intents, content_job_events, content_jobs
 from jobkit.testing.chaos.checks import TERMINAL, Objects, judge
 from jobkit.testing.chaos.evidence import Evidence
 from jobkit.testing.chaos.plan import Life, Plan
-from jobkit.testing.chaos.points import through
-from jobkit.testing.chaos.process import PROVIDER, make_engine
 from jobkit.testing.chaos.processes import Processes
-from jobkit.testing.chaos.subscriber import log_of, read_log
 from jobkit.testing.chaos.verdict import Verdict
+from jobkit.testing.chaos.workers.points import through
+from jobkit.testing.chaos.workers.process import PROVIDER, make_engine
+from jobkit.testing.chaos.workers.subscriber import log_of, read_log
 from jobkit.testing.faulty import FaultPlan
 
 SUBSCRIBERS = ("subscriber-0", "subscriber-1")

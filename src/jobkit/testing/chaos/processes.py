@@ -26,7 +26,7 @@ class Processes:
     def __enter__(self) -> Self:
         # In a session of its own: Ctrl-C in a terminal is for the harness alone, which then ends all of them.
         self._zygote = subprocess.Popen(
-            [sys.executable, "-m", "jobkit.testing.chaos.zygote", *self._arguments],
+            [sys.executable, "-m", "jobkit.testing.chaos.workers.zygote", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},

@@ -11,7 +11,7 @@ from typing import Any
 
 from jobkit import signals
 from jobkit.events.relay import Relay
-from jobkit.testing.chaos.process import Process, Witness
+from jobkit.testing.chaos.workers.process import Process, Witness
 from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
 
 # A subscriber checks one event in this many.

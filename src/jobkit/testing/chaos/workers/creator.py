@@ -20,8 +20,8 @@ from sqlalchemy.orm import Session
 from jobkit.errors import InvalidTransition, JobNotFound
 from jobkit.jobs.store import JobStore
 from jobkit.testing.chaos.plan import Order
-from jobkit.testing.chaos.process import Process, now
-from jobkit.testing.chaos.workload import PREFIX
+from jobkit.testing.chaos.workers.process import Process, now
+from jobkit.testing.chaos.workers.workload import PREFIX
 from jobkit.types import Job
 
 # After so many further orders, a failed or cancelled job is retried by hand.

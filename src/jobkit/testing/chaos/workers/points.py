@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 
-from jobkit.testing.chaos.process import Process
+from jobkit.testing.chaos.workers.process import Process
 from jobkit.testing.faulty import Fault, FaultPlan, faulty_filesystem
 
 # What a transaction is for, by what it says.

@@ -12,8 +12,8 @@ from jobkit.errors import Discard, Retry, Snooze
 from jobkit.rendering.context import RenderContext
 from jobkit.rendering.renderers import Renderers
 from jobkit.testing.chaos.plan import FILES
-from jobkit.testing.chaos.points import Points
-from jobkit.testing.chaos.process import Witness, now
+from jobkit.testing.chaos.workers.points import Points
+from jobkit.testing.chaos.workers.process import Witness, now
 from jobkit.types import Rendered
 
 PREFIX = "chaos-"

@@ -24,11 +24,11 @@ from typing import Any
 import sqlalchemy as sa
 from fsspec import get_filesystem_class
 
-from jobkit.testing.chaos.creator import main as creator
-from jobkit.testing.chaos.janitor import main as janitor
-from jobkit.testing.chaos.process import HANDLED, Process
-from jobkit.testing.chaos.subscriber import main as subscriber
-from jobkit.testing.chaos.worker import main as worker
+from jobkit.testing.chaos.workers.creator import main as creator
+from jobkit.testing.chaos.workers.janitor import main as janitor
+from jobkit.testing.chaos.workers.process import HANDLED, Process
+from jobkit.testing.chaos.workers.subscriber import main as subscriber
+from jobkit.testing.chaos.workers.worker import main as worker
 
 ROLES = {"worker": worker, "creator": creator, "janitor": janitor, "subscriber": subscriber}
 

@@ -7,9 +7,9 @@ from contextlib import ExitStack
 from jobkit import signals
 from jobkit.rendering.renderers import Renderers
 from jobkit.runner.runner import Runner
-from jobkit.testing.chaos.points import Points, StoragePlan, through
-from jobkit.testing.chaos.process import Process, Witness
-from jobkit.testing.chaos.workload import register
+from jobkit.testing.chaos.workers.points import Points, StoragePlan, through
+from jobkit.testing.chaos.workers.process import Process, Witness
+from jobkit.testing.chaos.workers.workload import register
 from jobkit.types import JobEvent
 
 # A worker checks one event in this many.

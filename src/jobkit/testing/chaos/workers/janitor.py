@@ -7,8 +7,8 @@ from contextlib import ExitStack
 from jobkit.maintenance.rescue import RescueReport
 from jobkit.rendering.renderers import Renderers
 from jobkit.runner.runner import Runner
-from jobkit.testing.chaos.points import through
-from jobkit.testing.chaos.process import Process
+from jobkit.testing.chaos.workers.points import through
+from jobkit.testing.chaos.workers.process import Process
 from jobkit.testing.faulty import FaultPlan
 
 PAUSE = 0.25
