@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from datetime import timedelta
-from types import TracebackType
 from typing import Self
 from uuid import UUID
 
@@ -62,9 +61,7 @@ class Subscription(AsyncIterator[JobEvent]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
 
@@ -117,11 +114,7 @@ class EventQueue:
 
 
 async def watch(
-    engine: sa.Engine,
-    job_id: UUID | str,
-    *,
-    company_id: object = None,
-    timeout: timedelta | float | None = None,
+    engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, timeout: timedelta | float | None = None
 ) -> AsyncGenerator[JobEvent, None]:
     """The job's ``JobState`` as it is now, then each of its events as it comes, in the order of ``seq``, none missing
     and none twice, until one says that the job is done, failed or cancelled. ``engine`` is a synchronous one.

@@ -106,7 +106,7 @@ class ReadPosition:
         known = {(row.job_id, row.seq) for row in rows}
         return {
             row.job_id: row.seq
-            for row in by_seq(rows)
+            for row in sorted(rows, key=lambda row: row.seq)
             if row.seq > 1 and (row.job_id, row.seq - 1) not in known and self._last.get(row.job_id) != row.seq - 1
         }
 
@@ -257,14 +257,10 @@ class History:
                 self._ranges = (*self._ranges, delivered)[-2 * REMEMBERED_RANGES :]
 
 
-def by_seq(rows: Iterable[EventRow]) -> list[EventRow]:
-    return sorted(rows, key=lambda row: row.seq)
-
-
 def in_order(rows: Sequence[EventRow]) -> list[EventRow]:
     """``rows`` in the order given, except that the events of one job follow their ``seq``."""
     by_job: defaultdict[UUID, deque[EventRow]] = defaultdict(deque)
-    for row in by_seq(rows):
+    for row in sorted(rows, key=lambda row: row.seq):
         by_job[row.job_id].append(row)
     return [by_job[row.job_id].popleft() for row in rows]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -12,8 +12,9 @@ from jobkit.base.clock import Clock
 from jobkit.base.threads import Periodic
 from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import Dialect, EventRow
+from jobkit.db.dialects.base import Dialect
 from jobkit.jobs import claims
+from jobkit.jobs.claims import OnCommit
 
 # Seconds between two checks for expired leases by a started runner; jobs that one transaction rescues.
 INTERVAL = 1.0
@@ -32,17 +33,13 @@ class RescueReport:
 
 
 def rescue(
-    link: DedicatedConnection | SharedConnection,
-    statements: Dialect,
-    *,
-    clock: Clock,
-    on_commit: Callable[[Sequence[EventRow]], object],
+    link: DedicatedConnection | SharedConnection, statements: Dialect, *, clock: Clock, on_commit: OnCommit
 ) -> RescueReport:
     """Take every job with an expired lease from its worker, in transactions of its own. ``on_commit`` gets the events.
 
     Fenced: of a rescue and a worker that renews or ends its job at the same moment, one wins as a whole.
     """
-    told: list[str] = []
+    types: list[str] = []
     with link.use() as connection:
         if statements.claim_locks:
             with connection.begin():
@@ -53,12 +50,10 @@ def rescue(
                 events = claims.rescue(connection, limit=BATCH, now=clock())
             if events:
                 on_commit(events)
-            told += [event.type for event in events]
+            types += [event.type for event in events]
             if len(events) < BATCH:
                 break
-    return RescueReport(
-        told.count("content_job.retrying"), told.count("content_job.failed"), told.count("content_job.cancelled")
-    )
+    return RescueReport(*(types.count(f"content_job.{end}") for end in ("retrying", "failed", "cancelled")))
 
 
 class Rescuer:
@@ -71,7 +66,7 @@ class Rescuer:
         lease: float,
         clock: Clock,
         shared: SharedConnection,
-        on_commit: Callable[[Sequence[EventRow]], object],
+        on_commit: OnCommit,
         wake: Callable[[], None],
     ) -> None:
         self._clock, self._on_commit, self._wake = clock, on_commit, wake

@@ -5,22 +5,16 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import tempfile
 import time
 from collections.abc import AsyncIterable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
-from typing import Any, BinaryIO, SupportsFloat
-from uuid import UUID
+from typing import Any, SupportsFloat
 
 from jobkit.assets.spool import StagedFile
-from jobkit.assets.store import AssetStore
-from jobkit.base.ids import new_id
-from jobkit.base.loops import LoopThread
 from jobkit.base.text import error_message
 from jobkit.base.threads import TaskState
 from jobkit.errors import (
-    AssetNotFound,
     Discard,
     JobTimeout,
     LeaseLost,
@@ -30,7 +24,6 @@ from jobkit.errors import (
     UnknownJobType,
 )
 from jobkit.jobs.claims import Claim, Report
-from jobkit.jobs.creation import canonical
 from jobkit.rendering.context import Registration, RenderContext, RenderEnvironment, report
 from jobkit.types import Rendered, StoredObject
 
@@ -85,7 +78,7 @@ class Attempt:
             context.input = self._registration.parse(self.claim.input)
             self._read(self._registration.renderer(context), context)
             if not self.drafts:
-                raise ValueError(f"the renderer for {self.claim.job_type!r} gave no file")
+                raise ValueError(f"{self._renderer} gave no file")
             self.stored = tuple(draft.seal(recorded=True) for draft in self.drafts)
         except BaseException:
             self.discard()
@@ -141,10 +134,12 @@ class Attempt:
         """Run ``coroutine`` on the runner's event loop."""
         return self._environment.loop.start(coroutine)
 
+    @property
+    def _renderer(self) -> str:
+        return f"the renderer for {self.claim.job_type!r}"
+
     def _overdue(self) -> JobTimeout:
-        return JobTimeout(
-            f"the renderer for {self.claim.job_type!r} did not end within {self._registration.timeout:g} seconds"
-        )
+        return JobTimeout(f"{self._renderer} did not end within {self._registration.timeout:g} seconds")
 
     # --- afterwards
 
@@ -164,30 +159,24 @@ class Attempt:
     def _read(self, result: Any, context: RenderContext) -> None:
         if inspect.isawaitable(result):
             result = self._wait(result)
-        if result is None:
-            return
-        if isinstance(result, Rendered):
-            _spool(result, context)
-            return
-        outputs = self._iterate(result)
-        with closing(outputs):
+        with closing(self._iterate(result)) as outputs:
             for rendered in outputs:
                 if not isinstance(rendered, Rendered):
-                    raise TypeError(
-                        f"the renderer for {self.claim.job_type!r} yielded {type(rendered).__name__}, not Rendered"
-                    )
-                _spool(rendered, context)
+                    raise TypeError(f"{self._renderer} yielded {type(rendered).__name__}, not Rendered")
+                # Closed at once: a job of many files would run out of descriptors.
+                with closing(context.add(rendered.filename, rendered.content_type).spool) as spool:
+                    spool.fill(rendered.body)
 
     def _iterate(self, result: Any) -> Generator[Any]:
-        if isinstance(result, AsyncIterable):
+        if isinstance(result, Rendered):
+            yield result
+        elif isinstance(result, AsyncIterable):
             yield from self._iterate_async(aiter(result))
         elif isinstance(result, Iterable) and not isinstance(result, str | bytes | dict):
             yield from result
-        else:
-            raise TypeError(
-                f"the renderer for {self.claim.job_type!r} returned {type(result).__name__}, "
-                "not Rendered or an iterable of them"
-            )
+        elif result is not None:
+            kind = type(result).__name__
+            raise TypeError(f"{self._renderer} returned {kind}, not Rendered or an iterable of them")
 
     def _iterate_async(self, iterator: Any) -> Generator[Any]:
         try:
@@ -219,27 +208,6 @@ class Attempt:
             raise
         finally:
             self._awaited = None
-
-
-def _spool(rendered: Rendered, context: RenderContext) -> None:
-    # Closed at once: a job of many files would run out of descriptors.
-    with closing(context.add(rendered.filename, rendered.content_type).spool) as spool:
-        spool.fill(rendered.body)
-
-
-def render_alone(
-    registration: Registration, services: Any, job_type: str, input: dict[str, Any] | None, loop: LoopThread
-) -> list[Rendered]:
-    """The files of one job type and input, each with its body as bytes, without a database."""
-    claim = Claim(new_id(), "render", job_type, canonical({} if input is None else input)[1], None, 1, 1)
-    with tempfile.TemporaryDirectory(prefix="jobkit-render-") as folder:
-        attempt = Attempt(claim, registration, RenderEnvironment(AssetStore(folder), loop, _no_asset, services))
-        attempt.render()
-        return [Rendered(d.filename or "file", d.content_type, d.spool.path.read_bytes()) for d in attempt.drafts]
-
-
-def _no_asset(company_id: str, asset_id: UUID | str) -> BinaryIO:
-    raise AssetNotFound(f"no asset {asset_id}: there is no database behind Renderers.render")
 
 
 async def _awaited(result: Any) -> Any:

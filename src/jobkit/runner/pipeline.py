@@ -12,7 +12,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
 
 from jobkit.base.clock import AdaptivePoll, Backoff
 from jobkit.base.ids import new_id
@@ -20,10 +19,9 @@ from jobkit.base.mailbox import NEVER, Mailbox
 from jobkit.base.text import error_message
 from jobkit.base.threads import Pool
 from jobkit.db.connections import is_outage
-from jobkit.db.dialects.base import EventRow
 from jobkit.errors import LeaseLost
 from jobkit.jobs import claims
-from jobkit.jobs.claims import RELEASED, Claim, Completion
+from jobkit.jobs.claims import RELEASED, Claim, Completion, OnCommit
 from jobkit.rendering.attempt import Attempt
 from jobkit.rendering.context import RenderEnvironment
 from jobkit.runner.in_flight import InFlight
@@ -35,10 +33,8 @@ from jobkit.types import JobStatus, RunnerMetrics
 
 logger = logging.getLogger("jobkit")
 
-# After a job was found, the database is polled every ACTIVE_POLL seconds for ACTIVE_FOR seconds; then every
-# ``poll_interval``.
-ACTIVE_POLL = 0.05
-ACTIVE_FOR = 2.0
+# For ACTIVE_FOR seconds after a job was found, the database is polled every ACTIVE_POLL seconds.
+ACTIVE_POLL, ACTIVE_FOR = 0.05, 2.0
 # How long a pipeline that can claim nothing, because it is full or stopping, waits for messages at most, in seconds.
 FULL_PAUSE = 5.0
 # How many more jobs than slots may be rendered and wait for storage or commit: enough for commits to be shared, too few
@@ -68,18 +64,15 @@ class Pipeline:
         *,
         render_pool: Pool,
         store_pool: Pool,
-        on_commit: Callable[[Sequence[EventRow]], object],
+        on_commit: OnCommit,
     ) -> None:
         """``on_commit`` is called with the events of each commit, on the thread of ``run``."""
         self._concurrency, self._clock, self._on_commit = settings.concurrency, settings.clock, on_commit
         #: What it has claimed and not ended.
         self.in_flight = in_flight
+        worker_id = f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}"
         self._committer = Committer(
-            settings.engine,
-            worker_id=f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}",
-            lease=settings.lease,
-            clock=settings.clock,
-            in_flight=in_flight,
+            settings.engine, worker_id=worker_id, lease=settings.lease, clock=settings.clock, in_flight=in_flight
         )
         self.link = self._committer.link
         self._mailbox: Mailbox[Message] = Mailbox()
@@ -109,7 +102,7 @@ class Pipeline:
         with self._changed:
             self._idle_requests += 1
             idle_request = self._idle_requests
-        self._mailbox.put(None)
+        self.wake()
         return idle_request
 
     def wait_idle(self, idle_request: int, timeout: float | None) -> bool:
@@ -131,7 +124,7 @@ class Pipeline:
     def stop(self) -> None:
         """Claim nothing more; ``run`` returns when the jobs in flight have ended."""
         self._stopping = True
-        self._mailbox.put(None)
+        self.wake()
 
     def abandon(self) -> None:
         """Put the jobs in flight back into the queue; ``run`` returns at once. What their renderers go on to do changes
@@ -181,17 +174,13 @@ class Pipeline:
             self._changed.notify_all()
 
     def _discard_rendered(self) -> None:
-        """Remove the spool files that will not be stored."""
-        self._sort_all(self._mailbox.drain(0))
+        self._sort(self._mailbox.drain(0))
         for attempt in self._turn.rendered:
             attempt.discard()
 
     def _finished(self, until_idle: bool) -> bool:
-        if self._abandoned:
-            return True
-        return not self.in_flight and (
-            self._stopping or (until_idle and self._idle_confirmed >= self._idle_requests > 0)
-        )
+        idle = until_idle and self._idle_confirmed >= self._idle_requests > 0
+        return self._abandoned or (not self.in_flight and (self._stopping or idle))
 
     # --- what to do next
 
@@ -212,30 +201,27 @@ class Pipeline:
     def _collect(self, timeout: float) -> None:
         """Sort the messages. Waits up to ``timeout`` seconds for the first, and a little for more results."""
         # While the database fails, no message ends the pause.
-        self._sort_all(self._mailbox.drain(timeout, NEVER if self._backoff else 1))
+        self._sort(self._mailbox.drain(timeout, NEVER if self._backoff else 1))
         if self._turn.size and not self._backoff:
             expected = self._render_stage.expected_results() + self._store_stage.expected_results()
             if expected:
-                self._sort_all(self._mailbox.drain(self._commit_delay, expected))
+                self._sort(self._mailbox.drain(self._commit_delay, expected))
         if time.monotonic() >= self._next_poll:
             self._should_claim = True
 
-    def _sort_all(self, messages: list[Message]) -> None:
+    def _sort(self, messages: list[Message]) -> None:
         for message in messages:
-            self._sort(message)
-
-    def _sort(self, message: Message) -> None:
-        if message is None:
-            self._should_claim = True
-        elif isinstance(message, StoreBatch):
-            self._store_stage.finished(message)
-            self._turn.completions += [self._completion(one, message.failures.get(one)) for one in message.attempts]
-        else:
-            self._render_stage.finished(message)
-            if message.failure is None:
-                self._turn.rendered.append(message)
+            if message is None:
+                self._should_claim = True
+            elif isinstance(message, StoreBatch):
+                self._store_stage.finished(message)
+                self._turn.completions += [self._completion(one, message.failures.get(one)) for one in message.attempts]
             else:
-                self._turn.completions.append(self._completion(message, message.failure))
+                self._render_stage.finished(message)
+                if message.failure is None:
+                    self._turn.rendered.append(message)
+                else:
+                    self._turn.completions.append(self._completion(message, message.failure))
 
     def _completion(self, attempt: Attempt, failure: BaseException | None) -> Completion:
         return completion_of(attempt, failure, now=self._clock())
@@ -350,10 +336,10 @@ class Pipeline:
 
     def _release_all(self) -> None:
         """Put what is still in flight back into the queue, if the database can be reached."""
-        held = []
-        for attempt in self.in_flight.attempts():
+        attempts = self.in_flight.attempts()
+        for attempt in attempts:
             attempt.interrupt(LeaseLost(f"the runner stopped before job {attempt.claim.job_id} ended"))
-            held.append(attempt.claim)
+        held = [attempt.claim for attempt in attempts]
         if not held and not self._committer.unsure:
             return
         try:
@@ -362,6 +348,5 @@ class Pipeline:
             if events:
                 logger.warning("stopped with %d jobs unfinished; they are queued again", len(events))
         except Exception as error:
-            logger.error(
-                "stopped with %d jobs unfinished, and could not release them: %s", len(held), error_message(error)
-            )
+            message = "stopped with %d jobs unfinished, and could not release them: %s"
+            logger.error(message, len(held), error_message(error))

@@ -133,8 +133,7 @@ class RenderStage:
 
 
 # Renderers are quick while each of the last 16, and each that runs, took less than 20 ms.
-LAST = 16
-QUICK = 0.02
+LAST, QUICK = 16, 0.02
 # One thread per 10 ms of queued work, estimated from the last renders: for shorter jobs, switching costs more than the
 # job. One render beyond that, and all threads are used.
 WORTH = 0.01

@@ -118,10 +118,8 @@ class Supervisor:
         )
 
     def _new_keeper(self, in_flight: InFlight) -> LeaseKeeper:
-        settings = self._settings
-        return LeaseKeeper(
-            settings.engine, settings.lease, in_flight, clock=settings.clock, on_commit=self._feed.publish
-        )
+        engine, lease, clock = self._settings.engine, self._settings.lease, self._settings.clock
+        return LeaseKeeper(engine, lease, in_flight, clock=clock, on_commit=self._feed.publish)
 
     def _new_rescuer(self) -> Rescuer:
         settings = self._settings
