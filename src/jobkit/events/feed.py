@@ -162,9 +162,7 @@ class Feed:
                 self._catching_up -= 1
 
     def flush(self, timeout: float) -> bool:
-        """Wait until everything published so far was delivered; False at the timeout. Returns at once on the feed's own
-        thread.
-        """
+        """Wait until what was published is delivered; False at the timeout, and at once on the feed's own thread."""
         if threading.current_thread() is self._thread:
             return False
         with self._wake:
@@ -332,9 +330,7 @@ class Feed:
         return len(batch.scanned) < BATCH
 
     def _skip(self) -> bool:
-        """Without receivers, move the cursor to the end of the log. False, and nothing moves, if one connected
-        meanwhile.
-        """
+        """Without receivers, move the cursor to the log's end. False, and nothing moves, if one connected meanwhile."""
         end = self._ask(self._statements.start)
         if signals.any_receivers():
             return False

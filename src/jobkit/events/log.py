@@ -99,9 +99,7 @@ class ReadPosition:
         return row.id not in self.delivered_ahead and row.seq > self._last.get(row.job_id, 0)
 
     def gaps(self, rows: Iterable[EventRow]) -> dict[UUID, int]:
-        """The jobs of ``rows`` whose preceding event is neither among ``rows`` nor known to be delivered, each with the
-        seq after the gap.
-        """
+        """The jobs of ``rows`` whose preceding event is not there nor known as delivered, with the ``seq`` after it."""
         rows = list(rows)
         known = {(row.job_id, row.seq) for row in rows}
         return {
@@ -145,9 +143,7 @@ class Batch(NamedTuple):
 
 
 class LogReader:
-    """Reads events after a position. ``read`` changes nothing; ``advance``, after the delivery, moves on. For one
-    thread.
-    """
+    """Reads events after a position, on one thread. ``read`` changes nothing; ``advance``, after delivery, moves on."""
 
     def __init__(self, engine: sa.Engine, start: Start) -> None:
         self._statements, self.position = statements_for(engine), ReadPosition(start)

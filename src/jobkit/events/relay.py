@@ -66,9 +66,7 @@ class Relay:
         return self
 
     def stop(self, timeout: float = 5.0) -> None:
-        """No more signals, unless another relay or runner of this database is started. Waits for the receiver that runs
-        now.
-        """
+        """No more signals, unless another relay or runner of this database is started. Waits for a running receiver."""
         with _shared.lock:
             held, self._held = self._held, False
         if held:

@@ -11,18 +11,10 @@ from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
 from typing import Any, SupportsFloat
 
+from jobkit import errors
 from jobkit.assets.spool import StagedFile
 from jobkit.base.text import error_message
 from jobkit.base.threads import TaskState
-from jobkit.errors import (
-    Discard,
-    JobTimeout,
-    LeaseLost,
-    RenderInterrupted,
-    Retry,
-    Snooze,
-    UnknownJobType,
-)
 from jobkit.jobs.claims import Claim, Report
 from jobkit.rendering.context import Registration, RenderContext, RenderEnvironment, report
 from jobkit.types import Rendered, StoredObject
@@ -51,13 +43,11 @@ class Attempt:
         #: Shared by the thread that renders and the one that may give the attempt up.
         self.task = TaskState()
         self._registration, self._environment = registration, environment
-        self._interruption: RenderInterrupted | None = None
+        self._interruption: errors.RenderInterrupted | None = None
         self._awaited: Future[Any] | None = None
 
     def run(self) -> None:
-        """Render in this thread. Raises nothing: whatever the renderer raises, ``SystemExit`` too, is this attempt's
-        ``failure``.
-        """
+        """Render in this thread. Raises nothing: what the renderer raises, ``SystemExit`` too, becomes ``failure``."""
         began = time.monotonic()
         try:
             self.render()
@@ -96,13 +86,13 @@ class Attempt:
             return math.inf
         return timeout if self.started is None else self.started + timeout - time.monotonic()
 
-    def interrupt(self, reason: RenderInterrupted) -> None:
+    def interrupt(self, reason: errors.RenderInterrupted) -> None:
         """Make ``ctx.check()`` raise ``reason`` from now on, and cancel the coroutine that the renderer waits for."""
         self._interruption = reason
         if (awaited := self._awaited) is not None:
             awaited.cancel()
 
-    def give_up(self) -> JobTimeout:
+    def give_up(self) -> errors.JobTimeout:
         """Ask a renderer that has taken too long to stop; return the reason."""
         reason = self._overdue()
         self.interrupt(reason)
@@ -114,7 +104,7 @@ class Attempt:
             if self.remaining <= 0:
                 self._interruption = self._overdue()
             elif time.monotonic() > self.renewed + self._environment.lease:
-                self._interruption = LeaseLost(f"the lease of job {self.claim.job_id} could not be renewed")
+                self._interruption = errors.LeaseLost(f"the lease of job {self.claim.job_id} could not be renewed")
         if self._interruption is not None:
             raise self._interruption
 
@@ -138,8 +128,8 @@ class Attempt:
     def _renderer(self) -> str:
         return f"the renderer for {self.claim.job_type!r}"
 
-    def _overdue(self) -> JobTimeout:
-        return JobTimeout(f"{self._renderer} did not end within {self._registration.timeout:g} seconds")
+    def _overdue(self) -> errors.JobTimeout:
+        return errors.JobTimeout(f"{self._renderer} did not end within {self._registration.timeout:g} seconds")
 
     # --- afterwards
 
@@ -149,9 +139,9 @@ class Attempt:
             draft.discard()
 
     def _log(self, error: BaseException) -> None:
-        asked = isinstance(error, RenderInterrupted | Snooze | Retry | Discard)
+        asked = isinstance(error, errors.RenderInterrupted | errors.Snooze | errors.Retry | errors.Discard)
         # The traceback of an unknown job type would show only jobkit.
-        traceback = None if asked or isinstance(error, UnknownJobType) else error
+        traceback = None if asked or isinstance(error, errors.UnknownJobType) else error
         message = "job %s (%r) ended without files: %s" if asked else "job %s (%r) failed: %s"
         level = logging.INFO if asked else logging.WARNING
         logger.log(level, message, self.claim.job_id, self.claim.job_type, error_message(error), exc_info=traceback)
@@ -191,7 +181,7 @@ class Attempt:
         except BaseException as error:
             if hasattr(iterator, "aclose"):
                 closing = self.start_coroutine(_awaited(iterator.aclose()))
-                if not isinstance(error, RenderInterrupted):  # then the generator may still be running
+                if not isinstance(error, errors.RenderInterrupted):  # then the generator may still be running
                     closing.result()
             raise
 

@@ -80,9 +80,8 @@ class Renderers:
         registration = self.find(job_type)
         claim = Claim(new_id(), "render", job_type, canonical({} if input is None else input)[1], None, 1, 1)
         with closing(LoopThread()) as loop, tempfile.TemporaryDirectory(prefix="jobkit-render-") as folder:
-            attempt = Attempt(
-                claim, registration, RenderEnvironment(AssetStore(folder), loop, _no_asset, self.services)
-            )
+            environment = RenderEnvironment(AssetStore(folder), loop, _no_asset, self.services)
+            attempt = Attempt(claim, registration, environment)
             attempt.render()
             return [Rendered(d.filename or "file", d.content_type, d.spool.path.read_bytes()) for d in attempt.drafts]
 

@@ -34,9 +34,7 @@ class InFlight:
         return list(self._attempts.values())
 
     def holds(self, claim: Claim) -> bool:
-        """Whether ``claim`` is the last one of its job: the job may have been taken from this runner, and then claimed
-        by it again.
-        """
+        """Whether ``claim`` is its job's last: this runner may have lost the job, and claimed it again."""
         attempt = self._attempts.get(claim.job_id)
         return attempt is not None and attempt.claim.fence == claim.fence
 

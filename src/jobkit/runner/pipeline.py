@@ -52,9 +52,7 @@ Message = Attempt | StoreBatch | None
 
 
 class Pipeline:
-    """Claims, renders, stores and finishes jobs until it is stopped. ``run`` belongs to one thread; any may call the
-    other methods.
-    """
+    """Claims, renders, stores and finishes jobs until stopped. ``run`` belongs to one thread; any may call the rest."""
 
     def __init__(
         self,
@@ -106,9 +104,7 @@ class Pipeline:
         return idle_request
 
     def wait_idle(self, idle_request: int, timeout: float | None) -> bool:
-        """Wait until a claim that began after that request found no job and none is in flight, or until ``run`` has
-        returned; False after ``timeout`` seconds.
-        """
+        """Wait until a claim begun since finds nothing and no job is in flight, or ``run`` ends; False at the timeout."""
         with self._changed:
             return self._changed.wait_for(lambda: self._idle_confirmed >= idle_request or self._returned, timeout)
 
@@ -127,17 +123,13 @@ class Pipeline:
         self.wake()
 
     def abandon(self) -> None:
-        """Put the jobs in flight back into the queue; ``run`` returns at once. What their renderers go on to do changes
-        nothing.
-        """
+        """Put the jobs in flight back into the queue; ``run`` returns at once. What renderers go on to do is dropped."""
         self._stopping = self._abandoned = True
         self.in_flight.abandon()
         self._mailbox.ring()
 
     def leave_to_leases(self) -> None:
-        """Give up on the thread of ``run``, which is blocked in a database call for good. Its claims end with their
-        leases.
-        """
+        """Give up the thread of ``run``, blocked in a database call for good. Its claims end with their leases."""
         self.abandon()
         for attempt in self.in_flight.attempts():
             attempt.interrupt(LeaseLost(f"the database does not answer the runner of job {attempt.claim.job_id}"))

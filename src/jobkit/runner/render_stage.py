@@ -83,9 +83,7 @@ class RenderStage:
         return len(self.rendering) if self.ahead else 0
 
     def next_deadline_in(self) -> float:
-        """Seconds until an attempt may be overdue or stalled, or ``grow`` may start another thread; infinite when
-        nothing of this can happen.
-        """
+        """Seconds until an attempt may be overdue or stalled, or ``grow`` may start a thread; infinite if none can."""
         growing = self._times.unchanged_for if self._slots.can_grow else math.inf
         return min(growing, self._stalled_in(), *(attempt.remaining for attempt in self.rendering))
 

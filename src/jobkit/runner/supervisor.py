@@ -91,9 +91,7 @@ class Supervisor:
         self.pipeline.wake()
 
     def wait_idle(self, timeout: float | None) -> bool:
-        """Wait until a claim that began after this call found no job and none is in flight, or until stopped; False
-        after ``timeout`` seconds.
-        """
+        """Wait until a claim begun after this call finds nothing and no job is in flight; False at the timeout."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             pipeline = self.pipeline
@@ -122,15 +120,8 @@ class Supervisor:
         return LeaseKeeper(engine, lease, in_flight, clock=clock, on_commit=self._feed.publish)
 
     def _new_rescuer(self) -> Rescuer:
-        settings = self._settings
-        return Rescuer(
-            settings.engine,
-            lease=settings.lease,
-            clock=settings.clock,
-            shared=self._shared,
-            on_commit=self._feed.publish,
-            wake=self.wake,
-        )
+        lease, clock = self._settings.lease, self._settings.clock
+        return Rescuer(self._shared, lease=lease, clock=clock, on_commit=self._feed.publish, wake=self.wake)
 
     def _end(self, *timers: Periodic) -> None:
         """Stop the threads; wait a moment until they have given their connections back."""

@@ -174,7 +174,6 @@ class Committer:
     def _claim(
         self, connection: sa.Connection, limit: int, now: datetime, *, check_scheduled: bool
     ) -> tuple[list[EventRow], list[Claim]]:
-        """The events of what is claimed, and the claims."""
         pick = partial(self._rotation.claim, check_scheduled=check_scheduled)
         worker_id, lease = self._worker_id, self._lease
         claimed, events = claims.claim(connection, limit=limit, worker_id=worker_id, lease=lease, now=now, pick=pick)
@@ -197,7 +196,7 @@ class Committer:
         return {row.id: JobStatus(row.status) for row in rows if row.fence == fences[row.id]}
 
     def _unknown(self, connection: sa.Connection) -> list[Claim]:
-        """The claims in this worker's name that are not in flight."""
+        """Claims of this worker that are not in flight."""
         c = content_jobs.c
         mine = sa.select(c.id, c.company_id, c.fence).where(c.worker_id == self._worker_id, c.status == "running")
         found = [Claim(row.id, row.company_id, "", {}, None, row.fence, 0) for row in connection.execute(mine)]

@@ -125,9 +125,7 @@ class Stream(Iterator[bytes]):
 
 
 class AsyncStream(AsyncIterator[bytes]):
-    """Pieces of a response's body, for ASGI, as ``Stream``. ``aclose()``, or cancelling the task that iterates, ends
-    it.
-    """
+    """Pieces of a response's body, for ASGI, as ``Stream``. ``aclose()``, or cancelling the iterating task, ends it."""
 
     def __init__(self, session: _Session, waker: LoopWaker) -> None:
         self.status = session.status
