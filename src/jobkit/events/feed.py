@@ -31,7 +31,6 @@ from jobkit.events.log import DeliveredEvents, FeedReader, History, Replay, even
 from jobkit.events.own_events import OwnEvents
 
 logger = logging.getLogger("jobkit")
-
 # Seconds between two polls for commits of others: for ``ACTIVE_FOR`` seconds after an event, and else. On PostgreSQL
 # notifications come sooner; where none arrive, it is polled more often. A poll of SQLite costs some 150 µs.
 ACTIVE_POLL, IDLE_POLL, UNNOTIFIED_POLL = 0.025, 0.5, 0.07

@@ -22,7 +22,6 @@ from jobkit.base.text import error_message
 from jobkit.db.connections import DedicatedConnection
 
 logger = logging.getLogger("jobkit")
-
 # Seconds before the connection is opened: a process that ends sooner needs none.
 WARM_UP = 0.25
 # Seconds between two checks whether the connection still listens; until the next try where LISTEN has no effect.
@@ -38,10 +37,7 @@ class Futile(Exception):
 
 
 class Listener:
-    """Calls ``on_notify(jobs)`` on its thread when another session notified; ``jobs``: there may be jobs to run.
-
-    ``start`` and ``stop`` once; ``notify`` from any thread.
-    """
+    """Calls ``on_notify(jobs)`` on its thread when another session notified; ``jobs``: there may be jobs to run."""
 
     def __init__(self, engine: sa.Engine, channels: tuple[str, ...], on_notify: Callable[[bool], object]) -> None:
         self.link = DedicatedConnection(engine, autocommit=True)
@@ -65,7 +61,6 @@ class Listener:
         return engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg"
 
     def start(self) -> None:
-        """Listen from soon on."""
         self._thread.start()
 
     def stop(self) -> None:

@@ -20,7 +20,6 @@ from jobkit.tables import content_jobs
 from jobkit.types import JobEvent, JobStatus
 
 logger = logging.getLogger("jobkit")
-
 # Seconds without a signal after which the log itself is polled: a transaction that somebody left open, a slow receiver
 # or a lost connection may hold signals up.
 POLL = 5.0

@@ -117,11 +117,6 @@ class ReadPosition:
         while len(self._last) > REMEMBERED_JOBS:
             self._last.popitem(last=False)
 
-    def advance(self, scanned: Iterable[EventRow], cursor: Position) -> None:
-        """Every event up to ``cursor`` is delivered. ``scanned``: what a scan gave on the way there."""
-        self.cursor = cursor
-        self.delivered_ahead.difference_update(row.id for row in scanned)
-
     def delivered_range(self) -> DeliveredRange | None:
         """What was delivered so far; None for nothing."""
         if self.sample is None:
@@ -179,7 +174,8 @@ class LogReader:
     def advance(self, batch: Batch) -> None:
         """``batch`` was delivered."""
         self.position.delivered_ahead.update(row.id for row in batch.earlier)
-        self.position.advance(batch.scanned, batch.end)
+        self.position.delivered_ahead.difference_update(row.id for row in batch.scanned)
+        self.position.cursor = batch.end
 
 
 class FeedReader(LogReader):

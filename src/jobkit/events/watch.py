@@ -134,30 +134,28 @@ class Watcher(Subscriber):
         return fresh
 
     def _from_log(self) -> list[JobEvent]:
-        assert self.job_id is not None
+        cursor, job_id = self._cursor, self.job_id
+        assert job_id is not None
         try:
             with self._engine.connect() as connection:
                 rows = connection.execute(
                     sa.select(_e.id, _e.seq, _e.company_id, _e.type, _e.created_at, _e.payload)
-                    .where(_e.job_id == self.job_id, _e.seq > self._seq)
+                    .where(_e.job_id == job_id, _e.seq > self._seq)
                     .order_by(_e.seq)
                     .limit(hub.PAGE)
                 ).all()
-                known = sa.select(content_jobs.c.id).where(content_jobs.c.id == self.job_id)
+                known = sa.select(content_jobs.c.id).where(content_jobs.c.id == job_id)
                 if not rows and connection.execute(known).one_or_none() is None:
-                    raise JobNotFound(self.job_id)
+                    raise JobNotFound(job_id)
         except Exception as error:
             if not is_outage(error):
                 raise
-            logger.warning(
-                "the log of job %s could not be read, and will be again: %s", self.job_id, error_message(error)
-            )
+            logger.warning("the log of job %s could not be read, and will be again: %s", job_id, error_message(error))
             self._mark_missed()
             return []
         if len(rows) == hub.PAGE:
             self._mark_missed()
             self._wake()
-        cursor, job_id = self._cursor, self.job_id
         return [JobEvent(r.id, r.seq, cursor, r.company_id, r.type, job_id, r.created_at, r.payload) for r in rows]
 
 

@@ -30,12 +30,10 @@ RECORD_PER_JOB = 0.005
 
 
 def look_every(jobs: int) -> float:
-    """Seconds between two checks of this many jobs."""
     return max(LOOK, jobs * LOOK_PER_JOB)
 
 
 def record_every(jobs: int) -> float:
-    """Seconds until the next record after one of this many jobs."""
     return max(RECORD, jobs * RECORD_PER_JOB)
 
 

@@ -32,7 +32,6 @@ from jobkit.runner.turns import Committed, Committer, Turn, completion_of
 from jobkit.types import JobStatus, RunnerMetrics
 
 logger = logging.getLogger("jobkit")
-
 # For ACTIVE_FOR seconds after a job was found, the database is polled every ACTIVE_POLL seconds.
 ACTIVE_POLL, ACTIVE_FOR = 0.05, 2.0
 # How long a pipeline that can claim nothing, because it is full or stopping, waits for messages at most, in seconds.
@@ -74,9 +73,7 @@ class Pipeline:
         )
         self.link = self._committer.link
         self._mailbox: Mailbox[Message] = Mailbox()
-        self._render_stage = RenderStage(
-            settings.renderers, environment, render_pool, settings.concurrency, in_flight, self._mailbox
-        )
+        self._render_stage = RenderStage(settings, environment, render_pool, in_flight, self._mailbox)
         self._store_stage = StoreStage(store_pool, settings.assets.batch_bytes, self._mailbox)
         self._turn = Turn()
         self._should_claim, self._next_poll = True, 0.0
@@ -104,7 +101,7 @@ class Pipeline:
         return idle_request
 
     def wait_idle(self, idle_request: int, timeout: float | None) -> bool:
-        """Wait until a claim begun since finds nothing and no job is in flight, or ``run`` ends; False at the timeout."""
+        """Wait until no job is in flight and a claim begun since found none, or ``run`` ended; False at the timeout."""
         with self._changed:
             return self._changed.wait_for(lambda: self._idle_confirmed >= idle_request or self._returned, timeout)
 
@@ -123,7 +120,7 @@ class Pipeline:
         self.wake()
 
     def abandon(self) -> None:
-        """Put the jobs in flight back into the queue; ``run`` returns at once. What renderers go on to do is dropped."""
+        """Put the jobs in flight back into the queue; ``run`` returns at once. What renderers still do is dropped."""
         self._stopping = self._abandoned = True
         self.in_flight.abandon()
         self._mailbox.ring()
@@ -274,17 +271,14 @@ class Pipeline:
         self._store_stage.submit(turn.rendered)
         self._render_stage.submit([self._begin(claim) for claim in claimed])
         if turn.limit:
-            self._polled(turn, found=len(claimed))
-
-    def _polled(self, turn: Turn, *, found: int) -> None:
-        self._should_claim = self._committer.more_waiting
-        if found:
-            self._poll.found()
-        elif not self.in_flight:
-            with self._changed:
-                self._idle_confirmed = turn.idle_request
-                self._changed.notify_all()
-        self._next_poll = time.monotonic() + self._poll.interval
+            self._should_claim = self._committer.more_waiting
+            if claimed:
+                self._poll.found()
+            elif not self.in_flight:
+                with self._changed:
+                    self._idle_confirmed = turn.idle_request
+                    self._changed.notify_all()
+            self._next_poll = time.monotonic() + self._poll.interval
 
     # --- when the database refuses or fails
 

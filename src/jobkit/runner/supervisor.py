@@ -23,7 +23,6 @@ from jobkit.runner.settings import Settings
 from jobkit.types import RunnerMetrics
 
 logger = logging.getLogger("jobkit")
-
 # Threads that store files.
 STORE_THREADS = 4
 # Seconds between two sweeps of the storage.

@@ -1,7 +1,4 @@
-"""The events of one job, or of one company, as ``text/event-stream``: bytes for WSGI and ASGI.
-
-A ``_Session`` decides what is sent; ``events.iteration`` waits, on a thread or on a loop.
-"""
+"""Streams: a ``_Session`` decides what is sent; ``events.iteration`` waits, on a thread or on an event loop."""
 
 from __future__ import annotations
 
@@ -192,12 +189,12 @@ class _Session:
     def take(self, *, woken: bool) -> list[bytes]:
         if self._ended:
             return []
-        if piece := self._source.take():
-            return self._noted(piece)
-        hub.subscribers.poll(self._engine, self._log)
-        if time.monotonic() >= self._sent + self._keep_alive:
-            return self._noted(b":\n\n" + self._source.keep_alive())
-        return []
+        piece = self._source.take()
+        if not piece:
+            hub.subscribers.poll(self._engine, self._log)
+            if time.monotonic() >= self._sent + self._keep_alive:
+                piece = b":\n\n" + self._source.keep_alive()
+        return self._noted(piece)
 
     def pause(self) -> float:
         return max(0.0, min(hub.POLL, self._sent + self._keep_alive - time.monotonic()))
