@@ -27,9 +27,7 @@ logger = logging.getLogger("jobkit")
 
 
 class Follower(Subscriber):
-    """``subscribe``, then ``take`` after that and whenever ``wake`` was called; ``close`` in the end. Never waits for
-    an event. Used by one thread at a time.
-    """
+    """``subscribe``, then ``take``, and again after each ``wake``; ``close``. For one thread; waits for no event."""
 
     def __init__(self, engine: sa.Engine, company_id: str, start: Start, *, wake: Wake) -> None:
         super().__init__(engine, wake=wake, company_id=company_id)

@@ -122,9 +122,7 @@ class Hub:
                     logger.exception("a watcher of job %s could not be woken", event.job_id)
 
     def poll(self, engine: sa.Engine, log: str) -> None:
-        """Poll the jobs that are watched in one log, by ``engine``, and wake the subscribers who missed an event. Only
-        once in ``POLL`` seconds, whoever asks. Blocks on the database.
-        """
+        """Wake whoever missed an event of a job watched in ``log``; once in ``POLL`` s. Blocks on the database."""
         now = time.monotonic()
         if now < self._polled.get(log, 0.0) + POLL or not self._polling.acquire(blocking=False):
             return

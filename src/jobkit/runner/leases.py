@@ -1,6 +1,4 @@
-"""The leases of the jobs in flight: renewed while the runner lives. Renderers whose claim is lost are interrupted, and
-their progress is recorded.
-"""
+"""The leases of the jobs in flight: they are renewed, lost claims interrupted, and progress recorded."""
 
 from __future__ import annotations
 

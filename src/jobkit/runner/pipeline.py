@@ -1,8 +1,7 @@
 """The pipeline: one loop that does every database step of the jobs in flight, in as few commits as possible.
 
 Each turn is one transaction: it finishes the jobs whose files are stored, records the keys of those that were just
-rendered, and claims jobs for the free slots. Between the turns, other threads render and store; no transaction is open
-then.
+rendered, and claims jobs for the free slots. Between the turns no transaction is open; other threads render and store.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from jobkit.base.text import error_message
 from jobkit.base.threads import Pool
 from jobkit.db.connections import is_outage
 from jobkit.errors import LeaseLost
+from jobkit.events.log import may_run
 from jobkit.jobs import claims
 from jobkit.jobs.claims import RELEASED, Claim, Completion, OnCommit
 from jobkit.rendering.attempt import Attempt
@@ -43,8 +43,6 @@ CLAIM_LOST = "job %s was taken from this runner; its result is dropped"
 # Group commit: wait for results that are about to come as long as the last commit took, within these bounds (s).
 # Without it, 1 ms jobs are committed two at a time.
 GROUP_COMMIT_DELAY, GROUP_COMMIT_DELAY_MOST = 0.002, 0.02
-# The types of events after which a job runs again.
-BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
 
 # An attempt that was rendered, a batch that was stored, or None: there may be jobs.
 Message = Attempt | StoreBatch | None
@@ -151,7 +149,9 @@ class Pipeline:
         finally:
             self.link.close()
             try:
-                self._discard_rendered()
+                self._sort(self._mailbox.drain(0))
+                for attempt in self._turn.rendered:  # they will not be stored
+                    attempt.discard()
             finally:
                 self._close()  # last: who waits for the end must find no spool file
 
@@ -161,11 +161,6 @@ class Pipeline:
         with self._changed:
             self._returned = True
             self._changed.notify_all()
-
-    def _discard_rendered(self) -> None:
-        self._sort(self._mailbox.drain(0))
-        for attempt in self._turn.rendered:
-            attempt.discard()
 
     def _finished(self, until_idle: bool) -> bool:
         idle = until_idle and self._idle_confirmed >= self._idle_requests > 0
@@ -257,12 +252,12 @@ class Pipeline:
         events, claimed, settled = committed
         if events:
             self._on_commit(events)
-        ends = {event.job_id: event.type for event in events if event.type != "content_job.running"}
+        ends = {event.job_id: event for event in events if event.type != "content_job.running"}
         for completion in turn.completions:
             job_id = completion.claim.job_id
             self.in_flight.pop(completion.claim)
             if job_id in ends:
-                self.ended += ends[job_id] not in BACK_IN_QUEUE
+                self.ended += not may_run(ends[job_id])
             elif job_id in settled:
                 self.ended += settled[job_id].terminal
             else:

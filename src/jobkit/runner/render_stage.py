@@ -164,9 +164,7 @@ class RenderTimes:
         return WORTH - self.longest
 
     def threads(self, waiting: int, active_threads: int) -> float:
-        """How many threads to use for ``waiting`` jobs. Measured times include waiting for the GIL; so divide by the
-        threads that were active.
-        """
+        """How many threads to use for ``waiting`` jobs. Times include waits for the GIL: hence the division."""
         if len(self._took) < LAST or self.longest >= WORTH:
             return math.inf
         return waiting * sum(self._took) / LAST / active_threads / WORTH

@@ -1,6 +1,4 @@
-"""The supervisor: a runner's threads from start to stop. A database call that lasts too long is cut; a thread that even
-this does not free is replaced.
-"""
+"""The supervisor: a runner's threads. A database call that lasts too long is cut; a thread not freed by it replaced."""
 
 from __future__ import annotations
 
@@ -66,9 +64,7 @@ class Supervisor:
             timer.start()
 
     def stop(self, timeout: float) -> None:
-        """Let the jobs in flight end; those that have not after ``timeout`` seconds go back into the queue. Of calls by
-        several threads the shortest ``timeout`` counts.
-        """
+        """Let jobs in flight end; queue again those left after ``timeout`` seconds (the shortest of all calls')."""
         self._stopping = True
         if self._unsubscribe is not None:
             self._unsubscribe()

@@ -30,10 +30,7 @@ _FIELDS = {
 
 
 class JobMessages:
-    """The state, or a ``resync`` and the state, or the events that were missed; then each event until the end.
-
-    ``seek``, ``open`` and ``take`` ask the database; ``over``: there are no more messages.
-    """
+    """The state, or a ``resync`` and the state, or the missed events; then each event until the end, then ``over``."""
 
     def __init__(self, watcher: Watcher, after: int | None, *, resync: bool, over: bool) -> None:
         """``after``: the ``seq`` that the client has seen; ``over``: it has seen the job's end."""
