@@ -139,7 +139,7 @@ def test_looking_after_claims_costs_the_same_for_one_and_for_many(story: Story, 
         keeper._tick()
     assert min(attempt.renewed for attempt in attempts) > 0
     for attempt in attempts:
-        attempt._progress(0.5, "half")
+        attempt.progress(0.5, "half")
     with story.costs_of("it records how far they are"):
         keeper.record()
     assert all(attempt.recorded is attempt.reported for attempt in attempts)
@@ -186,8 +186,10 @@ def test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has(pos
         return sent
 
     def committer() -> Committer:
-        return Committer(engine, worker_id="worker", lease=60, clock=utcnow, in_flight=InFlight())
+        return Committer(engine, worker_id="worker", lease=60, clock=utcnow, in_flight=in_flight)
 
+    in_flight = InFlight()
+    in_flight.holds = lambda _: True  # type: ignore[method-assign]
     held: list[Claim] = []
     one, other = committer(), committer()
     one._rotation.find_due = other._rotation.find_due = lambda *_, **__: None  # type: ignore[method-assign]
