@@ -117,31 +117,25 @@ class JobSignal(NamedSignal):
 
 def _refuse_coroutine(receiver: object) -> None:
     if iscoroutinefunction(receiver) or iscoroutinefunction(getattr(receiver, "__call__", None)):  # noqa: B004
-        raise TypeError(
-            f"{receiver!r} is a coroutine function; signals are sent from a thread, connect a plain function"
-        )
+        hint = "signals are sent from a thread, connect a plain function"
+        raise TypeError(f"{receiver!r} is a coroutine function; {hint}")
 
 
-content_job_queued = JobSignal("content_job.queued", "Created, or back in the queue.")
-content_job_running = JobSignal("content_job.running", "Claimed by a runner.")
-content_job_progress = JobSignal("content_job.progress", "Further on than before.")
-content_job_retrying = JobSignal("content_job.retrying", "Failed or lost its worker, and will run again.")
-content_job_done = JobSignal("content_job.done", "Finished, its files stored.")
-content_job_failed = JobSignal("content_job.failed", "Failed for good.")
-content_job_cancelled = JobSignal("content_job.cancelled", "Stopped on request.")
+SIGNALS: dict[str, JobSignal] = {}
 
-SIGNALS: dict[str, JobSignal] = {
-    signal.name: signal
-    for signal in (
-        content_job_queued,
-        content_job_running,
-        content_job_done,
-        content_job_failed,
-        content_job_cancelled,
-        content_job_progress,
-        content_job_retrying,
-    )
-}
+
+def _signal(name: str, doc: str) -> JobSignal:
+    SIGNALS[name] = JobSignal(name, doc)
+    return SIGNALS[name]
+
+
+content_job_queued = _signal("content_job.queued", "Created, or back in the queue.")
+content_job_running = _signal("content_job.running", "Claimed by a runner.")
+content_job_done = _signal("content_job.done", "Finished, its files stored.")
+content_job_failed = _signal("content_job.failed", "Failed for good.")
+content_job_cancelled = _signal("content_job.cancelled", "Stopped on request.")
+content_job_progress = _signal("content_job.progress", "Further on than before.")
+content_job_retrying = _signal("content_job.retrying", "Failed or lost its worker, and will run again.")
 assert tuple(SIGNALS) == CONTENT_JOB_EVENTS
 
 

@@ -19,7 +19,6 @@ import jobkit
 from jobkit import JobRequest, JobStore
 from jobkit.base.clock import utcnow
 from jobkit.db.connections import DedicatedConnection
-from jobkit.db.dialects import statements_for
 from jobkit.jobs import claims
 from jobkit.maintenance.rescue import INTERVAL, rescue
 from jobkit.runner.leases import look_every
@@ -48,7 +47,7 @@ def main(count: int) -> None:
         steps: list[tuple[str, float, Callable[[sa.Connection], object]]] = [
             ("renew", LEASE / 3, lambda connection: claims.renew(connection, held, lease=3600.0)),
             ("look", look_every(count), lambda connection: claims.check(connection, held)),
-            ("rescue", INTERVAL, lambda _: rescue(link, statements_for(engine), clock=utcnow, on_commit=len)),
+            ("rescue", INTERVAL, lambda _: rescue(link, clock=utcnow, on_commit=len)),
             ("sweep", SWEEP_INTERVAL, lambda _: store.collect_garbage(dry_run=False)),
         ]
         for name, interval, step in steps:

@@ -14,7 +14,6 @@ import sqlalchemy as sa
 from jobkit import JobRequest, JobStore
 from jobkit.base.clock import utcnow
 from jobkit.db.connections import SharedConnection
-from jobkit.db.dialects import statements_for
 from jobkit.events import feed as feed_module
 from jobkit.events.feed import Feed
 from jobkit.events.log import DeliveredEvents
@@ -154,7 +153,7 @@ def test_silence_costs_a_look_each(
     monkeypatch.setattr(feed_module, "STALE", math.inf)
     shared = SharedConnection(story.engine, 60.0)
     with story.costs_of("it looks for lost workers"):
-        rescue(shared, statements_for(story.engine), clock=utcnow, on_commit=nothing)
+        rescue(shared, clock=utcnow, on_commit=nothing)
     feed = Feed(story.engine, DeliveredEvents(), "log")
     with horizon_held(database.engine):
         feed._scan()
@@ -192,6 +191,8 @@ def test_a_claim_alone_has_no_transaction_around_it_and_whatever_is_more_has(pos
     def committer() -> Committer:
         return Committer(engine, worker_id="worker", lease=60, clock=utcnow, in_flight=in_flight)
 
+    in_flight = InFlight()
+    in_flight.holds = lambda _: True  # type: ignore[method-assign]
     held: list[Claim] = []
     in_flight, never = InFlight(), cast("Any", None)
     one, other = committer(), committer()

@@ -14,7 +14,6 @@ import jobkit
 from jobkit import AssetStore, Job, JobStore, Rendered, Renderers, RescueReport, Runner
 from jobkit.base.clock import utcnow
 from jobkit.db.connections import DedicatedConnection, SharedConnection
-from jobkit.db.dialects import statements_for
 from jobkit.jobs import claims
 from jobkit.jobs.claims import RELEASED
 from jobkit.jobs.outcomes import Outcome
@@ -77,7 +76,7 @@ def test_whoever_was_frozen_does_not_rescue_before_its_keeper_could_renew(
     expire(engine, job)
     woken: list[bool] = []
     rescuer = Rescuer(
-        engine, lease=10, clock=utcnow, shared=SharedConnection(engine, 1), on_commit=lambda rows: None,
+        SharedConnection(engine, 1), lease=10, clock=utcnow, on_commit=lambda rows: None,
         wake=lambda: woken.append(True),
     )  # fmt: skip
     monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 60)
@@ -172,7 +171,7 @@ def test_a_rescue_is_told_after_its_commit(engine: sa.Engine, create: Create) ->
     expire(engine, job)
     told: list[str] = []
     link = DedicatedConnection(engine)
-    look(link, statements_for(engine), clock=utcnow, on_commit=lambda rows: told.append(fresh(engine, job).status))
+    look(link, clock=utcnow, on_commit=lambda rows: told.append(fresh(engine, job).status))
     link.close()
     assert told == ["queued"]
 

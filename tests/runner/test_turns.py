@@ -11,6 +11,7 @@ import jobkit
 from jobkit.base.clock import utcnow
 from jobkit.base.ids import new_id
 from jobkit.jobs.claims import Claim, Completion, failed
+from jobkit.runner.in_flight import InFlight
 from jobkit.runner.turns import Committer, Turn
 from tests.support.runners import statuses
 
@@ -41,14 +42,14 @@ def test_a_claim_that_was_refused_with_the_rest_of_its_turn_is_not_looked_for(
     }
     with engine.begin() as connection:
         connection.exec_driver_sql(rule[engine.dialect.name])
-    committer = Committer(engine, worker_id="worker", lease=60, clock=utcnow, holds=lambda _: False)
+    committer = Committer(engine, worker_id="worker", lease=60, clock=utcnow, in_flight=InFlight())
     try:
         create()
-        (claim,) = committer.commit(Turn(limit=1)).taken
+        (claim,) = committer.commit(Turn(limit=1)).claimed
         with pytest.raises(sa.exc.IntegrityError):
-            committer.commit(Turn(ends=[failed(claim, "no")], limit=1))
+            committer.commit(Turn(completions=[failed(claim, "no")], limit=1))
         assert not committer.unsure
-        assert committer.commit(Turn(limit=1)).taken == []
+        assert committer.commit(Turn(limit=1)).claimed == []
     finally:
         committer.link.close()
     assert statuses(engine) == ["running"]

@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from datetime import timedelta
-from types import TracebackType
 from typing import Self
 from uuid import UUID
 
@@ -62,9 +61,7 @@ class Subscription(AsyncIterator[JobEvent]):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
 
@@ -117,20 +114,12 @@ class EventQueue:
 
 
 async def watch(
-    engine: sa.Engine,
-    job_id: UUID | str,
-    *,
-    company_id: object = None,
-    timeout: timedelta | float | None = None,
+    engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, timeout: timedelta | float | None = None
 ) -> AsyncGenerator[JobEvent, None]:
-    """The job's ``JobState`` as it is now, then each of its events as it comes, in the order of ``seq``, none missing
-    and none twice, until one says that the job is done, failed or cancelled. ``engine`` is a synchronous one.
+    """``jobkit.watch`` as an asynchronous iterator. ``engine`` is a synchronous one.
 
-    Ends early, without an error, ``timeout`` seconds or timedelta after the first item was asked for; ``aclose()`` on
-    it, or cancelling the task that iterates it, ends it at once. Needs no started runner or relay: while it is
-    iterated, it holds a relay itself. A database that is away only delays it.
-
-    ``JobNotFound`` from its first step for an unknown id and for another company's job; later when the job is deleted.
+    ``aclose()`` on it, or cancelling the task that iterates it, ends it at once. ``JobNotFound`` from its first step
+    for an unknown id and for another company's job; later when the job is deleted.
     """
     limit = None if timeout is None else seconds(timeout, "timeout", positive=False)
     waker = LoopWaker()

@@ -147,9 +147,7 @@ class AsyncAssetStore:
     async def writer(
         self, company_id: object, *, namespace: str = "generated", original_filename: str | None, content_type: str
     ) -> AsyncIterator[Spool]:
-        """As ``AssetStore.writer``, entered and left with ``async with``. ``write`` is not awaited: it writes to a
-        local file.
-        """
+        """As ``AssetStore.writer``, with ``async with``. ``write`` is not awaited: it writes to a local file."""
         self._refuse_deadlock()
         made = self._assets.writer(
             company_id, namespace=namespace, original_filename=original_filename, content_type=content_type

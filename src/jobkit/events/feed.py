@@ -31,7 +31,6 @@ from jobkit.events.log import DeliveredEvents, FeedReader, History, Replay, even
 from jobkit.events.own_events import OwnEvents
 
 logger = logging.getLogger("jobkit")
-
 # Seconds between two polls for commits of others: for ``ACTIVE_FOR`` seconds after an event, and else. On PostgreSQL
 # notifications come sooner; where none arrive, it is polled more often. A poll of SQLite costs some 150 µs.
 ACTIVE_POLL, IDLE_POLL, UNNOTIFIED_POLL = 0.025, 0.5, 0.07
@@ -39,7 +38,7 @@ ACTIVE_SQLITE_POLL, IDLE_SQLITE_POLL = 0.006, 0.06
 ACTIVE_FOR = 2.0
 # Least seconds between two scans that hints ask for.
 AFTER_SCAN = 0.01
-# After this many seconds without a scan, events may have been pruned before they were delivered.
+# After this many seconds without a scan, as in a suspended process, events may have been pruned before their delivery.
 STALE = 60.0
 # Seconds that a call to the database may take before its connection is aborted; a runner may ask for less. After twice
 # that, another thread takes the place of the blocked one.
@@ -86,13 +85,13 @@ class Feed:
         self._version: int | None = None
         self._own = OwnEvents()
         self._hinted = self._closing = False
-        self._delivered_count = self._catching_up = 0
+        #: How many events have been through their receivers so far.
+        self.delivered_count = 0
+        self._catching_up = 0
         self._thread: threading.Thread | None = None
         self._next_scan = self._last_scan = 0.0
-        if self._statements.channels:
-            self._poll = AdaptivePoll(ACTIVE_POLL, IDLE_POLL, ACTIVE_FOR)
-        else:
-            self._poll = AdaptivePoll(ACTIVE_SQLITE_POLL, IDLE_SQLITE_POLL, ACTIVE_FOR)
+        polls = (ACTIVE_POLL, IDLE_POLL) if self._statements.channels else (ACTIVE_SQLITE_POLL, IDLE_SQLITE_POLL)
+        self._poll = AdaptivePoll(*polls, ACTIVE_FOR)
         self._backoff = Backoff()
         self._job_listeners: dict[object, Callable[[], object]] = {}
 
@@ -162,19 +161,12 @@ class Feed:
                 self._catching_up -= 1
 
     def flush(self, timeout: float) -> bool:
-        """Wait until everything published so far was delivered; False at the timeout. Returns at once on the feed's own
-        thread.
-        """
+        """Wait until what was published is delivered; False at the timeout, and at once on the feed's own thread."""
         if threading.current_thread() is self._thread:
             return False
         with self._wake:
             accepted = self._own.accepted
             return self._wake.wait_for(lambda: self._own.are_done(accepted) or not self._alive(), timeout)
-
-    @property
-    def delivered_count(self) -> int:
-        """How many events have been through their receivers so far."""
-        return self._delivered_count
 
     @property
     def cursor(self) -> Position:
@@ -282,7 +274,7 @@ class Feed:
     # --- events of this process
 
     def _deliver_own(self, own: list[EventRow]) -> int:
-        """Deliver them, and what is due before them; how many of them are done with."""
+        """Deliver them, and what is due before them; return how many of them are done with."""
         if not own or not signals.any_receivers():
             return len(own)
         self._poll.found()
@@ -293,19 +285,14 @@ class Feed:
             earlier = self._reader.earlier(self._ask, fresh, queued=self._catching_up > 0)
         except Exception as error:
             self._trouble(error)
-            if self._hold_back():
-                return 0
+            with self._wake:
+                if not self._closing:  # else better a gap in order than silence
+                    self._own.hold_back()
+                    return 0
             earlier = []
         self._deliver(self._reader, [*earlier, *fresh])
         position.delivered_ahead.update(row.id for row in [*earlier, *fresh])
         return len(own)
-
-    def _hold_back(self) -> bool:
-        """Keep events until the log can be read; False when the feed ends: better a gap in order than silence."""
-        with self._wake:
-            if not self._closing:
-                self._own.hold_back()
-            return not self._closing
 
     # --- events of all processes
 
@@ -342,9 +329,7 @@ class Feed:
         return len(batch.scanned) < BATCH
 
     def _skip(self) -> bool:
-        """Without receivers, move the cursor to the end of the log. False, and nothing moves, if one connected
-        meanwhile.
-        """
+        """Without receivers, move the cursor to the log's end. False, and nothing moves, if one connected meanwhile."""
         end = self._ask(self._statements.start)
         if signals.any_receivers():
             return False
@@ -355,7 +340,6 @@ class Feed:
         return True
 
     def _replay(self) -> None:
-        """Deliver the next batch of a replay, up to the feed's own cursor."""
         if not self._replays or not signals.any_receivers():
             return
         self._reader.history.recall(self._ask)
@@ -366,7 +350,6 @@ class Feed:
                 self._replays.popleft()
 
     def _check_pruned(self) -> None:
-        """Say when events were pruned before they were delivered: the process was suspended, or the database away."""
         begins = self._ask(self._statements.log_begins)
         if begins > self.cursor:
             logger.error("events were removed from the log before this process delivered them, up to %s", begins)
@@ -378,4 +361,4 @@ class Feed:
         reader.history.events.add(row for row in ordered if row.type == "content_job.queued")
         cursors = safe_cursors(scanned, ordered, reader.position.cursor)
         signals.deliver((event_of(*pair) for pair in zip(ordered, cursors, strict=False)), reader.history.log)
-        self._delivered_count += len(ordered)
+        self.delivered_count += len(ordered)

@@ -7,7 +7,7 @@ It subscribes first, and then reads every committed event, also beyond the safe 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Self
 
@@ -18,7 +18,7 @@ from jobkit.db.connections import is_outage
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Position, Start
 from jobkit.events import hub
-from jobkit.events.hub import Subscriber
+from jobkit.events.hub import Subscriber, Wake
 from jobkit.events.log import Ask, LogReader, event_of, in_order, require_whole, safe_cursors
 from jobkit.events.relay import running_feed
 from jobkit.types import JobEvent
@@ -27,11 +27,9 @@ logger = logging.getLogger("jobkit")
 
 
 class Follower(Subscriber):
-    """``subscribe``, then ``take`` after that and whenever ``wake`` was called; ``close`` in the end. Never waits for
-    an event. Used by one thread at a time.
-    """
+    """``subscribe``, then ``take``, and again after each ``wake``; ``close``. For one thread; waits for no event."""
 
-    def __init__(self, engine: sa.Engine, company_id: str, start: Start, *, wake: Callable[[], object]) -> None:
+    def __init__(self, engine: sa.Engine, company_id: str, start: Start, *, wake: Wake) -> None:
         super().__init__(engine, wake=wake, company_id=company_id)
         self._reader = CompanyReader(engine, start, company_id)
         self._safe = start.position
@@ -40,7 +38,7 @@ class Follower(Subscriber):
         self._missed, self._reading = True, False
 
     @classmethod
-    def after(cls, engine: sa.Engine, company_id: object, cursor: str | None, *, wake: Callable[[], object]) -> Self:
+    def after(cls, engine: sa.Engine, company_id: object, cursor: str | None, *, wake: Wake) -> Self:
         """One that begins after ``cursor``, or now. Blocks on the database; ``ValueError``, ``EventsPruned``."""
         owner, statements = require_company_id(company_id), statements_for(engine)
         if cursor is None:

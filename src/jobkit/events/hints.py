@@ -22,15 +22,12 @@ from jobkit.base.text import error_message
 from jobkit.db.connections import DedicatedConnection
 
 logger = logging.getLogger("jobkit")
-
 # Seconds before the connection is opened: a process that ends sooner needs none.
 WARM_UP = 0.25
-# Seconds between two checks whether the connection still listens.
-HEARTBEAT = 15.0
+# Seconds between two checks whether the connection still listens; until the next try where LISTEN has no effect.
+HEARTBEAT, FUTILE_PAUSE = 15.0, 300.0
 # Least seconds between two NOTIFYs for own commits.
 NOTIFY_DELAY = 0.02
-# Seconds until the next try where LISTEN has no effect.
-FUTILE_PAUSE = 300.0
 # Seconds that a stopped listener has to end before its call is aborted.
 ENDING = 1.0
 
@@ -40,10 +37,7 @@ class Futile(Exception):
 
 
 class Listener:
-    """Calls ``on_notify(jobs)`` on its thread when another session notified; ``jobs``: there may be jobs to run.
-
-    ``start`` and ``stop`` once; ``notify`` from any thread.
-    """
+    """Calls ``on_notify(jobs)`` on its thread when another session notified; ``jobs``: there may be jobs to run."""
 
     def __init__(self, engine: sa.Engine, channels: tuple[str, ...], on_notify: Callable[[bool], object]) -> None:
         self.link = DedicatedConnection(engine, autocommit=True)
@@ -51,7 +45,9 @@ class Listener:
         self._on_notify = on_notify
         self._stopped = threading.Event()
         self._lock = threading.Lock()
+        # Channels to notify, and those that other sessions notified.
         self._pending: set[str] = set()
+        self._heard: set[str] = set()
         self._last_sent = 0.0
         # Wakes the thread while it waits for notifications. None before there is a connection.
         self._waker: socket.socket | None = None
@@ -65,7 +61,6 @@ class Listener:
         return engine.dialect.name == "postgresql" and engine.dialect.driver == "psycopg"
 
     def start(self) -> None:
-        """Listen from soon on."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -94,15 +89,13 @@ class Listener:
 
     def _run(self) -> None:
         pause, failing = WARM_UP, Backoff()
-        near, far = socket.socketpair()
-        with near, far:
-            for end in (near, far):
-                end.setblocking(False)
-            self._waker = far
+        woken, self._waker = socket.socketpair()
+        with woken, self._waker:
+            self._waker.setblocking(False)
             while not self._stopped.wait(pause):
                 began = time.monotonic()
                 try:
-                    self._listen(near)
+                    self._listen(woken)
                 except Futile:
                     logger.info("LISTEN has no effect on this connection, so the event log is polled")
                     pause = FUTILE_PAUSE
@@ -119,37 +112,51 @@ class Listener:
     def _listen(self, woken: socket.socket) -> None:
         with ExitStack() as stack:
             with self.link.use() as connection:
-                reader = NotifyReader(connection.connection.driver_connection)
+                driver: Any = connection.connection.driver_connection
                 # It is this thread's for good: the pool may open another in its place, and will not close this one.
                 connection.detach()
-                stack.callback(reader.close)
+                stack.callback(driver.close)
+                # For notifications that come during a statement.
+                driver.add_notify_handler(lambda notify: self._keep(driver, notify.channel, notify.pid))
                 for channel in (self._jobs, self._log):
                     connection.exec_driver_sql(f"LISTEN {channel}")
+            self._check()  # at once: until it fails, polling is rare
+            self.listening = True
+            self._on_notify(True)  # what was committed before is not notified again
             selector = stack.enter_context(selectors.DefaultSelector())
             selector.register(woken, selectors.EVENT_READ)
-            selector.register(reader.fileno(), selectors.EVENT_READ)
-            self._attend(reader, woken, selector)
+            selector.register(driver, selectors.EVENT_READ)
+            self._attend(driver, woken, selector)
 
-    def _attend(self, reader: NotifyReader, woken: socket.socket, selector: selectors.BaseSelector) -> None:
-        self._check()  # at once: until it fails, polling is rare
-        self.listening = True
-        self._on_notify(True)  # what was committed before is not notified again
+    def _attend(self, driver: Any, woken: socket.socket, selector: selectors.BaseSelector) -> None:
         next_beat = time.monotonic() + HEARTBEAT
         while not self._stopped.is_set():
             until = min(next_beat, self._last_sent + NOTIFY_DELAY) if self._pending else next_beat
-            ready = [key.fd for key, _ in selector.select(max(0.0, until - time.monotonic()))]
-            if woken.fileno() in ready:
-                with suppress(BlockingIOError):
-                    woken.recv(4096)
-            if reader.fileno() in ready:
-                reader.read()
+            ready = [key.fileobj for key, _ in selector.select(max(0.0, until - time.monotonic()))]
+            if woken in ready:
+                woken.recv(4096)
+            if driver in ready:
+                self._read(driver)
             if self._pending and time.monotonic() >= self._last_sent + NOTIFY_DELAY:
                 self._send()
             if time.monotonic() >= next_beat:
                 self._check()
                 next_beat = time.monotonic() + HEARTBEAT
-            if channels := reader.drain():
-                self._on_notify(self._jobs in channels)
+            if self._heard:
+                heard, self._heard = self._heard, set()
+                self._on_notify(self._jobs in heard)
+
+    def _read(self, driver: Any) -> None:
+        """Read what has arrived. Raises when the connection is lost."""
+        driver.pgconn.consume_input()
+        while (notify := driver.pgconn.notifies()) is not None:
+            self._keep(driver, notify.relname.decode(), notify.be_pid)
+        if driver.closed:
+            raise ConnectionError("closed by the server")
+
+    def _keep(self, driver: Any, channel: str, sender: int) -> None:
+        if sender != driver.info.backend_pid:
+            self._heard.add(channel)
 
     def _send(self) -> None:
         with self._lock:
@@ -163,40 +170,3 @@ class Listener:
         with self.link.use() as connection:
             if not connection.exec_driver_sql("SELECT count(*) FROM pg_listening_channels()").scalar_one():
                 raise Futile
-
-
-class NotifyReader:
-    """The notifications of a psycopg connection. Those that come during a statement go to a handler; the others are
-    read here.
-    """
-
-    def __init__(self, driver: Any) -> None:
-        self._driver = driver
-        self._channels: set[str] = set()
-        driver.add_notify_handler(lambda notify: self._add(notify.channel, notify.pid))
-
-    def fileno(self) -> int:
-        return int(self._driver.fileno())
-
-    def read(self) -> None:
-        """Read what has arrived. Raises when the connection is lost."""
-        raw = self._driver.pgconn
-        raw.consume_input()
-        while (notify := raw.notifies()) is not None:
-            self._add(notify.relname.decode(), notify.be_pid)
-        if self._driver.closed:
-            raise ConnectionError("closed by the server")
-
-    def close(self) -> None:
-        """Close the connection, also one that is lost: SQLAlchemy drops a detached one without closing it."""
-        with suppress(Exception):
-            self._driver.close()
-
-    def drain(self) -> set[str]:
-        """The channels that other connections notified since the last call."""
-        channels, self._channels = self._channels, set()
-        return channels
-
-    def _add(self, channel: str, sender: int) -> None:
-        if sender != self._driver.info.backend_pid:
-            self._channels.add(channel)

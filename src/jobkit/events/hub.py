@@ -20,7 +20,6 @@ from jobkit.tables import content_jobs
 from jobkit.types import JobEvent, JobStatus
 
 logger = logging.getLogger("jobkit")
-
 # Seconds without a signal after which the log itself is polled: a transaction that somebody left open, a slow receiver
 # or a lost connection may hold signals up.
 POLL = 5.0
@@ -32,15 +31,15 @@ PAGE = 500
 ENDING = 1.0
 TERMINAL = {f"content_job.{status.value}" for status in JobStatus if status.terminal}
 
+Wake = Callable[[], object]
+
 
 class Subscriber:
     """Keeps the events heard from ``subscribe`` to ``close``: up to a limit, beyond which it only knows that it missed
     some. ``wake`` is called on the relay's thread, and must not block.
     """
 
-    def __init__(
-        self, engine: sa.Engine, *, wake: Callable[[], object], job_id: UUID | None = None, company_id: str = ""
-    ) -> None:
+    def __init__(self, engine: sa.Engine, *, wake: Wake, job_id: UUID | None = None, company_id: str = "") -> None:
         """Hears of one job, or of one company."""
         self._relay, self._engine, self._wake = Relay(engine), engine, wake
         self.log, self.job_id = log_key(engine), job_id
@@ -70,10 +69,7 @@ class Subscriber:
         self._wake()
 
     def compare(self, last_seq: int | None) -> None:
-        """The last event of the job has this ``seq``, or None when the job is gone: find out whether one was missed.
-
-        Does nothing for a company.
-        """
+        """Find out whether an event was missed: the job's last one has this ``seq``, None when the job is gone."""
 
     def _mark_missed(self) -> None:
         with self._lock:
@@ -126,9 +122,7 @@ class Hub:
                     logger.exception("a watcher of job %s could not be woken", event.job_id)
 
     def poll(self, engine: sa.Engine, log: str) -> None:
-        """Poll the jobs that are watched in one log, by ``engine``, and wake the subscribers who missed an event. Only
-        once in ``POLL`` seconds, whoever asks. Blocks on the database.
-        """
+        """Wake whoever missed an event of a job watched in ``log``; once in ``POLL`` s. Blocks on the database."""
         now = time.monotonic()
         if now < self._polled.get(log, 0.0) + POLL or not self._polling.acquire(blocking=False):
             return

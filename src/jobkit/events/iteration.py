@@ -28,9 +28,7 @@ class Subscription(Protocol[T_co]):
         """Subscribe, and give the first items. Blocks on the database."""
 
     def take(self, *, woken: bool) -> Sequence[T_co]:
-        """The items since the last call; ``woken`` is False after ``pause`` seconds without. May block on the
-        database.
-        """
+        """The items since the last call; ``woken``: False after ``pause`` seconds without. May ask the database."""
 
     def pause(self) -> float:
         """Seconds to wait for being woken."""
@@ -40,9 +38,7 @@ class Subscription(Protocol[T_co]):
 
 
 class ThreadWaker:
-    """Wakes a thread that waits. A bare lock, because a signal handler may call ``wake`` while its own thread does
-    anything.
-    """
+    """Wakes a waiting thread. A bare lock: a signal handler may call ``wake`` while its own thread does anything."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -99,14 +99,12 @@ class ReadPosition:
         return row.id not in self.delivered_ahead and row.seq > self._last.get(row.job_id, 0)
 
     def gaps(self, rows: Iterable[EventRow]) -> dict[UUID, int]:
-        """The jobs of ``rows`` whose preceding event is neither among ``rows`` nor known to be delivered, each with the
-        seq after the gap.
-        """
+        """The jobs of ``rows`` whose preceding event is not there nor known as delivered, with the ``seq`` after it."""
         rows = list(rows)
         known = {(row.job_id, row.seq) for row in rows}
         return {
             row.job_id: row.seq
-            for row in by_seq(rows)
+            for row in sorted(rows, key=lambda row: row.seq)
             if row.seq > 1 and (row.job_id, row.seq - 1) not in known and self._last.get(row.job_id) != row.seq - 1
         }
 
@@ -118,11 +116,6 @@ class ReadPosition:
             self._last.move_to_end(row.job_id)
         while len(self._last) > REMEMBERED_JOBS:
             self._last.popitem(last=False)
-
-    def advance(self, scanned: Iterable[EventRow], cursor: Position) -> None:
-        """Every event up to ``cursor`` is delivered. ``scanned``: what a scan gave on the way there."""
-        self.cursor = cursor
-        self.delivered_ahead.difference_update(row.id for row in scanned)
 
     def delivered_range(self) -> DeliveredRange | None:
         """What was delivered so far; None for nothing."""
@@ -145,9 +138,7 @@ class Batch(NamedTuple):
 
 
 class LogReader:
-    """Reads events after a position. ``read`` changes nothing; ``advance``, after the delivery, moves on. For one
-    thread.
-    """
+    """Reads events after a position, on one thread. ``read`` changes nothing; ``advance``, after delivery, moves on."""
 
     def __init__(self, engine: sa.Engine, start: Start) -> None:
         self._statements, self.position = statements_for(engine), ReadPosition(start)
@@ -183,7 +174,8 @@ class LogReader:
     def advance(self, batch: Batch) -> None:
         """``batch`` was delivered."""
         self.position.delivered_ahead.update(row.id for row in batch.earlier)
-        self.position.advance(batch.scanned, batch.end)
+        self.position.delivered_ahead.difference_update(row.id for row in batch.scanned)
+        self.position.cursor = batch.end
 
 
 class FeedReader(LogReader):
@@ -257,14 +249,10 @@ class History:
                 self._ranges = (*self._ranges, delivered)[-2 * REMEMBERED_RANGES :]
 
 
-def by_seq(rows: Iterable[EventRow]) -> list[EventRow]:
-    return sorted(rows, key=lambda row: row.seq)
-
-
 def in_order(rows: Sequence[EventRow]) -> list[EventRow]:
     """``rows`` in the order given, except that the events of one job follow their ``seq``."""
     by_job: defaultdict[UUID, deque[EventRow]] = defaultdict(deque)
-    for row in by_seq(rows):
+    for row in sorted(rows, key=lambda row: row.seq):
         by_job[row.job_id].append(row)
     return [by_job[row.job_id].popleft() for row in rows]
 

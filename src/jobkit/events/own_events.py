@@ -24,9 +24,7 @@ class OwnEvents:
         self.left_to_scan = 0
 
     def add(self, rows: Sequence[EventRow], *, wanted: bool, room: bool) -> bool:
-        """Publish these; whether the feed has something to do now. ``wanted``: there are receivers; ``room``: the feed
-        can deliver more ahead of its scan.
-        """
+        """Publish these; whether the feed must act. ``wanted``: by receivers; ``room``: for more ahead of the scan."""
         all_done = self._done == self.accepted
         self.accepted += len(rows)
         # Behind others that are on their way these wait as well: events are done in the order of their number.

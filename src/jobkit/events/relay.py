@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from types import TracebackType
 from typing import Self
 
 import sqlalchemy as sa
@@ -67,9 +66,7 @@ class Relay:
         return self
 
     def stop(self, timeout: float = 5.0) -> None:
-        """No more signals, unless another relay or runner of this database is started. Waits for the receiver that runs
-        now.
-        """
+        """No more signals, unless another relay or runner of this database is started. Waits for a running receiver."""
         with _shared.lock:
             held, self._held = self._held, False
         if held:
@@ -83,9 +80,7 @@ class Relay:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
 
@@ -114,20 +109,18 @@ def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
 
 
 def release(engine: sa.Engine, timeout: float) -> None:
-    """Count once less; the last one ends the feed. What was published to it is delivered by then, or
-    ``timeout`` seconds are over."""
+    """Count once less; the last one ends the feed. Returns when what was published is delivered, or at the timeout."""
     key = log_key(engine)
     with _shared.lock:
         feed, count = _shared.feeds[key]
-        last = count == 1
-        if last:
-            del _shared.feeds[key]
-        else:
+        if count > 1:
             _shared.feeds[key] = feed, count - 1
-    if last:
-        feed.close(timeout)
-    else:
+        else:
+            del _shared.feeds[key]
+    if count > 1:
         feed.flush(timeout)
+    else:
+        feed.close(timeout)
 
 
 def running_feed(engine: sa.Engine) -> Feed | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from datetime import timedelta
 from uuid import UUID
 
@@ -22,7 +22,7 @@ from jobkit.db.connections import is_outage
 from jobkit.db.dialects import statements_for
 from jobkit.errors import JobNotFound
 from jobkit.events import hub
-from jobkit.events.hub import TERMINAL, Subscriber
+from jobkit.events.hub import TERMINAL, Subscriber, Wake
 from jobkit.events.iteration import ThreadWaker, iterate
 from jobkit.jobs import outbox
 from jobkit.jobs.store import JobStore
@@ -34,11 +34,7 @@ _e = content_job_events.c
 
 
 def watch(
-    engine: sa.Engine,
-    job_id: UUID | str,
-    *,
-    company_id: object = None,
-    timeout: timedelta | float | None = None,
+    engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, timeout: timedelta | float | None = None
 ) -> Generator[JobEvent, None, None]:
     """The job's ``JobState`` as it is now, then each of its events as it comes, in the order of ``seq``, none missing
     and none twice, until one says that the job is done, failed or cancelled.
@@ -64,9 +60,7 @@ class Watcher(Subscriber):
     in the end. Used by one thread at a time. ``wake`` is called on the relay's thread, and must not block.
     """
 
-    def __init__(
-        self, engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, wake: Callable[[], object]
-    ) -> None:
+    def __init__(self, engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, wake: Wake) -> None:
         super().__init__(engine, wake=wake, job_id=parse_id(job_id))
         self._requested, self._company_id = job_id, company_id
         #: Whether the job has ended, as far as ``open`` and ``take`` have shown.
@@ -82,17 +76,8 @@ class Watcher(Subscriber):
                 raise JobNotFound(self._requested)
             last = connection.execute(sa.select(_e.id).where(_e.job_id == job.id, _e.seq == job.event_seq))
             event_id = last.scalar_one_or_none() or 0
-        return JobState(
-            event_id,
-            job.event_seq,
-            cursor,
-            job.company_id,
-            f"content_job.{job.status.value}",
-            job.id,
-            job.updated_at,
-            outbox.payload_of(job),
-            job,
-        )
+        kind, payload = outbox.type_of(job), outbox.payload_of(job)
+        return JobState(event_id, job.event_seq, cursor, job.company_id, kind, job.id, job.updated_at, payload, job)
 
     def open(self, after: int | None = None) -> JobState:
         """Hear of the job from now on, and return its state. Blocks on the database; ``JobNotFound``.
@@ -118,7 +103,6 @@ class Watcher(Subscriber):
         return state
 
     def compare(self, last_seq: int | None) -> None:
-        """The last event of the job has this ``seq``, or None when the job is gone: wake if it was missed."""
         if last_seq is None or last_seq > self._seq:
             self._mark_missed()
             self._wake()
@@ -150,33 +134,29 @@ class Watcher(Subscriber):
         return fresh
 
     def _from_log(self) -> list[JobEvent]:
-        assert self.job_id is not None
+        cursor, job_id = self._cursor, self.job_id
+        assert job_id is not None
         try:
             with self._engine.connect() as connection:
                 rows = connection.execute(
                     sa.select(_e.id, _e.seq, _e.company_id, _e.type, _e.created_at, _e.payload)
-                    .where(_e.job_id == self.job_id, _e.seq > self._seq)
+                    .where(_e.job_id == job_id, _e.seq > self._seq)
                     .order_by(_e.seq)
                     .limit(hub.PAGE)
                 ).all()
-                known = sa.select(content_jobs.c.id).where(content_jobs.c.id == self.job_id)
+                known = sa.select(content_jobs.c.id).where(content_jobs.c.id == job_id)
                 if not rows and connection.execute(known).one_or_none() is None:
-                    raise JobNotFound(self.job_id)
+                    raise JobNotFound(job_id)
         except Exception as error:
             if not is_outage(error):
                 raise
-            logger.warning(
-                "the log of job %s could not be read, and will be again: %s", self.job_id, error_message(error)
-            )
+            logger.warning("the log of job %s could not be read, and will be again: %s", job_id, error_message(error))
             self._mark_missed()
             return []
         if len(rows) == hub.PAGE:
             self._mark_missed()
             self._wake()
-        return [
-            JobEvent(r.id, r.seq, self._cursor, r.company_id, r.type, self.job_id, r.created_at, r.payload)
-            for r in rows
-        ]
+        return [JobEvent(r.id, r.seq, cursor, r.company_id, r.type, job_id, r.created_at, r.payload) for r in rows]
 
 
 class TimedWatch:

@@ -22,6 +22,8 @@ from jobkit.jobs.outcomes import Outcome
 from jobkit.types import JobStatus, StoredObject
 
 Pick = Callable[[sa.Connection, ClaimTerms], list[ClaimedRow]]
+# Gets the events of each commit.
+OnCommit = Callable[[Sequence[EventRow]], object]
 # A job that lost its worker this many times in a row, and then once more, has failed: it may be what kills workers.
 MAX_RESCUES = 5
 

@@ -26,7 +26,6 @@ from jobkit.db.host import require_schema, sync_engine
 from jobkit.db.sqlite import refuse_deadlock
 
 logger = logging.getLogger("jobkit")
-
 # Jobs that one query reads, that one transaction deletes, and whose ids a report names.
 PAGE = 5_000
 BATCH = 100

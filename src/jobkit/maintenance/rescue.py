@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-
-import sqlalchemy as sa
 
 from jobkit.base.clock import Clock
 from jobkit.base.threads import Periodic
 from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import Dialect, EventRow
 from jobkit.jobs import claims
+from jobkit.jobs.claims import OnCommit
 
 # Seconds between two checks for expired leases by a started runner; jobs that one transaction rescues.
 INTERVAL = 1.0
@@ -31,19 +29,14 @@ class RescueReport:
     cancelled: int = 0
 
 
-def rescue(
-    link: DedicatedConnection | SharedConnection,
-    statements: Dialect,
-    *,
-    clock: Clock,
-    on_commit: Callable[[Sequence[EventRow]], object],
-) -> RescueReport:
+def rescue(link: DedicatedConnection | SharedConnection, *, clock: Clock, on_commit: OnCommit) -> RescueReport:
     """Take every job with an expired lease from its worker, in transactions of its own. ``on_commit`` gets the events.
 
     Fenced: of a rescue and a worker that renews or ends its job at the same moment, one wins as a whole.
     """
-    told: list[str] = []
+    types: list[str] = []
     with link.use() as connection:
+        statements = statements_for(connection)
         if statements.claim_locks:
             with connection.begin():
                 if not statements.has_expired(connection):
@@ -53,30 +46,19 @@ def rescue(
                 events = claims.rescue(connection, limit=BATCH, now=clock())
             if events:
                 on_commit(events)
-            told += [event.type for event in events]
+            types += [event.type for event in events]
             if len(events) < BATCH:
                 break
-    return RescueReport(
-        told.count("content_job.retrying"), told.count("content_job.failed"), told.count("content_job.cancelled")
-    )
+    return RescueReport(*(types.count(f"content_job.{end}") for end in ("retrying", "failed", "cancelled")))
 
 
 class Rescuer:
     """Rescues every second on a thread of its own, also while the runner is idle. Calls ``wake`` after queuing jobs."""
 
     def __init__(
-        self,
-        engine: sa.Engine,
-        *,
-        lease: float,
-        clock: Clock,
-        shared: SharedConnection,
-        on_commit: Callable[[Sequence[EventRow]], object],
-        wake: Callable[[], None],
+        self, shared: SharedConnection, *, lease: float, clock: Clock, on_commit: OnCommit, wake: Callable[[], None]
     ) -> None:
-        self._clock, self._on_commit, self._wake = clock, on_commit, wake
-        self._statements = statements_for(engine)
-        self._shared = shared
+        self._shared, self._clock, self._on_commit, self._wake = shared, clock, on_commit, wake
         self._pause = min(INTERVAL, lease / 2)
         self._awake = time.monotonic()
         self.timer = Periodic("jobkit-rescue", self._pause, self._tick)
@@ -88,7 +70,7 @@ class Rescuer:
         if frozen:
             return
         try:
-            report = rescue(self._shared, self._statements, clock=self._clock, on_commit=self._on_commit)
+            report = rescue(self._shared, clock=self._clock, on_commit=self._on_commit)
             if report.queued:
                 self._wake()
         finally:

@@ -5,32 +5,17 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import tempfile
 import time
 from collections.abc import AsyncIterable, Coroutine, Generator, Iterable
 from concurrent.futures import CancelledError, Future
 from contextlib import closing, suppress
-from typing import Any, BinaryIO, SupportsFloat
-from uuid import UUID
+from typing import Any, SupportsFloat
 
+from jobkit import errors
 from jobkit.assets.spool import StagedFile
-from jobkit.assets.store import AssetStore
-from jobkit.base.ids import new_id
-from jobkit.base.loops import LoopThread
 from jobkit.base.text import error_message
 from jobkit.base.threads import TaskState
-from jobkit.errors import (
-    AssetNotFound,
-    Discard,
-    JobTimeout,
-    LeaseLost,
-    RenderInterrupted,
-    Retry,
-    Snooze,
-    UnknownJobType,
-)
 from jobkit.jobs.claims import Claim, Report
-from jobkit.jobs.creation import canonical
 from jobkit.rendering.context import Registration, RenderContext, RenderEnvironment, report
 from jobkit.types import Rendered, StoredObject
 
@@ -58,13 +43,11 @@ class Attempt:
         #: Shared by the thread that renders and the one that may give the attempt up.
         self.task = TaskState()
         self._registration, self._environment = registration, environment
-        self._interruption: RenderInterrupted | None = None
+        self._interruption: errors.RenderInterrupted | None = None
         self._awaited: Future[Any] | None = None
 
     def run(self) -> None:
-        """Render in this thread. Raises nothing: whatever the renderer raises, ``SystemExit`` too, is this attempt's
-        ``failure``.
-        """
+        """Render in this thread. Raises nothing: what the renderer raises, ``SystemExit`` too, becomes ``failure``."""
         began = time.monotonic()
         try:
             self.render()
@@ -85,7 +68,7 @@ class Attempt:
             context.input = self._registration.parse(self.claim.input)
             self._read(self._registration.renderer(context), context)
             if not self.drafts:
-                raise ValueError(f"the renderer for {self.claim.job_type!r} gave no file")
+                raise ValueError(f"{self._renderer} gave no file")
             self.stored = tuple(draft.seal(recorded=True) for draft in self.drafts)
         except BaseException:
             self.discard()
@@ -103,13 +86,13 @@ class Attempt:
             return math.inf
         return timeout if self.started is None else self.started + timeout - time.monotonic()
 
-    def interrupt(self, reason: RenderInterrupted) -> None:
+    def interrupt(self, reason: errors.RenderInterrupted) -> None:
         """Make ``ctx.check()`` raise ``reason`` from now on, and cancel the coroutine that the renderer waits for."""
         self._interruption = reason
         if (awaited := self._awaited) is not None:
             awaited.cancel()
 
-    def give_up(self) -> JobTimeout:
+    def give_up(self) -> errors.JobTimeout:
         """Ask a renderer that has taken too long to stop; return the reason."""
         reason = self._overdue()
         self.interrupt(reason)
@@ -121,7 +104,7 @@ class Attempt:
             if self.remaining <= 0:
                 self._interruption = self._overdue()
             elif time.monotonic() > self.renewed + self._environment.lease:
-                self._interruption = LeaseLost(f"the lease of job {self.claim.job_id} could not be renewed")
+                self._interruption = errors.LeaseLost(f"the lease of job {self.claim.job_id} could not be renewed")
         if self._interruption is not None:
             raise self._interruption
 
@@ -141,10 +124,12 @@ class Attempt:
         """Run ``coroutine`` on the runner's event loop."""
         return self._environment.loop.start(coroutine)
 
-    def _overdue(self) -> JobTimeout:
-        return JobTimeout(
-            f"the renderer for {self.claim.job_type!r} did not end within {self._registration.timeout:g} seconds"
-        )
+    @property
+    def _renderer(self) -> str:
+        return f"the renderer for {self.claim.job_type!r}"
+
+    def _overdue(self) -> errors.JobTimeout:
+        return errors.JobTimeout(f"{self._renderer} did not end within {self._registration.timeout:g} seconds")
 
     # --- afterwards
 
@@ -154,9 +139,9 @@ class Attempt:
             draft.discard()
 
     def _log(self, error: BaseException) -> None:
-        asked = isinstance(error, RenderInterrupted | Snooze | Retry | Discard)
+        asked = isinstance(error, errors.RenderInterrupted | errors.Snooze | errors.Retry | errors.Discard)
         # The traceback of an unknown job type would show only jobkit.
-        traceback = None if asked or isinstance(error, UnknownJobType) else error
+        traceback = None if asked or isinstance(error, errors.UnknownJobType) else error
         message = "job %s (%r) ended without files: %s" if asked else "job %s (%r) failed: %s"
         level = logging.INFO if asked else logging.WARNING
         logger.log(level, message, self.claim.job_id, self.claim.job_type, error_message(error), exc_info=traceback)
@@ -164,30 +149,24 @@ class Attempt:
     def _read(self, result: Any, context: RenderContext) -> None:
         if inspect.isawaitable(result):
             result = self._wait(result)
-        if result is None:
-            return
-        if isinstance(result, Rendered):
-            _spool(result, context)
-            return
-        outputs = self._iterate(result)
-        with closing(outputs):
+        with closing(self._iterate(result)) as outputs:
             for rendered in outputs:
                 if not isinstance(rendered, Rendered):
-                    raise TypeError(
-                        f"the renderer for {self.claim.job_type!r} yielded {type(rendered).__name__}, not Rendered"
-                    )
-                _spool(rendered, context)
+                    raise TypeError(f"{self._renderer} yielded {type(rendered).__name__}, not Rendered")
+                # Closed at once: a job of many files would run out of descriptors.
+                with closing(context.add(rendered.filename, rendered.content_type).spool) as spool:
+                    spool.fill(rendered.body)
 
     def _iterate(self, result: Any) -> Generator[Any]:
-        if isinstance(result, AsyncIterable):
+        if isinstance(result, Rendered):
+            yield result
+        elif isinstance(result, AsyncIterable):
             yield from self._iterate_async(aiter(result))
         elif isinstance(result, Iterable) and not isinstance(result, str | bytes | dict):
             yield from result
-        else:
-            raise TypeError(
-                f"the renderer for {self.claim.job_type!r} returned {type(result).__name__}, "
-                "not Rendered or an iterable of them"
-            )
+        elif result is not None:
+            kind = type(result).__name__
+            raise TypeError(f"{self._renderer} returned {kind}, not Rendered or an iterable of them")
 
     def _iterate_async(self, iterator: Any) -> Generator[Any]:
         try:
@@ -202,7 +181,7 @@ class Attempt:
         except BaseException as error:
             if hasattr(iterator, "aclose"):
                 closing = self.start_coroutine(_awaited(iterator.aclose()))
-                if not isinstance(error, RenderInterrupted):  # then the generator may still be running
+                if not isinstance(error, errors.RenderInterrupted):  # then the generator may still be running
                     closing.result()
             raise
 
@@ -219,27 +198,6 @@ class Attempt:
             raise
         finally:
             self._awaited = None
-
-
-def _spool(rendered: Rendered, context: RenderContext) -> None:
-    # Closed at once: a job of many files would run out of descriptors.
-    with closing(context.add(rendered.filename, rendered.content_type).spool) as spool:
-        spool.fill(rendered.body)
-
-
-def render_alone(
-    registration: Registration, services: Any, job_type: str, input: dict[str, Any] | None, loop: LoopThread
-) -> list[Rendered]:
-    """The files of one job type and input, each with its body as bytes, without a database."""
-    claim = Claim(new_id(), "render", job_type, canonical({} if input is None else input)[1], None, 1, 1)
-    with tempfile.TemporaryDirectory(prefix="jobkit-render-") as folder:
-        attempt = Attempt(claim, registration, RenderEnvironment(AssetStore(folder), loop, _no_asset, services))
-        attempt.render()
-        return [Rendered(d.filename or "file", d.content_type, d.spool.path.read_bytes()) for d in attempt.drafts]
-
-
-def _no_asset(company_id: str, asset_id: UUID | str) -> BinaryIO:
-    raise AssetNotFound(f"no asset {asset_id}: there is no database behind Renderers.render")
 
 
 async def _awaited(result: Any) -> Any:

@@ -75,9 +75,7 @@ class RenderContext:
         return self._workdir
 
     def check(self) -> None:
-        """Return when the work is still wanted; else raise ``LeaseLost``, ``JobCancelled`` or ``JobTimeout``. Cheap:
-        call it often.
-        """
+        """Raise ``LeaseLost``, ``JobCancelled`` or ``JobTimeout`` once the work is not wanted. Cheap: call it often."""
         self._control.check()
 
     def progress(self, fraction: SupportsFloat, message: str | None = None) -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
+from uuid import UUID
 
+from jobkit.assets.store import AssetStore
 from jobkit.base.clock import seconds
+from jobkit.base.ids import new_id
 from jobkit.base.loops import LoopThread
 from jobkit.base.text import storable
-from jobkit.errors import UnknownJobType
-from jobkit.rendering.attempt import render_alone
-from jobkit.rendering.context import Registration, RenderContext, Renderer
+from jobkit.errors import AssetNotFound, UnknownJobType
+from jobkit.jobs.claims import Claim
+from jobkit.jobs.creation import canonical
+from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import Registration, RenderContext, RenderEnvironment, Renderer
 from jobkit.types import Rendered
 
 __all__ = ["RenderContext", "Renderer", "Renderers"]
@@ -49,7 +55,6 @@ class Renderers:
         storable(job_type, "job_type", limit=255)
         if isinstance(max_attempts, bool) or not isinstance(max_attempts, int) or max_attempts < 1:
             raise ValueError(f"max_attempts must be a count above zero, not {max_attempts!r}")
-
         limit = None if timeout is None else seconds(timeout, "timeout")
 
         def keep(renderer: R) -> R:
@@ -73,8 +78,16 @@ class Renderers:
         Raises what the renderer raises, and what would fail the job. ``ctx.open_asset`` finds nothing.
         """
         registration = self.find(job_type)
-        with closing(LoopThread()) as loop:
-            return render_alone(registration, self.services, job_type, input, loop)
+        claim = Claim(new_id(), "render", job_type, canonical({} if input is None else input)[1], None, 1, 1)
+        with closing(LoopThread()) as loop, tempfile.TemporaryDirectory(prefix="jobkit-render-") as folder:
+            environment = RenderEnvironment(AssetStore(folder), loop, _no_asset, self.services)
+            attempt = Attempt(claim, registration, environment)
+            attempt.render()
+            return [Rendered(d.filename or "file", d.content_type, d.spool.path.read_bytes()) for d in attempt.drafts]
+
+
+def _no_asset(_company_id: str, asset_id: UUID | str) -> BinaryIO:
+    raise AssetNotFound(f"no asset {asset_id}: there is no database behind Renderers.render")
 
 
 def _checked(renderer: R) -> R:
@@ -87,12 +100,9 @@ def registration_of(renderers: Renderers, job_type: str) -> Registration:
     """As ``Renderers.find``; for an unknown type, a renderer that raises ``UnknownJobType``."""
     try:
         return renderers.find(job_type)
-    except UnknownJobType as error:
-        return Registration(_raising(error))
+    except UnknownJobType:
 
+        def refuse(context: RenderContext) -> None:
+            raise UnknownJobType(context.job_type)
 
-def _raising(error: UnknownJobType) -> Renderer:
-    def render(_: RenderContext) -> None:
-        raise error
-
-    return render
+        return Registration(refuse)

@@ -11,11 +11,10 @@ from jobkit.rendering.attempt import Attempt
 
 
 class InFlight:
-    """The attempts at the jobs that a pipeline has claimed and not ended, one for each job.
+    """Attempts, one for each job. The pipeline's thread adds and removes them; lease keeper and renderers read them.
 
-    The pipeline's thread adds and removes them; the lease keeper and the threads that render read them. Without a lock:
-    each reader needs one operation of the dictionary, which the interpreter does as a whole. A signal handler
-    may call ``Runner.stop``, where a lock that its thread holds already would never be free.
+    Without a lock: each reader needs one operation of the dictionary, which the interpreter does as a whole. A signal
+    handler may call ``Runner.stop``, where a lock that its thread holds already would never be free.
     """
 
     def __init__(self, reported: threading.Event | None = None) -> None:
@@ -34,9 +33,7 @@ class InFlight:
         return list(self._attempts.values())
 
     def holds(self, claim: Claim) -> bool:
-        """Whether ``claim`` is the last one of its job: the job may have been taken from this runner, and then claimed
-        by it again.
-        """
+        """Whether ``claim`` is its job's last: this runner may have lost the job, and claimed it again."""
         attempt = self._attempts.get(claim.job_id)
         return attempt is not None and attempt.claim.fence == claim.fence
 

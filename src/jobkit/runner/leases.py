@@ -1,11 +1,9 @@
-"""The leases of the jobs in flight: renewed while the runner lives. Renderers whose claim is lost are interrupted, and
-their progress is recorded.
-"""
+"""The leases of the jobs in flight: they are renewed, lost claims interrupted, and progress recorded."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -14,9 +12,9 @@ from jobkit.base.clock import Clock
 from jobkit.base.threads import Periodic
 from jobkit.db.connections import DedicatedConnection
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import EventRow
 from jobkit.errors import JobCancelled, LeaseLost
 from jobkit.jobs import claims
+from jobkit.jobs.claims import OnCommit
 from jobkit.rendering.attempt import Attempt
 from jobkit.runner.in_flight import InFlight
 
@@ -30,12 +28,10 @@ RECORD_PER_JOB = 0.005
 
 
 def look_every(jobs: int) -> float:
-    """Seconds between two checks of this many jobs."""
     return max(LOOK, jobs * LOOK_PER_JOB)
 
 
 def record_every(jobs: int) -> float:
-    """Seconds until the next record after one of this many jobs."""
     return max(RECORD, jobs * RECORD_PER_JOB)
 
 
@@ -48,13 +44,7 @@ class LeaseKeeper:
     """
 
     def __init__(
-        self,
-        engine: sa.Engine,
-        lease: float,
-        in_flight: InFlight,
-        *,
-        clock: Clock,
-        on_commit: Callable[[Sequence[EventRow]], object],
+        self, engine: sa.Engine, lease: float, in_flight: InFlight, *, clock: Clock, on_commit: OnCommit
     ) -> None:
         #: Another one, with the same event, when the pipeline is replaced.
         self.in_flight = in_flight
@@ -62,18 +52,16 @@ class LeaseKeeper:
         self._renew_at, self._look_at = time.monotonic() + lease / 3, 0.0
         # AUTOCOMMIT: one statement is the whole step. On SQLite recording progress takes two.
         self.link = DedicatedConnection(engine, autocommit=not statements_for(engine).claim_locks)
-        self.timer = Periodic(
-            "jobkit-leases", min(LOOK, lease / 3), self._tick, self.link.close, woken=in_flight.reported
-        )
+        pause = min(LOOK, lease / 3)
+        self.timer = Periodic("jobkit-leases", pause, self._tick, self.link.close, woken=in_flight.reported)
 
     def record(self) -> None:
         """Record new progress reports, unless that was done a moment ago; it renews the leases of their jobs."""
         sent, in_flight = time.monotonic(), self.in_flight
         if sent < in_flight.record_at:
             return
-        news = {
-            attempt: report for attempt in in_flight.attempts() if (report := attempt.reported) is not attempt.recorded
-        }
+        reported = {attempt: attempt.reported for attempt in in_flight.attempts()}
+        news = {attempt: report for attempt, report in reported.items() if report is not attempt.recorded}
         if not news:
             return
         in_flight.record_at = sent + record_every(len(news))

@@ -1,8 +1,7 @@
 """The pipeline: one loop that does every database step of the jobs in flight, in as few commits as possible.
 
 Each turn is one transaction: it finishes the jobs whose files are stored, records the keys of those that were just
-rendered, and claims jobs for the free slots. Between the turns, other threads render and store; no transaction is open
-then.
+rendered, and claims jobs for the free slots. Between the turns no transaction is open; other threads render and store.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
 
 from jobkit.base.clock import AdaptivePoll, Backoff
 from jobkit.base.ids import new_id
@@ -20,10 +18,10 @@ from jobkit.base.mailbox import NEVER, Mailbox
 from jobkit.base.text import error_message
 from jobkit.base.threads import Pool
 from jobkit.db.connections import is_outage
-from jobkit.db.dialects.base import EventRow
 from jobkit.errors import LeaseLost
+from jobkit.events.log import may_run
 from jobkit.jobs import claims
-from jobkit.jobs.claims import RELEASED, Claim, Completion
+from jobkit.jobs.claims import RELEASED, Claim, Completion, OnCommit
 from jobkit.rendering.attempt import Attempt
 from jobkit.rendering.context import RenderEnvironment
 from jobkit.runner.in_flight import InFlight
@@ -34,11 +32,8 @@ from jobkit.runner.turns import Committed, Committer, Turn, completion_of
 from jobkit.types import JobStatus, RunnerMetrics
 
 logger = logging.getLogger("jobkit")
-
-# After a job was found, the database is polled every ACTIVE_POLL seconds for ACTIVE_FOR seconds; then every
-# ``poll_interval``.
-ACTIVE_POLL = 0.05
-ACTIVE_FOR = 2.0
+# For ACTIVE_FOR seconds after a job was found, the database is polled every ACTIVE_POLL seconds.
+ACTIVE_POLL, ACTIVE_FOR = 0.05, 2.0
 # How long a pipeline that can claim nothing, because it is full or stopping, waits for messages at most, in seconds.
 FULL_PAUSE = 5.0
 # How many more jobs than slots may be rendered and wait for storage or commit: enough for commits to be shared, too few
@@ -48,17 +43,13 @@ CLAIM_LOST = "job %s was taken from this runner; its result is dropped"
 # Group commit: wait for results that are about to come as long as the last commit took, within these bounds (s).
 # Without it, 1 ms jobs are committed two at a time.
 GROUP_COMMIT_DELAY, GROUP_COMMIT_DELAY_MOST = 0.002, 0.02
-# The types of events after which a job runs again.
-BACK_IN_QUEUE = ("content_job.queued", "content_job.retrying")
 
 # An attempt that was rendered, a batch that was stored, or None: there may be jobs.
 Message = Attempt | StoreBatch | None
 
 
 class Pipeline:
-    """Claims, renders, stores and finishes jobs until it is stopped. ``run`` belongs to one thread; any may call the
-    other methods.
-    """
+    """Claims, renders, stores and finishes jobs until stopped. ``run`` belongs to one thread; any may call the rest."""
 
     def __init__(
         self,
@@ -68,24 +59,19 @@ class Pipeline:
         *,
         render_pool: Pool,
         store_pool: Pool,
-        on_commit: Callable[[Sequence[EventRow]], object],
+        on_commit: OnCommit,
     ) -> None:
         """``on_commit`` is called with the events of each commit, on the thread of ``run``."""
         self._concurrency, self._clock, self._on_commit = settings.concurrency, settings.clock, on_commit
         #: What it has claimed and not ended.
         self.in_flight = in_flight
+        worker_id = f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}"
         self._committer = Committer(
-            settings.engine,
-            worker_id=f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}",
-            lease=settings.lease,
-            clock=settings.clock,
-            in_flight=in_flight,
+            settings.engine, worker_id=worker_id, lease=settings.lease, clock=settings.clock, in_flight=in_flight
         )
         self.link = self._committer.link
         self._mailbox: Mailbox[Message] = Mailbox()
-        self._render_stage = RenderStage(
-            settings.renderers, environment, render_pool, settings.concurrency, in_flight, self._mailbox
-        )
+        self._render_stage = RenderStage(settings, environment, render_pool, in_flight, self._mailbox)
         self._store_stage = StoreStage(store_pool, settings.assets.batch_bytes, self._mailbox)
         self._turn = Turn()
         self._should_claim, self._next_poll = True, 0.0
@@ -109,13 +95,11 @@ class Pipeline:
         with self._changed:
             self._idle_requests += 1
             idle_request = self._idle_requests
-        self._mailbox.put(None)
+        self.wake()
         return idle_request
 
     def wait_idle(self, idle_request: int, timeout: float | None) -> bool:
-        """Wait until a claim that began after that request found no job and none is in flight, or until ``run`` has
-        returned; False after ``timeout`` seconds.
-        """
+        """Wait until no job is in flight and a claim begun since found none, or ``run`` ended; False at the timeout."""
         with self._changed:
             return self._changed.wait_for(lambda: self._idle_confirmed >= idle_request or self._returned, timeout)
 
@@ -131,20 +115,16 @@ class Pipeline:
     def stop(self) -> None:
         """Claim nothing more; ``run`` returns when the jobs in flight have ended."""
         self._stopping = True
-        self._mailbox.put(None)
+        self.wake()
 
     def abandon(self) -> None:
-        """Put the jobs in flight back into the queue; ``run`` returns at once. What their renderers go on to do changes
-        nothing.
-        """
+        """Put the jobs in flight back into the queue; ``run`` returns at once. What renderers still do is dropped."""
         self._stopping = self._abandoned = True
         self.in_flight.abandon()
         self._mailbox.ring()
 
     def leave_to_leases(self) -> None:
-        """Give up on the thread of ``run``, which is blocked in a database call for good. Its claims end with their
-        leases.
-        """
+        """Give up the thread of ``run``, blocked in a database call for good. Its claims end with their leases."""
         self.abandon()
         for attempt in self.in_flight.attempts():
             attempt.interrupt(LeaseLost(f"the database does not answer the runner of job {attempt.claim.job_id}"))
@@ -169,7 +149,9 @@ class Pipeline:
         finally:
             self.link.close()
             try:
-                self._discard_rendered()
+                self._sort(self._mailbox.drain(0))
+                for attempt in self._turn.rendered:  # they will not be stored
+                    attempt.discard()
             finally:
                 self._close()  # last: who waits for the end must find no spool file
 
@@ -180,18 +162,9 @@ class Pipeline:
             self._returned = True
             self._changed.notify_all()
 
-    def _discard_rendered(self) -> None:
-        """Remove the spool files that will not be stored."""
-        self._sort_all(self._mailbox.drain(0))
-        for attempt in self._turn.rendered:
-            attempt.discard()
-
     def _finished(self, until_idle: bool) -> bool:
-        if self._abandoned:
-            return True
-        return not self.in_flight and (
-            self._stopping or (until_idle and self._idle_confirmed >= self._idle_requests > 0)
-        )
+        idle = until_idle and self._idle_confirmed >= self._idle_requests > 0
+        return self._abandoned or (not self.in_flight and (self._stopping or idle))
 
     # --- what to do next
 
@@ -212,30 +185,27 @@ class Pipeline:
     def _collect(self, timeout: float) -> None:
         """Sort the messages. Waits up to ``timeout`` seconds for the first, and a little for more results."""
         # While the database fails, no message ends the pause.
-        self._sort_all(self._mailbox.drain(timeout, NEVER if self._backoff else 1))
+        self._sort(self._mailbox.drain(timeout, NEVER if self._backoff else 1))
         if self._turn.size and not self._backoff:
             expected = self._render_stage.expected_results() + self._store_stage.expected_results()
             if expected:
-                self._sort_all(self._mailbox.drain(self._commit_delay, expected))
+                self._sort(self._mailbox.drain(self._commit_delay, expected))
         if time.monotonic() >= self._next_poll:
             self._should_claim = True
 
-    def _sort_all(self, messages: list[Message]) -> None:
+    def _sort(self, messages: list[Message]) -> None:
         for message in messages:
-            self._sort(message)
-
-    def _sort(self, message: Message) -> None:
-        if message is None:
-            self._should_claim = True
-        elif isinstance(message, StoreBatch):
-            self._store_stage.finished(message)
-            self._turn.completions += [self._completion(one, message.failures.get(one)) for one in message.attempts]
-        else:
-            self._render_stage.finished(message)
-            if message.failure is None:
-                self._turn.rendered.append(message)
+            if message is None:
+                self._should_claim = True
+            elif isinstance(message, StoreBatch):
+                self._store_stage.finished(message)
+                self._turn.completions += [self._completion(one, message.failures.get(one)) for one in message.attempts]
             else:
-                self._turn.completions.append(self._completion(message, message.failure))
+                self._render_stage.finished(message)
+                if message.failure is None:
+                    self._turn.rendered.append(message)
+                else:
+                    self._turn.completions.append(self._completion(message, message.failure))
 
     def _completion(self, attempt: Attempt, failure: BaseException | None) -> Completion:
         return completion_of(attempt, failure, now=self._clock())
@@ -282,12 +252,12 @@ class Pipeline:
         events, claimed, settled = committed
         if events:
             self._on_commit(events)
-        ends = {event.job_id: event.type for event in events if event.type != "content_job.running"}
+        ends = {event.job_id: event for event in events if event.type != "content_job.running"}
         for completion in turn.completions:
             job_id = completion.claim.job_id
             self.in_flight.pop(completion.claim)
             if job_id in ends:
-                self.ended += ends[job_id] not in BACK_IN_QUEUE
+                self.ended += not may_run(ends[job_id])
             elif job_id in settled:
                 self.ended += settled[job_id].terminal
             else:
@@ -296,17 +266,14 @@ class Pipeline:
         self._store_stage.submit(turn.rendered)
         self._render_stage.submit([self._begin(claim) for claim in claimed])
         if turn.limit:
-            self._polled(turn, found=len(claimed))
-
-    def _polled(self, turn: Turn, *, found: int) -> None:
-        self._should_claim = self._committer.more_waiting
-        if found:
-            self._poll.found()
-        elif not self.in_flight:
-            with self._changed:
-                self._idle_confirmed = turn.idle_request
-                self._changed.notify_all()
-        self._next_poll = time.monotonic() + self._poll.interval
+            self._should_claim = self._committer.more_waiting
+            if claimed:
+                self._poll.found()
+            elif not self.in_flight:
+                with self._changed:
+                    self._idle_confirmed = turn.idle_request
+                    self._changed.notify_all()
+            self._next_poll = time.monotonic() + self._poll.interval
 
     # --- when the database refuses or fails
 
@@ -350,10 +317,10 @@ class Pipeline:
 
     def _release_all(self) -> None:
         """Put what is still in flight back into the queue, if the database can be reached."""
-        held = []
-        for attempt in self.in_flight.attempts():
+        attempts = self.in_flight.attempts()
+        for attempt in attempts:
             attempt.interrupt(LeaseLost(f"the runner stopped before job {attempt.claim.job_id} ended"))
-            held.append(attempt.claim)
+        held = [attempt.claim for attempt in attempts]
         if not held and not self._committer.unsure:
             return
         try:
@@ -362,6 +329,5 @@ class Pipeline:
             if events:
                 logger.warning("stopped with %d jobs unfinished; they are queued again", len(events))
         except Exception as error:
-            logger.error(
-                "stopped with %d jobs unfinished, and could not release them: %s", len(held), error_message(error)
-            )
+            message = "stopped with %d jobs unfinished, and could not release them: %s"
+            logger.error(message, len(held), error_message(error))

@@ -15,11 +15,11 @@ from jobkit.errors import JobTimeout
 from jobkit.jobs.claims import Claim
 from jobkit.rendering.attempt import Attempt
 from jobkit.rendering.context import RenderEnvironment
-from jobkit.rendering.renderers import Renderers, registration_of
+from jobkit.rendering.renderers import registration_of
 from jobkit.runner.in_flight import InFlight
+from jobkit.runner.settings import Settings
 
 logger = logging.getLogger("jobkit")
-
 # How many jobs are claimed ahead of the slots while renderers are quick: a slot could render several while a
 # transaction commits.
 AHEAD = 32
@@ -29,24 +29,19 @@ STUCK = 1.0
 
 
 class RenderStage:
-    """Renders up to ``concurrency`` attempts at a time, on the threads of ``pool``. Every attempt whose renderer has
-    ended comes back to ``mailbox``.
-
-    Its methods belong to one thread.
-    """
+    """Renders up to ``concurrency`` attempts on threads of ``pool``; they come back to ``mailbox``. For one thread."""
 
     def __init__(
         self,
-        renderers: Renderers,
+        settings: Settings,
         environment: RenderEnvironment,
         pool: Pool,
-        concurrency: int,
         in_flight: InFlight,
         mailbox: Sender[Attempt],
     ) -> None:
-        self._renderers, self._environment = renderers, environment
-        self._concurrency, self._may_wait = concurrency, pool.waits
-        self._slots = Slots(pool, concurrency, self._render)
+        self._renderers, self._environment = settings.renderers, environment
+        self._concurrency, self._may_wait = settings.concurrency, pool.waits
+        self._slots = Slots(pool, self._concurrency, self._render)
         self._in_flight, self._mailbox = in_flight, mailbox
         #: The attempts that were submitted and are not finished, in that order.
         self.rendering: dict[Attempt, None] = {}
@@ -83,9 +78,7 @@ class RenderStage:
         return len(self.rendering) if self.ahead else 0
 
     def next_deadline_in(self) -> float:
-        """Seconds until an attempt may be overdue or stalled, or ``grow`` may start another thread; infinite when
-        nothing of this can happen.
-        """
+        """Seconds until an attempt may be overdue or stalled, or ``grow`` may start a thread; infinite if none can."""
         growing = self._times.unchanged_for if self._slots.can_grow else math.inf
         return min(growing, self._stalled_in(), *(attempt.remaining for attempt in self.rendering))
 
@@ -133,8 +126,7 @@ class RenderStage:
 
 
 # Renderers are quick while each of the last 16, and each that runs, took less than 20 ms.
-LAST = 16
-QUICK = 0.02
+LAST, QUICK = 16, 0.02
 # One thread per 10 ms of queued work, estimated from the last renders: for shorter jobs, switching costs more than the
 # job. One render beyond that, and all threads are used.
 WORTH = 0.01
@@ -172,19 +164,14 @@ class RenderTimes:
         return WORTH - self.longest
 
     def threads(self, waiting: int, active_threads: int) -> float:
-        """How many threads to use for ``waiting`` jobs. Measured times include waiting for the GIL; so divide by the
-        threads that were active.
-        """
+        """How many threads to use for ``waiting`` jobs. Times include waits for the GIL: hence the division."""
         if len(self._took) < LAST or self.longest >= WORTH:
             return math.inf
         return waiting * sum(self._took) / LAST / active_threads / WORTH
 
 
 class Slots:
-    """Renders up to ``size`` attempts at a time, in the order in which they were added, on threads of ``pool``.
-
-    ``grow`` decides on how many. Its methods belong to one thread.
-    """
+    """Renders waiting attempts in order, on up to ``size`` threads of ``pool``; ``grow`` decides on how many."""
 
     def __init__(self, pool: Pool, size: int, render: Callable[[Attempt], bool]) -> None:
         """``render`` renders one attempt; True when its thread was replaced meanwhile."""
@@ -229,7 +216,6 @@ class Slots:
         self._pool.close()
 
     def _one_more(self, most: float) -> bool:
-        """Whether to start another thread; counts it."""
         with self._lock:
             wanted = min(self._size, max(1.0, most), self._rendering + len(self._waiting))
             more = bool(self._waiting) and self._threads < wanted

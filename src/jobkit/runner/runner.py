@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timedelta
-from types import TracebackType
 from typing import Any, Self
 
 import sqlalchemy as sa
@@ -129,9 +128,8 @@ class Runner:
         return job
 
     def _deliver_queued(self, job: Job, event_id: int, position: Position) -> None:
-        row = EventRow(
-            event_id, 0, 1, job.company_id, outbox.type_of(job), job.id, job.created_at, outbox.payload_of(job)
-        )
+        kind, payload = outbox.type_of(job), outbox.payload_of(job)
+        row = EventRow(event_id, 0, 1, job.company_id, kind, job.id, job.created_at, payload)
         feed = relay.running_feed(self.engine)  # it may have read the event from the log already
         if feed is not None and feed.publish([row]):
             feed.flush(DELIVERY_WAIT)
@@ -211,9 +209,7 @@ class Runner:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     def run_until_idle(self, timeout: timedelta | float | None = None) -> int:
@@ -263,9 +259,8 @@ class Runner:
         return report
 
     def _rescue(self, feed: Feed) -> RescueReport:
-        link = DedicatedConnection(self.engine)
-        with closing(link):
-            return rescue(link, statements_for(self.engine), clock=self._settings.clock, on_commit=feed.publish)
+        with closing(DedicatedConnection(self.engine)) as link:
+            return rescue(link, clock=self._settings.clock, on_commit=feed.publish)
 
     def _run_here(self) -> int:
         """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""
@@ -291,11 +286,8 @@ class Runner:
             statements = statements_for(connection)
             start: Start = statements.start(connection)
             jobs = [{"job": row.job_id.hex, "seq": row.seq, "queued": True} for row in rows]
-            queued = [
-                row
-                for row in statements.earlier(connection, start.position, start, jobs)
-                if row.type.endswith("queued")
-            ]
+            earlier = statements.earlier(connection, start.position, start, jobs)
+        queued = [row for row in earlier if row.type.endswith("queued")]
         relay.deliver_here(self.engine, [*queued, *rows], start.position)
 
 
@@ -307,9 +299,8 @@ def _until_idle(supervisor: Supervisor, feed: Feed, timeout: float | None, *, be
     while True:
         ended, delivered = supervisor.metrics().ended, feed.delivered_count
         if not supervisor.wait_idle(None if deadline is None else max(0.0, deadline - time.monotonic())):
-            raise TimeoutError(
-                f"jobs are still in flight after {timeout} s; {supervisor.metrics().ended - before} ended"
-            )
+            ended = supervisor.metrics().ended - before
+            raise TimeoutError(f"jobs are still in flight after {timeout} s; {ended} ended")
         feed.flush(DELIVERY_WAIT)
         if (supervisor.metrics().ended, feed.delivered_count) == (ended, delivered):
             return supervisor.metrics().ended - before

@@ -14,7 +14,6 @@ from jobkit.base.threads import Pool, TaskState
 from jobkit.rendering.attempt import Attempt
 
 logger = logging.getLogger("jobkit")
-
 # Most small jobs in one batch: more than are claimed at once.
 MOST = 64
 # How long storing a batch may take, in seconds, before its thread is replaced. The files may still arrive.
@@ -59,10 +58,7 @@ def store_batches(attempts: Iterable[Attempt], batch_bytes: int) -> list[StoreBa
 
 
 class StoreStage:
-    """Stores the files of rendered jobs, on the threads of ``pool``. Every batch comes back to ``mailbox``.
-
-    Its methods belong to one thread.
-    """
+    """Stores the files of rendered jobs on threads of ``pool``; batches come back to ``mailbox``. For one thread."""
 
     def __init__(self, pool: Pool, batch_bytes: int, mailbox: Sender[StoreBatch]) -> None:
         self._pool, self._batch_bytes, self._mailbox = pool, batch_bytes, mailbox

@@ -1,6 +1,4 @@
-"""The supervisor: a runner's threads from start to stop. A database call that lasts too long is cut; a thread that even
-this does not free is replaced.
-"""
+"""The supervisor: a runner's threads. A database call that lasts too long is cut; a thread not freed by it replaced."""
 
 from __future__ import annotations
 
@@ -23,7 +21,6 @@ from jobkit.runner.settings import Settings
 from jobkit.types import RunnerMetrics
 
 logger = logging.getLogger("jobkit")
-
 # Threads that store files.
 STORE_THREADS = 4
 # Seconds between two sweeps of the storage.
@@ -67,9 +64,7 @@ class Supervisor:
             timer.start()
 
     def stop(self, timeout: float) -> None:
-        """Let the jobs in flight end; those that have not after ``timeout`` seconds go back into the queue. Of calls by
-        several threads the shortest ``timeout`` counts.
-        """
+        """Let jobs in flight end; queue again those left after ``timeout`` seconds (the shortest of all calls')."""
         self._stopping = True
         if self._unsubscribe is not None:
             self._unsubscribe()
@@ -91,9 +86,7 @@ class Supervisor:
         self.pipeline.wake()
 
     def wait_idle(self, timeout: float | None) -> bool:
-        """Wait until a claim that began after this call found no job and none is in flight, or until stopped; False
-        after ``timeout`` seconds.
-        """
+        """Wait until a claim begun after this call finds nothing and no job is in flight; False at the timeout."""
         deadline = None if timeout is None else time.monotonic() + timeout
         while True:
             pipeline = self.pipeline
@@ -118,21 +111,12 @@ class Supervisor:
         )
 
     def _new_keeper(self, in_flight: InFlight) -> LeaseKeeper:
-        settings = self._settings
-        return LeaseKeeper(
-            settings.engine, settings.lease, in_flight, clock=settings.clock, on_commit=self._feed.publish
-        )
+        engine, lease, clock = self._settings.engine, self._settings.lease, self._settings.clock
+        return LeaseKeeper(engine, lease, in_flight, clock=clock, on_commit=self._feed.publish)
 
     def _new_rescuer(self) -> Rescuer:
-        settings = self._settings
-        return Rescuer(
-            settings.engine,
-            lease=settings.lease,
-            clock=settings.clock,
-            shared=self._shared,
-            on_commit=self._feed.publish,
-            wake=self.wake,
-        )
+        lease, clock = self._settings.lease, self._settings.clock
+        return Rescuer(self._shared, lease=lease, clock=clock, on_commit=self._feed.publish, wake=self.wake)
 
     def _end(self, *timers: Periodic) -> None:
         """Stop the threads; wait a moment until they have given their connections back."""

@@ -65,11 +65,6 @@ class Turn:
         return found
 
 
-def intents_of(attempt: Attempt) -> list[Intent]:
-    """The keys of a rendered attempt's files."""
-    return [Intent(attempt.claim.company_id, file.provider, file.object_key) for file in attempt.stored]
-
-
 def completion_of(attempt: Attempt, failure: BaseException | None, *, now: datetime) -> Completion:
     """How an attempt ends: with its files, or with what follows its failure."""
     if failure is None:
@@ -143,7 +138,9 @@ class Committer:
         if turn.completions:
             events += claims.finish(connection, turn.completions, now=now)
         if turn.rendered:
-            intents.record_intents(connection, [i for attempt in turn.rendered for i in intents_of(attempt)])
+            files = [(attempt.claim.company_id, file) for attempt in turn.rendered for file in attempt.stored]
+            keys = [Intent(company_id, file.provider, file.object_key) for company_id, file in files]
+            intents.record_intents(connection, keys)
         if turn.limit and self.unsure:
             events += claims.release(connection, self._unknown(connection), now=now)
         if turn.limit:
@@ -162,8 +159,9 @@ class Committer:
         """Claim without a write lock when nothing is queued, and without a transaction around one statement."""
         now, check_scheduled = self._clock(), turn.check_scheduled
         if self._statements.claim_locks:
-            if not self._queued(connection):
-                return [], []
+            with connection.begin():
+                if not self._statements.has_queued(connection, now=now):
+                    return [], []
         else:
             with autocommitting(connection), connection.begin():
                 self._rotation.find_due(connection, now, check_scheduled=check_scheduled)
@@ -176,11 +174,9 @@ class Committer:
     def _claim(
         self, connection: sa.Connection, limit: int, now: datetime, *, check_scheduled: bool
     ) -> tuple[list[EventRow], list[Claim]]:
-        """The events of what is claimed, and the claims."""
         pick = partial(self._rotation.claim, check_scheduled=check_scheduled)
-        claimed, events = claims.claim(
-            connection, limit=limit, worker_id=self._worker_id, lease=self._lease, now=now, pick=pick
-        )
+        worker_id, lease = self._worker_id, self._lease
+        claimed, events = claims.claim(connection, limit=limit, worker_id=worker_id, lease=lease, now=now, pick=pick)
         return events, claimed
 
     def release(self, held: Sequence[Claim]) -> list[EventRow]:
@@ -199,15 +195,9 @@ class Committer:
             ).all()
         return {row.id: JobStatus(row.status) for row in rows if row.fence == fences[row.id]}
 
-    def _queued(self, connection: sa.Connection) -> bool:
-        with connection.begin():
-            return self._statements.has_queued(connection, now=self._clock())
-
     def _unknown(self, connection: sa.Connection) -> list[Claim]:
-        """The claims in this worker's name that are not in flight."""
+        """Claims of this worker that are not in flight."""
         c = content_jobs.c
-        rows = connection.execute(
-            sa.select(c.id, c.company_id, c.fence).where(c.worker_id == self._worker_id, c.status == "running")
-        )
-        found = [Claim(row.id, row.company_id, "", {}, None, row.fence, 0) for row in rows]
+        mine = sa.select(c.id, c.company_id, c.fence).where(c.worker_id == self._worker_id, c.status == "running")
+        found = [Claim(row.id, row.company_id, "", {}, None, row.fence, 0) for row in connection.execute(mine)]
         return [claim for claim in found if not self._in_flight.holds(claim)]

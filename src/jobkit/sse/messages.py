@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol, Self
+from collections.abc import Iterable
+from typing import Any, Self
 from uuid import UUID
 
 import sqlalchemy as sa
 
 from jobkit.errors import EventsPruned, JobNotFound
 from jobkit.events.follow import Follower
-from jobkit.events.hub import TERMINAL
+from jobkit.events.hub import TERMINAL, Wake
 from jobkit.events.watch import Watcher
 from jobkit.types import JobEvent, JobState
 
@@ -29,28 +29,8 @@ _FIELDS = {
 }
 
 
-class MessageSource(Protocol):
-    """The messages of one job, or of one company, in order. Only ``open`` and ``take`` ask the database."""
-
-    over: bool
-
-    def preamble(self) -> bytes:
-        """What comes first."""
-
-    def open(self) -> bytes:
-        """Subscribe, and give what there is by now."""
-
-    def take(self) -> bytes:
-        """What has come since; empty when nothing has."""
-
-    def keep_alive(self) -> bytes:
-        """What goes with a keep-alive."""
-
-    def close(self) -> None: ...
-
-
 class JobMessages:
-    """The state, or a ``resync`` and the state, or the events that were missed; then each event until the end."""
+    """The state, or a ``resync`` and the state, or the missed events; then each event until the end, then ``over``."""
 
     def __init__(self, watcher: Watcher, after: int | None, *, resync: bool, over: bool) -> None:
         """``after``: the ``seq`` that the client has seen; ``over``: it has seen the job's end."""
@@ -58,12 +38,7 @@ class JobMessages:
 
     @classmethod
     def seek(
-        cls,
-        engine: sa.Engine,
-        company_id: str,
-        job_id: UUID | str,
-        last_event_id: str | None,
-        wake: Callable[[], object],
+        cls, engine: sa.Engine, company_id: str, job_id: UUID | str, last_event_id: str | None, wake: Wake
     ) -> Self:
         """The messages after ``last_event_id``. Blocks on the database; ``JobNotFound``."""
         watcher = Watcher(engine, job_id, company_id=company_id, wake=wake)
@@ -75,9 +50,11 @@ class JobMessages:
         return cls(watcher, None, resync=bool(last_event_id), over=False)
 
     def preamble(self) -> bytes:
+        """What comes first."""
         return _message({"reason": "unknown"}, event="resync") if self._resync else b""
 
     def open(self) -> bytes:
+        """Subscribe, and give what there is by now."""
         try:
             state = self._watcher.open(self._after)
         except JobNotFound:
@@ -85,12 +62,14 @@ class JobMessages:
         return self._messages([state] if self._after is None else [])
 
     def take(self) -> bytes:
+        """What has come since; empty when nothing has."""
         try:
             return self._messages(self._watcher.take())
         except JobNotFound:
             return self._end("deleted")
 
     def keep_alive(self) -> bytes:
+        """What goes with a keep-alive."""
         return b""
 
     def close(self) -> None:
@@ -106,7 +85,7 @@ class JobMessages:
 
 
 class CompanyMessages:
-    """A cursor, or a ``resync`` with one; then each event."""
+    """A cursor, or a ``resync`` with one; then each event. As ``JobMessages``."""
 
     over = False
 
@@ -115,7 +94,7 @@ class CompanyMessages:
         self._follower, self._resync = follower, resync
 
     @classmethod
-    def seek(cls, engine: sa.Engine, company_id: str, last_event_id: str | None, wake: Callable[[], object]) -> Self:
+    def seek(cls, engine: sa.Engine, company_id: str, last_event_id: str | None, wake: Wake) -> Self:
         """The messages after ``last_event_id``, or from now on. Blocks on the database."""
         try:
             return cls(Follower.after(engine, company_id, last_event_id or None, wake=wake), None)
@@ -139,6 +118,9 @@ class CompanyMessages:
 
     def close(self) -> None:
         self._follower.close()
+
+
+MessageSource = JobMessages | CompanyMessages
 
 
 def _wire(event: JobEvent) -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""The events of one job, or of one company, as ``text/event-stream``: bytes for WSGI and ASGI.
-
-A ``_Session`` decides what is sent; ``events.iteration`` waits, on a thread or on a loop.
-"""
+"""Streams: a ``_Session`` decides what is sent; ``events.iteration`` waits, on a thread or on an event loop."""
 
 from __future__ import annotations
 
@@ -23,6 +20,7 @@ from jobkit.base.loops import in_thread
 from jobkit.base.text import require_company_id
 from jobkit.db.host import log_key
 from jobkit.events import hub
+from jobkit.events.hub import Wake
 from jobkit.events.iteration import LoopWaker, ThreadWaker, aiterate, iterate
 from jobkit.sse.messages import CompanyMessages, JobMessages, MessageSource
 
@@ -47,7 +45,7 @@ def stream(
     ``last_event_id`` is, it raises nothing: one that is too old, or not of this stream, gives a ``resync`` message.
     """
     waker = ThreadWaker()
-    session = _Session.after(engine, company_id, job_id, last_event_id, keep_alive, retry, waker.wake)
+    session = _Session(engine, company_id, job_id, last_event_id, keep_alive, retry, waker.wake)
     return Stream(session, waker)
 
 
@@ -62,7 +60,7 @@ async def astream(
 ) -> AsyncStream:
     """As ``stream``, for the running loop; awaited, because it asks the database. ``engine`` is a synchronous one."""
     waker = LoopWaker()
-    session = await in_thread(_Session.after, engine, company_id, job_id, last_event_id, keep_alive, retry, waker.wake)
+    session = await in_thread(_Session, engine, company_id, job_id, last_event_id, keep_alive, retry, waker.wake)
     return AsyncStream(session, waker)
 
 
@@ -124,9 +122,7 @@ class Stream(Iterator[bytes]):
 
 
 class AsyncStream(AsyncIterator[bytes]):
-    """Pieces of a response's body, for ASGI, as ``Stream``. ``aclose()``, or cancelling the task that iterates, ends
-    it.
-    """
+    """Pieces of a response's body, for ASGI, as ``Stream``. ``aclose()``, or cancelling the iterating task, ends it."""
 
     def __init__(self, session: _Session, waker: LoopWaker) -> None:
         self.status = session.status
@@ -152,34 +148,27 @@ class _Session:
     """One stream as a ``Subscription``: what is to be sent, and when. Used by one thread at a time, but for ``end``."""
 
     def __init__(
-        self, source: MessageSource, engine: sa.Engine, keep_alive: float, retry: float, wake: Callable[[], object]
-    ) -> None:
-        self._source, self._engine, self._log, self._wake = source, engine, log_key(engine), wake
-        self._keep_alive, self._retry = keep_alive, retry
-        self._ended = False
-        self._sent = time.monotonic()
-        reset_in_children(self)
-
-    @classmethod
-    def after(
-        cls,
+        self,
         engine: sa.Engine,
         company_id: object,
         job_id: UUID | str | None,
         last_event_id: str | None,
         keep_alive: timedelta | float,
         retry: timedelta | float,
-        wake: Callable[[], object],
-    ) -> Self:
-        """A session after ``last_event_id``. Blocks on the database; ``JobNotFound``."""
+        wake: Wake,
+    ) -> None:
+        """It begins after ``last_event_id``. Blocks on the database; ``JobNotFound``."""
         owner = require_company_id(company_id)
-        pause, retry_after = seconds(keep_alive, "keep_alive"), seconds(retry, "retry", positive=False)
-        source: MessageSource
+        self._keep_alive, self._retry = seconds(keep_alive, "keep_alive"), seconds(retry, "retry", positive=False)
+        self._source: MessageSource
         if job_id is None:
-            source = CompanyMessages.seek(engine, owner, last_event_id, wake)
+            self._source = CompanyMessages.seek(engine, owner, last_event_id, wake)
         else:
-            source = JobMessages.seek(engine, owner, job_id, last_event_id, wake)
-        return cls(source, engine, pause, retry_after, wake)
+            self._source = JobMessages.seek(engine, owner, job_id, last_event_id, wake)
+        self._engine, self._log, self._wake = engine, log_key(engine), wake
+        self._ended = False
+        self._sent = time.monotonic()
+        reset_in_children(self)
 
     @property
     def status(self) -> int:
@@ -200,12 +189,12 @@ class _Session:
     def take(self, *, woken: bool) -> list[bytes]:
         if self._ended:
             return []
-        if piece := self._source.take():
-            return self._noted(piece)
-        hub.subscribers.poll(self._engine, self._log)
-        if time.monotonic() >= self._sent + self._keep_alive:
-            return self._noted(b":\n\n" + self._source.keep_alive())
-        return []
+        piece = self._source.take()
+        if not piece:
+            hub.subscribers.poll(self._engine, self._log)
+            if time.monotonic() >= self._sent + self._keep_alive:
+                piece = b":\n\n" + self._source.keep_alive()
+        return self._noted(piece)
 
     def pause(self) -> float:
         return max(0.0, min(hub.POLL, self._sent + self._keep_alive - time.monotonic()))
