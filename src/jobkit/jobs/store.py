@@ -271,9 +271,7 @@ def job_of(row: sa.Row[Any]) -> Job:
 def _same_key(job: Job) -> sa.Select[Any]:
     """The row whose idempotency key ``job`` repeats."""
     return sa.select(content_jobs).where(
-        _c.company_id == job.company_id,
-        _c.job_type == job.job_type,
-        _c.idempotency_key == job.idempotency_key,
+        _c.company_id == job.company_id, _c.job_type == job.job_type, _c.idempotency_key == job.idempotency_key
     )
 
 

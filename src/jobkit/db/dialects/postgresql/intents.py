@@ -13,7 +13,7 @@ INSERT INTO {s}asset_intents (id, company_id, provider, object_key, not_before)
 SELECT id, company, provider, key, clock_timestamp() + make_interval(secs => :grace)
 FROM jsonb_to_recordset(CAST(:intents AS jsonb)) AS i(id uuid, company text, provider text, key text)
 ON CONFLICT (provider, object_key) DO NOTHING
-""",
+"""
 )
 
 # The company is part of the match, because the index of assets begins with it. clock_timestamp() may change between two
@@ -53,7 +53,7 @@ RETURNING i.object_key
 )
 
 DROP_INTENTS = Sql(
-    f"DELETE FROM {{s}}asset_intents WHERE provider = :provider AND object_key = {_KEYS} AND state = 'collected'",
+    f"DELETE FROM {{s}}asset_intents WHERE provider = :provider AND object_key = {_KEYS} AND state = 'collected'"
 )
 
 POSTPONE_INTENTS = Sql(
@@ -63,7 +63,7 @@ SET state = 'tombstone', attempts = i.attempts + 1, last_error = f.error,
     not_before = clock_timestamp() + make_interval(secs => 60 << least(i.attempts, 10))
 FROM jsonb_to_recordset(CAST(:failures AS jsonb)) AS f(key text, error text)
 WHERE i.provider = :provider AND i.object_key = f.key AND i.object_key = {_KEYS} AND i.state = 'collected'
-""",
+"""
 )
 
 

@@ -12,14 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import (
-    HAS_QUEUED_BELOW,
-    NEXT_COMPANIES,
-    AppendedEvent,
-    Document,
-    EventRow,
-    RescueTerms,
-)
+from jobkit.db.dialects.base import HAS_QUEUED_BELOW, NEXT_COMPANIES, AppendedEvent, Document, EventRow, RescueTerms
 from jobkit.db.dialects.sql import APPENDED, CLAIMED, EVENT, HELD, QUEUED_JOB, Sql
 
 _INSERT_JOB = """

@@ -34,13 +34,10 @@ COUNT_RELATED = Sql(
     f"""
 SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id = {_JOBS}),
     (SELECT count(*) FROM {{s}}assets WHERE job_id = {_JOBS} AND provider = :provider)
-""",
+"""
 )
 
-LOCK_JOBS = Sql(
-    f"SELECT id FROM {{s}}content_jobs WHERE id = {_JOBS} AND {_OVER} FOR UPDATE SKIP LOCKED",
-    _ID,
-)
+LOCK_JOBS = Sql(f"SELECT id FROM {{s}}content_jobs WHERE id = {_JOBS} AND {_OVER} FOR UPDATE SKIP LOCKED", _ID)
 
 # The jobs with an asset that another transaction is changing: to wait for it could deadlock with a host.
 SELECT_BUSY = Sql(
@@ -71,7 +68,7 @@ WITH gone AS (
 )
 SELECT (SELECT count(*) FROM told), (SELECT count(*) FROM files), last.xid, last.id
 FROM (SELECT) AS one LEFT JOIN (SELECT xid, id FROM told ORDER BY xid DESC, id DESC LIMIT 1) AS last ON true
-""",
+"""
 )
 
 MARK_PRUNED = Sql(
@@ -81,7 +78,7 @@ VALUES (0, 0, '', '{MARK}', 0, '{PRUNED}',
     jsonb_build_object('xid', CAST(:xid AS bigint), 'id', CAST(:id AS bigint)))
 ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
 WHERE (CAST(e.payload->>'xid' AS bigint), CAST(e.payload->>'id' AS bigint)) < (:xid, :id)
-""",
+"""
 )
 
 

@@ -15,7 +15,7 @@ SELECT json_extract(value, '$.id'), json_extract(value, '$.company'), json_extra
     json_extract(value, '$.key'), {sqlite_in(":grace")}
 FROM json_each(:intents) WHERE true
 ON CONFLICT (provider, object_key) DO NOTHING
-""",
+"""
 )
 
 # The company is part of the match, because the index of assets begins with it.
@@ -49,7 +49,7 @@ DROP_INTENTS = Sql(
     """
 DELETE FROM {s}asset_intents
 WHERE provider = :provider AND object_key IN (SELECT value FROM json_each(:keys)) AND state = 'collected'
-""",
+"""
 )
 
 POSTPONE_INTENTS = Sql(
@@ -59,7 +59,7 @@ SET state = 'tombstone', attempts = attempts + 1, last_error = json_extract(f.va
     not_before = strftime({SQLITE_TIME}, 'now', (60 << min(attempts, 10)) || ' seconds')
 FROM json_each(:failures) AS f
 WHERE i.provider = :provider AND i.object_key = json_extract(f.value, '$.key') AND i.state = 'collected'
-""",
+"""
 )
 
 

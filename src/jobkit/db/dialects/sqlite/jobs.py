@@ -49,7 +49,7 @@ SELECT replace(json_extract(value, '$.id'), '-', ''), :company_id, json_extract(
     json_extract(value, '$.input'), json_extract(value, '$.task'), substr(json_extract(value, '$.run_at'), 1, 26),
     json_extract(value, '$.priority'), 1, :now, :now
 FROM json_each(:jobs) WHERE true
-""",
+"""
 )
 
 INSERT_QUEUED_EVENTS = Sql(
@@ -58,7 +58,7 @@ INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, creat
 SELECT :company_id, replace(json_extract(value, '$.id'), '-', ''), 1, 'content_job.queued',
     json_object('jobId', json_extract(value, '$.id')), :now
 FROM json_each(:jobs) WHERE true
-""",
+"""
 )
 
 # One index lookup for each priority, however many jobs wait for a later time. After ANALYZE the planner would sort.
@@ -186,7 +186,7 @@ SELECT json_extract(value, '$.id'), json_extract(value, '$.company'), json_extra
     json_extract(value, '$.sha256'), json_extract(value, '$.filename'), json_extract(value, '$.task'),
     json_extract(value, '$.job'), json_extract(value, '$.position'), :now, :now
 FROM json_each(:files) WHERE true
-""",
+"""
 )
 
 DELETE_INTENTS = Sql(
@@ -194,7 +194,7 @@ DELETE_INTENTS = Sql(
 DELETE FROM {s}asset_intents WHERE state = 'pending' AND (provider, object_key) IN (
     SELECT json_extract(value, '$.provider'), json_extract(value, '$.key') FROM json_each(:files)
 )
-""",
+"""
 )
 
 _HOLDS = """
