@@ -86,7 +86,7 @@ class Pipeline:
         self._render_stage = RenderStage(
             settings.renderers, environment, render_pool, settings.concurrency, in_flight, self._mailbox
         )
-        self._store_stage = StoreStage(store_pool, settings.assets.batch_bytes, self._mailbox)
+        self._store_stage = StoreStage(store_pool, settings.assets.storage.batch_bytes, self._mailbox)
         self._turn = Turn()
         self._should_claim, self._next_poll = True, 0.0
         self._poll = AdaptivePoll(min(ACTIVE_POLL, settings.poll_interval), settings.poll_interval, ACTIVE_FOR)

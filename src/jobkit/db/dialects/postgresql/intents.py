@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
+from jobkit.db.dialects.base import SELECT_DUE
 from jobkit.db.dialects.sql import DUE, Sql
 
 INSERT_INTENTS = Sql(
@@ -25,14 +26,7 @@ _SWEEPABLE = """i.provider = :provider AND i.state = :state
         WHERE a.company_id = i.company_id AND a.object_key = i.object_key AND a.provider = i.provider
     )"""
 
-DUE_INTENTS = Sql(
-    f"""
-SELECT i.company_id, i.object_key, i.not_before FROM {{s}}asset_intents i
-WHERE i.not_before >= :after AND {_SWEEPABLE}
-ORDER BY i.not_before LIMIT :limit
-""",
-    *DUE,
-)
+DUE_INTENTS = Sql(SELECT_DUE.replace("{sweepable}", _SWEEPABLE), *DUE)
 
 # As an array the keys are found by index one by one; as a join, one plan compares each with all of the provider.
 _KEYS = "ANY (ARRAY(SELECT jsonb_array_elements_text(CAST(:keys AS jsonb))))"

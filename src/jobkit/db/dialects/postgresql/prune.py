@@ -9,11 +9,9 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, these
+from jobkit.db.dialects.base import MARK, OVER, PRUNED, Position, PruneCounts, these
 from jobkit.db.dialects.sql import Sql
 
-# A job that was ended by hand may have no time of its end.
-_OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
 _JOBS = "ANY (ARRAY(SELECT CAST(jsonb_array_elements_text(CAST(:jobs AS jsonb)) AS uuid)))"
 _ID = sa.column("id", sa.Uuid())
 
@@ -21,7 +19,7 @@ _ID = sa.column("id", sa.Uuid())
 ENDED_BEFORE = Sql(
     f"""
 WITH page AS MATERIALIZED (
-    SELECT id, {_OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
+    SELECT id, {OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
 )
 SELECT id, over FROM page WHERE over OR id = (SELECT id FROM page ORDER BY id DESC LIMIT 1) ORDER BY id
 """,
@@ -37,7 +35,7 @@ SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id = {_JOBS}),
 """
 )
 
-LOCK_JOBS = Sql(f"SELECT id FROM {{s}}content_jobs WHERE id = {_JOBS} AND {_OVER} FOR UPDATE SKIP LOCKED", _ID)
+LOCK_JOBS = Sql(f"SELECT id FROM {{s}}content_jobs WHERE id = {_JOBS} AND {OVER} FOR UPDATE SKIP LOCKED", _ID)
 
 # The jobs with an asset that another transaction is changing: to wait for it could deadlock with a host.
 SELECT_BUSY = Sql(

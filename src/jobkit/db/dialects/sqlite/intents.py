@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
+from jobkit.db.dialects.base import SELECT_DUE
 from jobkit.db.dialects.sql import DUE, Sql
 from jobkit.tables import SQLITE_TIME, sqlite_in
 
@@ -26,14 +27,7 @@ _SWEEPABLE = f"""+i.provider = :provider AND i.state = :state AND i.not_before <
         WHERE a.company_id = i.company_id AND a.object_key = i.object_key AND a.provider = i.provider
     )"""
 
-DUE_INTENTS = Sql(
-    f"""
-SELECT i.company_id, i.object_key, i.not_before FROM {{s}}asset_intents i
-WHERE i.not_before >= :after AND {_SWEEPABLE}
-ORDER BY i.not_before LIMIT :limit
-""",
-    *DUE,
-)
+DUE_INTENTS = Sql(SELECT_DUE.replace("{sweepable}", _SWEEPABLE), *DUE)
 
 CLAIM_INTENTS = Sql(
     f"""

@@ -16,6 +16,7 @@ from jobkit.db.dialects import base
 from jobkit.db.dialects.base import (
     HAS_QUEUED_BELOW,
     NEXT_COMPANIES,
+    NEXT_LEVELS,
     AppendedEvent,
     ClaimedRow,
     ClaimTerms,
@@ -62,16 +63,15 @@ FROM json_each(:jobs) WHERE true
 )
 
 # One index lookup for each priority, however many jobs wait for a later time. After ANALYZE the planner would sort.
-_LEVELS = """
+_LEVELS = (
+    """
 WITH RECURSIVE level(priority) AS (
     SELECT * FROM (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx
         WHERE status = 'queued' AND run_at IS NOT NULL ORDER BY priority DESC, run_at, id LIMIT 1)
   UNION ALL
-    SELECT (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-    FROM level WHERE level.priority IS NOT NULL
-)"""
+    SELECT (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx"""
+    + NEXT_LEVELS
+)
 
 DUE_JOBS = Sql(
     _LEVELS
@@ -292,7 +292,7 @@ class Jobs(base.Jobs):
         running = "content_job.running"
         events = [_event(row, running, event_payload(running, row.id)) for row in rows]
         ids = {event.job_id: event.event_id for event in insert_events(connection, events, terms.now)}
-        return [ClaimedRow._make((*row, ids[row.id])) for row in rows]
+        return [ClaimedRow.of((*row, ids[row.id])) for row in rows]
 
     def finish(
         self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime

@@ -9,12 +9,10 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, these
+from jobkit.db.dialects.base import MARK, OVER, PRUNED, Position, PruneCounts, these
 from jobkit.db.dialects.sql import Sql
 from jobkit.tables import SQLITE_NOW
 
-# A job that was ended by hand may have no time of its end.
-_OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
 _JOBS = "IN (SELECT value FROM json_each(:jobs))"
 _ID = sa.column("id", sa.Uuid())
 
@@ -22,7 +20,7 @@ _ID = sa.column("id", sa.Uuid())
 ENDED_BEFORE = Sql(
     f"""
 WITH page AS MATERIALIZED (
-    SELECT id, {_OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
+    SELECT id, {OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
 )
 SELECT id, over FROM page WHERE over OR id = (SELECT max(id) FROM page) ORDER BY id
 """,
@@ -39,7 +37,7 @@ SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id {_JOBS}),
 )
 
 # The first statement: being a write, it takes the lock, and nobody else changes anything after it.
-DELETE_JOBS = Sql(f"DELETE FROM {{s}}content_jobs WHERE id {_JOBS} AND {_OVER} RETURNING id", _ID)
+DELETE_JOBS = Sql(f"DELETE FROM {{s}}content_jobs WHERE id {_JOBS} AND {OVER} RETURNING id", _ID)
 
 COUNT_EVENTS = Sql(f"SELECT count(*), max(id) FROM {{s}}content_job_events WHERE job_id {_JOBS}")
 DELETE_EVENTS = Sql(f"DELETE FROM {{s}}content_job_events WHERE job_id {_JOBS}")
