@@ -103,12 +103,7 @@ now = _Now()
 transaction_id = _TransactionId()
 
 
-metadata = sa.MetaData(
-    naming_convention={
-        "pk": "%(table_name)s_pkey",
-        "uq": "%(table_name)s_%(column_0_N_name)s_key",
-    }
-)
+metadata = sa.MetaData(naming_convention={"pk": "%(table_name)s_pkey", "uq": "%(table_name)s_%(column_0_N_name)s_key"})
 
 _ZERO = sa.text("0")
 _BIG_ID = sa.BigInteger().with_variant(sa.Integer(), "sqlite")

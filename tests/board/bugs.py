@@ -635,8 +635,8 @@ EVENTS = [
     bug(
         "a prune that acts on what it read",
         SQLITE,
-        "WHERE id {_JOBS} AND {_OVER} RETURNING id",
-        "WHERE id {_JOBS} AND ({_OVER} OR true) RETURNING id",
+        "WHERE id {_JOBS} AND {OVER} RETURNING id",
+        "WHERE id {_JOBS} AND ({OVER} OR true) RETURNING id",
         "maintenance/test_prune_races.py::test_what_happens_between_the_look_and_the_deletion_is_seen",
         only="sqlite",
     ),

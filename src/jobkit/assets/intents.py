@@ -140,12 +140,7 @@ class GarbageCollector:
 
     def _due(self, connection: sa.Connection, state: str, after: datetime, limit: int) -> Iterator[DueKey]:
         return self._statements.due_intents(
-            connection,
-            provider=self._storage.provider,
-            state=state,
-            early=self._early(state),
-            after=after,
-            limit=limit,
+            connection, provider=self._storage.provider, state=state, early=self._early(state), after=after, limit=limit
         )
 
     def _early(self, state: str) -> float:

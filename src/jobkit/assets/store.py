@@ -84,11 +84,6 @@ class AssetStore:
         """A private local folder for unfinished files. For runners."""
         return self.storage.spool_folder()
 
-    @property
-    def batch_bytes(self) -> int:
-        """Up to how many bytes of files one thread stores together in less time than several. For runners."""
-        return self.storage.batch_bytes
-
     def put_file(
         self,
         company_id: object,

@@ -33,20 +33,7 @@ if TYPE_CHECKING:
 _COMMENT = re.compile(r"\s+|--[^\n]*\n|/\*.*?\*/|[(;]", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z]+")
 # Statements that take no write lock, or that SQLite refuses inside a transaction.
-_NOT_WRITES = {
-    "SELECT",
-    "VALUES",
-    "EXPLAIN",
-    "PRAGMA",
-    "BEGIN",
-    "COMMIT",
-    "END",
-    "ROLLBACK",
-    "RELEASE",
-    "ATTACH",
-    "DETACH",
-    "VACUUM",
-}
+_NO_WRITE = re.compile("SELECT|VALUES|EXPLAIN|PRAGMA|BEGIN|COMMIT|END|ROLLBACK|RELEASE|ATTACH|DETACH|VACUUM")
 _CHANGES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
 
 # A dialect outlives its pool and is shared by the engines that execution_options() makes.
@@ -253,7 +240,7 @@ def is_write(statement: str) -> bool:
     if word is None:
         return False
     first = word.group().upper()
-    return bool(_CHANGES.search(statement, position)) if first == "WITH" else first not in _NOT_WRITES
+    return bool(_CHANGES.search(statement, position)) if first == "WITH" else not _NO_WRITE.fullmatch(first)
 
 
 def _current_task() -> Any:

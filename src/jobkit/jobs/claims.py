@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from jobkit.base.ids import new_id
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import AppendedEvent, ClaimedRow, ClaimTerms, EventRow, RescueTerms, event_payload
+from jobkit.db.dialects.base import Claim as Claim  # noqa: PLC0414 - the name of this module's users
 from jobkit.errors import AssetNotFound
 from jobkit.jobs.outcomes import Outcome
 from jobkit.types import JobStatus, StoredObject
@@ -30,19 +31,6 @@ MAX_RESCUES = 5
 DONE = Outcome(JobStatus.DONE)
 CANCELLED = Outcome(JobStatus.CANCELLED)
 RELEASED = Outcome(JobStatus.QUEUED, charged=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """The right to run a job, proved by ``fence``, with what its renderer is given."""
-
-    job_id: UUID
-    company_id: str
-    job_type: str
-    input: dict[str, Any]
-    source_task_id: str | None
-    fence: int
-    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +77,12 @@ def claim(
     """
     terms = ClaimTerms(limit, worker_id, lease, now)
     taken = pick(connection, terms) if pick else statements_for(connection).claim(connection, terms=terms)
-    claims = [Claim(t.job_id, t.company_id, t.job_type, t.input, t.source_task_id, t.fence, t.attempt) for t in taken]
     kind = "content_job.running"
     events = [
-        EventRow(t.event_id, 0, t.seq, t.company_id, kind, t.job_id, now, event_payload(kind, t.job_id)) for t in taken
+        EventRow(event_id, 0, seq, claim.company_id, kind, claim.job_id, now, event_payload(kind, claim.job_id))
+        for claim, seq, event_id in taken
     ]
-    return claims, events
+    return [row.claim for row in taken], events
 
 
 def finish(connection: sa.Connection, completions: Sequence[Completion], *, now: datetime) -> list[EventRow]:

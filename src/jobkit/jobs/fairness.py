@@ -89,7 +89,7 @@ class RoundRobin:
             chosen = _in_turn([*first, *(job for job in self._due if job.company_id in turn)], each * SPARE)
             some = self._statements.claim_these(connection, [job.job_id for job in chosen], terms=rest)
             # Jobs that were named and not taken are with other runners, unless the limit was reached first.
-            gone = {one.job_id for one in some} if len(some) == rest.limit else {job.job_id for job in chosen}
+            gone = {one.claim.job_id for one in some} if len(some) == rest.limit else {job.job_id for job in chosen}
             self._due = [job for job in self._due if job.job_id not in gone]
             if len(some) < rest.limit:
                 self._leave_out(turn, each, some)
@@ -101,7 +101,7 @@ class RoundRobin:
 
     def _leave_out(self, turn: list[str], each: int, taken: list[ClaimedRow]) -> None:
         """Drop the companies that had fewer jobs than their share, until the next listing."""
-        given = Counter(one.company_id for one in taken)
+        given = Counter(one.claim.company_id for one in taken)
         spent = {company for company in turn if given[company] < each}
         before = sum(company in spent for company in self._companies[: self._next])
         self._companies = [company for company in self._companies if company not in spent]

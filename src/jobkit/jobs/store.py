@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, closing, nullcontext
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -170,18 +171,7 @@ class JobStore:
         status would be left and ``expect`` does not name it.
         """
         values = _checked(patch)
-        expected = _statuses(expect)
-        parsed = parse_id(job_id)
-        connection = writable(self._session)
-        # Compare and set: the row may change between the read and the write, and the write then counts no row.
-        while True:
-            row = parsed and connection.execute(sa.select(content_jobs).where(_c.id == parsed)).one_or_none()
-            if not row:
-                raise JobNotFound(job_id)
-            job = job_of(row)
-            changed = self._move(connection, job, values, expected)
-            if changed is not None:
-                return changed
+        return self._settle(job_id, None, partial(self._move, values=values, expected=_statuses(expect)))
 
     def cancel(self, job_id: UUID | str, *, company_id: object = None) -> Job:
         """Stop a job; return it as it then is. A cancelled job is returned as it is.
@@ -203,7 +193,7 @@ class JobStore:
     def _settle(
         self, job_id: UUID | str, company_id: object, change: Callable[[sa.Connection, Job], Job | None]
     ) -> Job:
-        """Change a job by compare and set, again and again while others change it first."""
+        """Change a job by compare and set: a row that others change between the read and the write is read again."""
         connection = writable(self._session)
         while True:
             job = self.get_by_id(job_id, company_id=company_id)
@@ -271,9 +261,7 @@ def job_of(row: sa.Row[Any]) -> Job:
 def _same_key(job: Job) -> sa.Select[Any]:
     """The row whose idempotency key ``job`` repeats."""
     return sa.select(content_jobs).where(
-        _c.company_id == job.company_id,
-        _c.job_type == job.job_type,
-        _c.idempotency_key == job.idempotency_key,
+        _c.company_id == job.company_id, _c.job_type == job.job_type, _c.idempotency_key == job.idempotency_key
     )
 
 

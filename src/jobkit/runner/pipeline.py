@@ -72,7 +72,7 @@ class Pipeline:
         self.link = self._committer.link
         self._mailbox: Mailbox[Message] = Mailbox()
         self._render_stage = RenderStage(settings, environment, render_pool, in_flight, self._mailbox)
-        self._store_stage = StoreStage(store_pool, settings.assets.batch_bytes, self._mailbox)
+        self._store_stage = StoreStage(store_pool, settings.assets.storage.batch_bytes, self._mailbox)
         self._turn = Turn()
         self._should_claim, self._next_poll = True, 0.0
         self._poll = AdaptivePoll(min(ACTIVE_POLL, settings.poll_interval), settings.poll_interval, ACTIVE_FOR)

@@ -10,6 +10,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -49,8 +50,9 @@ class Start(NamedTuple):
     snapshot: str
 
 
-class ClaimedRow(NamedTuple):
-    """A claimed job, with the ``seq`` and id of its ``running`` event."""
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to run a job, proved by ``fence``, with what its renderer is given."""
 
     job_id: UUID
     company_id: str
@@ -59,8 +61,20 @@ class ClaimedRow(NamedTuple):
     source_task_id: str | None
     fence: int
     attempt: int
+
+
+class ClaimedRow(NamedTuple):
+    """A claimed job, with the ``seq`` and id of its ``running`` event."""
+
+    claim: Claim
     seq: int
     event_id: int
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> ClaimedRow:
+        """A row of the columns ``CLAIMED``."""
+        *claim, seq, event_id = row
+        return cls(Claim(*claim), seq, event_id)
 
 
 class ClaimTerms(NamedTuple):
@@ -176,12 +190,24 @@ NEXT_COMPANIES = """  UNION ALL
 )
 SELECT company_id FROM c WHERE company_id IS NOT NULL
 """
+NEXT_LEVELS = """
+        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
+        ORDER BY priority DESC, run_at, id LIMIT 1)
+    FROM level WHERE level.priority IS NOT NULL
+)"""
 HAS_QUEUED_BELOW = """
 SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
     OR EXISTS (SELECT 1 FROM level WHERE EXISTS (
         SELECT 1 FROM {s}content_jobs
         WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now))
 """
+SELECT_DUE = """
+SELECT i.company_id, i.object_key, i.not_before FROM {s}asset_intents i
+WHERE i.not_before >= :after AND {sweepable}
+ORDER BY i.not_before LIMIT :limit
+"""
+# A job that was ended by hand may have no time of its end.
+OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
 
 
 class Jobs(ABC):
@@ -252,7 +278,7 @@ class Jobs(ABC):
     def _claimed(
         self, connection: sa.Connection, statement: Sql, terms: ClaimTerms, **more: object
     ) -> list[ClaimedRow]:
-        return [ClaimedRow(*row) for row in connection.execute(statement(connection), {**terms._asdict(), **more})]
+        return [ClaimedRow.of(row) for row in connection.execute(statement(connection), {**terms._asdict(), **more})]
 
     @abstractmethod
     def finish(

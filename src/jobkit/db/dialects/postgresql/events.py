@@ -27,7 +27,7 @@ INSERT_EVENT = Sql(_INSERT_EVENT + "SELECT id FROM told")
 INSERT_EVENT_NOTIFY = Sql(
     _INSERT_EVENT
     + f"""SELECT id, pg_notify(CASE :type WHEN 'content_job.queued' THEN '{JOBS}' ELSE '{LOG}' END, '')
-FROM told""",
+FROM told"""
 )
 
 START = Sql("SELECT CAST(CAST(pg_snapshot_xmin(s) AS text) AS bigint), CAST(s AS text) FROM pg_current_snapshot() AS s")

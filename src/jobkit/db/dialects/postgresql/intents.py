@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
+from jobkit.db.dialects.base import SELECT_DUE
 from jobkit.db.dialects.sql import DUE, Sql
 
 INSERT_INTENTS = Sql(
@@ -13,7 +14,7 @@ INSERT INTO {s}asset_intents (id, company_id, provider, object_key, not_before)
 SELECT id, company, provider, key, clock_timestamp() + make_interval(secs => :grace)
 FROM jsonb_to_recordset(CAST(:intents AS jsonb)) AS i(id uuid, company text, provider text, key text)
 ON CONFLICT (provider, object_key) DO NOTHING
-""",
+"""
 )
 
 # The company is part of the match, because the index of assets begins with it. clock_timestamp() may change between two
@@ -25,14 +26,7 @@ _SWEEPABLE = """i.provider = :provider AND i.state = :state
         WHERE a.company_id = i.company_id AND a.object_key = i.object_key AND a.provider = i.provider
     )"""
 
-DUE_INTENTS = Sql(
-    f"""
-SELECT i.company_id, i.object_key, i.not_before FROM {{s}}asset_intents i
-WHERE i.not_before >= :after AND {_SWEEPABLE}
-ORDER BY i.not_before LIMIT :limit
-""",
-    *DUE,
-)
+DUE_INTENTS = Sql(SELECT_DUE.replace("{sweepable}", _SWEEPABLE), *DUE)
 
 # As an array the keys are found by index one by one; as a join, one plan compares each with all of the provider.
 _KEYS = "ANY (ARRAY(SELECT jsonb_array_elements_text(CAST(:keys AS jsonb))))"
@@ -53,7 +47,7 @@ RETURNING i.object_key
 )
 
 DROP_INTENTS = Sql(
-    f"DELETE FROM {{s}}asset_intents WHERE provider = :provider AND object_key = {_KEYS} AND state = 'collected'",
+    f"DELETE FROM {{s}}asset_intents WHERE provider = :provider AND object_key = {_KEYS} AND state = 'collected'"
 )
 
 POSTPONE_INTENTS = Sql(
@@ -63,7 +57,7 @@ SET state = 'tombstone', attempts = i.attempts + 1, last_error = f.error,
     not_before = clock_timestamp() + make_interval(secs => 60 << least(i.attempts, 10))
 FROM jsonb_to_recordset(CAST(:failures AS jsonb)) AS f(key text, error text)
 WHERE i.provider = :provider AND i.object_key = f.key AND i.object_key = {_KEYS} AND i.state = 'collected'
-""",
+"""
 )
 
 

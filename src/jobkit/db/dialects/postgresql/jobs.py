@@ -15,6 +15,7 @@ from jobkit.db.dialects import base
 from jobkit.db.dialects.base import (
     HAS_QUEUED_BELOW,
     NEXT_COMPANIES,
+    NEXT_LEVELS,
     AppendedEvent,
     Document,
     EventRow,
@@ -66,16 +67,15 @@ INSERT_JOBS_NOTIFY = Sql(_INSERT_JOBS + "SELECT pg_notify('jobkit', '')")
 INSERT_JOBS = Sql(_INSERT_JOBS + "SELECT 1")
 
 # One index lookup for each priority, however many jobs wait for a later time.
-_LEVELS = """
+_LEVELS = (
+    """
 WITH RECURSIVE level(priority) AS (
     (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
         ORDER BY priority DESC, run_at, id LIMIT 1)
   UNION ALL
-    SELECT (SELECT priority FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-    FROM level WHERE level.priority IS NOT NULL
-)"""
+    SELECT (SELECT priority FROM {s}content_jobs"""
+    + NEXT_LEVELS
+)
 
 DUE_JOBS = Sql(
     _LEVELS

@@ -9,11 +9,9 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, these
+from jobkit.db.dialects.base import MARK, OVER, PRUNED, Position, PruneCounts, these
 from jobkit.db.dialects.sql import Sql
 
-# A job that was ended by hand may have no time of its end.
-_OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
 _JOBS = "ANY (ARRAY(SELECT CAST(jsonb_array_elements_text(CAST(:jobs AS jsonb)) AS uuid)))"
 _ID = sa.column("id", sa.Uuid())
 
@@ -21,7 +19,7 @@ _ID = sa.column("id", sa.Uuid())
 ENDED_BEFORE = Sql(
     f"""
 WITH page AS MATERIALIZED (
-    SELECT id, {_OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
+    SELECT id, {OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
 )
 SELECT id, over FROM page WHERE over OR id = (SELECT id FROM page ORDER BY id DESC LIMIT 1) ORDER BY id
 """,
@@ -34,13 +32,10 @@ COUNT_RELATED = Sql(
     f"""
 SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id = {_JOBS}),
     (SELECT count(*) FROM {{s}}assets WHERE job_id = {_JOBS} AND provider = :provider)
-""",
+"""
 )
 
-LOCK_JOBS = Sql(
-    f"SELECT id FROM {{s}}content_jobs WHERE id = {_JOBS} AND {_OVER} FOR UPDATE SKIP LOCKED",
-    _ID,
-)
+LOCK_JOBS = Sql(f"SELECT id FROM {{s}}content_jobs WHERE id = {_JOBS} AND {OVER} FOR UPDATE SKIP LOCKED", _ID)
 
 # The jobs with an asset that another transaction is changing: to wait for it could deadlock with a host.
 SELECT_BUSY = Sql(
@@ -71,7 +66,7 @@ WITH gone AS (
 )
 SELECT (SELECT count(*) FROM told), (SELECT count(*) FROM files), last.xid, last.id
 FROM (SELECT) AS one LEFT JOIN (SELECT xid, id FROM told ORDER BY xid DESC, id DESC LIMIT 1) AS last ON true
-""",
+"""
 )
 
 MARK_PRUNED = Sql(
@@ -81,7 +76,7 @@ VALUES (0, 0, '', '{MARK}', 0, '{PRUNED}',
     jsonb_build_object('xid', CAST(:xid AS bigint), 'id', CAST(:id AS bigint)))
 ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
 WHERE (CAST(e.payload->>'xid' AS bigint), CAST(e.payload->>'id' AS bigint)) < (:xid, :id)
-""",
+"""
 )
 
 

@@ -18,7 +18,7 @@ INSERT_EVENT = Sql(
 INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
 VALUES (:company_id, :job_id, :seq, :type, :payload, :now)
 RETURNING id
-""",
+"""
 )
 
 INSERT_EVENTS = Sql(
@@ -36,8 +36,7 @@ START = Sql("SELECT COALESCE((SELECT seq FROM {s}sqlite_sequence WHERE name = 'c
 _COLUMNS = "id, 0 AS xid, seq, company_id, type, job_id, created_at, payload"
 
 SCAN = Sql(
-    f"SELECT {_COLUMNS} FROM {{s}}content_job_events WHERE id > :id AND seq > 0 ORDER BY id LIMIT :limit",
-    *EVENT,
+    f"SELECT {_COLUMNS} FROM {{s}}content_job_events WHERE id > :id AND seq > 0 ORDER BY id LIMIT :limit", *EVENT
 )
 
 OF_COMPANY = Sql(

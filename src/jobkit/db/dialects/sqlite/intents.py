@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
+from jobkit.db.dialects.base import SELECT_DUE
 from jobkit.db.dialects.sql import DUE, Sql
 from jobkit.tables import SQLITE_TIME, sqlite_in
 
@@ -15,7 +16,7 @@ SELECT json_extract(value, '$.id'), json_extract(value, '$.company'), json_extra
     json_extract(value, '$.key'), {sqlite_in(":grace")}
 FROM json_each(:intents) WHERE true
 ON CONFLICT (provider, object_key) DO NOTHING
-""",
+"""
 )
 
 # The company is part of the match, because the index of assets begins with it.
@@ -26,14 +27,7 @@ _SWEEPABLE = f"""+i.provider = :provider AND i.state = :state AND i.not_before <
         WHERE a.company_id = i.company_id AND a.object_key = i.object_key AND a.provider = i.provider
     )"""
 
-DUE_INTENTS = Sql(
-    f"""
-SELECT i.company_id, i.object_key, i.not_before FROM {{s}}asset_intents i
-WHERE i.not_before >= :after AND {_SWEEPABLE}
-ORDER BY i.not_before LIMIT :limit
-""",
-    *DUE,
-)
+DUE_INTENTS = Sql(SELECT_DUE.replace("{sweepable}", _SWEEPABLE), *DUE)
 
 CLAIM_INTENTS = Sql(
     f"""
@@ -49,7 +43,7 @@ DROP_INTENTS = Sql(
     """
 DELETE FROM {s}asset_intents
 WHERE provider = :provider AND object_key IN (SELECT value FROM json_each(:keys)) AND state = 'collected'
-""",
+"""
 )
 
 POSTPONE_INTENTS = Sql(
@@ -59,7 +53,7 @@ SET state = 'tombstone', attempts = attempts + 1, last_error = json_extract(f.va
     not_before = strftime({SQLITE_TIME}, 'now', (60 << min(attempts, 10)) || ' seconds')
 FROM json_each(:failures) AS f
 WHERE i.provider = :provider AND i.object_key = json_extract(f.value, '$.key') AND i.state = 'collected'
-""",
+"""
 )
 
 

@@ -16,6 +16,7 @@ from jobkit.db.dialects import base
 from jobkit.db.dialects.base import (
     HAS_QUEUED_BELOW,
     NEXT_COMPANIES,
+    NEXT_LEVELS,
     AppendedEvent,
     ClaimedRow,
     ClaimTerms,
@@ -49,7 +50,7 @@ SELECT replace(json_extract(value, '$.id'), '-', ''), :company_id, json_extract(
     json_extract(value, '$.input'), json_extract(value, '$.task'), substr(json_extract(value, '$.run_at'), 1, 26),
     json_extract(value, '$.priority'), 1, :now, :now
 FROM json_each(:jobs) WHERE true
-""",
+"""
 )
 
 INSERT_QUEUED_EVENTS = Sql(
@@ -58,20 +59,19 @@ INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, creat
 SELECT :company_id, replace(json_extract(value, '$.id'), '-', ''), 1, 'content_job.queued',
     json_object('jobId', json_extract(value, '$.id')), :now
 FROM json_each(:jobs) WHERE true
-""",
+"""
 )
 
 # One index lookup for each priority, however many jobs wait for a later time. After ANALYZE the planner would sort.
-_LEVELS = """
+_LEVELS = (
+    """
 WITH RECURSIVE level(priority) AS (
     SELECT * FROM (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx
         WHERE status = 'queued' AND run_at IS NOT NULL ORDER BY priority DESC, run_at, id LIMIT 1)
   UNION ALL
-    SELECT (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-    FROM level WHERE level.priority IS NOT NULL
-)"""
+    SELECT (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx"""
+    + NEXT_LEVELS
+)
 
 DUE_JOBS = Sql(
     _LEVELS
@@ -186,7 +186,7 @@ SELECT json_extract(value, '$.id'), json_extract(value, '$.company'), json_extra
     json_extract(value, '$.sha256'), json_extract(value, '$.filename'), json_extract(value, '$.task'),
     json_extract(value, '$.job'), json_extract(value, '$.position'), :now, :now
 FROM json_each(:files) WHERE true
-""",
+"""
 )
 
 DELETE_INTENTS = Sql(
@@ -194,7 +194,7 @@ DELETE_INTENTS = Sql(
 DELETE FROM {s}asset_intents WHERE state = 'pending' AND (provider, object_key) IN (
     SELECT json_extract(value, '$.provider'), json_extract(value, '$.key') FROM json_each(:files)
 )
-""",
+"""
 )
 
 _HOLDS = """
@@ -292,7 +292,7 @@ class Jobs(base.Jobs):
         running = "content_job.running"
         events = [_event(row, running, event_payload(running, row.id)) for row in rows]
         ids = {event.job_id: event.event_id for event in insert_events(connection, events, terms.now)}
-        return [ClaimedRow._make((*row, ids[row.id])) for row in rows]
+        return [ClaimedRow.of((*row, ids[row.id])) for row in rows]
 
     def finish(
         self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime

@@ -9,12 +9,10 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, these
+from jobkit.db.dialects.base import MARK, OVER, PRUNED, Position, PruneCounts, these
 from jobkit.db.dialects.sql import Sql
 from jobkit.tables import SQLITE_NOW
 
-# A job that was ended by hand may have no time of its end.
-_OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
 _JOBS = "IN (SELECT value FROM json_each(:jobs))"
 _ID = sa.column("id", sa.Uuid())
 
@@ -22,7 +20,7 @@ _ID = sa.column("id", sa.Uuid())
 ENDED_BEFORE = Sql(
     f"""
 WITH page AS MATERIALIZED (
-    SELECT id, {_OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
+    SELECT id, {OVER} AS over FROM {{s}}content_jobs WHERE id > :after ORDER BY id LIMIT :limit
 )
 SELECT id, over FROM page WHERE over OR id = (SELECT max(id) FROM page) ORDER BY id
 """,
@@ -35,14 +33,11 @@ COUNT_RELATED = Sql(
     f"""
 SELECT (SELECT count(*) FROM {{s}}content_job_events WHERE job_id {_JOBS}),
     (SELECT count(*) FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider)
-""",
+"""
 )
 
 # The first statement: being a write, it takes the lock, and nobody else changes anything after it.
-DELETE_JOBS = Sql(
-    f"DELETE FROM {{s}}content_jobs WHERE id {_JOBS} AND {_OVER} RETURNING id",
-    _ID,
-)
+DELETE_JOBS = Sql(f"DELETE FROM {{s}}content_jobs WHERE id {_JOBS} AND {OVER} RETURNING id", _ID)
 
 COUNT_EVENTS = Sql(f"SELECT count(*), max(id) FROM {{s}}content_job_events WHERE job_id {_JOBS}")
 DELETE_EVENTS = Sql(f"DELETE FROM {{s}}content_job_events WHERE job_id {_JOBS}")
@@ -53,7 +48,7 @@ INSERT INTO {{s}}asset_intents (id, company_id, provider, object_key, state, not
 SELECT lower(hex(randomblob(16))), company_id, provider, object_key, 'tombstone', {SQLITE_NOW}
 FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider
 ON CONFLICT (provider, object_key) DO NOTHING
-""",
+"""
 )
 DELETE_ASSETS = Sql(f"DELETE FROM {{s}}assets WHERE job_id {_JOBS} AND provider = :provider")
 
@@ -63,7 +58,7 @@ INSERT INTO {{s}}content_job_events (id, company_id, job_id, seq, type, payload)
 VALUES (0, '', '{MARK.hex}', 0, '{PRUNED}', json_object('xid', 0, 'id', :id))
 ON CONFLICT (job_id, seq) DO UPDATE SET payload = excluded.payload
 WHERE json_extract(payload, '$.id') < :id
-""",
+"""
 )
 
 
