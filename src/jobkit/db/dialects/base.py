@@ -182,34 +182,6 @@ def event_payload(
     return payload
 
 
-# Both databases go from one company, or one priority, to the next by index; they begin the recursion differently.
-NEXT_COMPANIES = """  UNION ALL
-    SELECT (SELECT company_id FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NULL AND company_id > c.company_id ORDER BY company_id LIMIT 1), c.n + 1
-    FROM c WHERE c.company_id IS NOT NULL AND c.n < :limit
-)
-SELECT company_id FROM c WHERE company_id IS NOT NULL
-"""
-NEXT_LEVELS = """
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-    FROM level WHERE level.priority IS NOT NULL
-)"""
-HAS_QUEUED_BELOW = """
-SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
-    OR EXISTS (SELECT 1 FROM level WHERE EXISTS (
-        SELECT 1 FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now))
-"""
-SELECT_DUE = """
-SELECT i.company_id, i.object_key, i.not_before FROM {s}asset_intents i
-WHERE i.not_before >= :after AND {sweepable}
-ORDER BY i.not_before LIMIT :limit
-"""
-# A job that was ended by hand may have no time of its end.
-OVER = "status IN ('done', 'failed', 'cancelled') AND COALESCE(finished_at, updated_at) <= :before"
-
-
 class Jobs(ABC):
     """Jobs: created, claimed, ended, rescued; each change with its event."""
 

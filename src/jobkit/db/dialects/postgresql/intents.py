@@ -5,8 +5,7 @@ from __future__ import annotations
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import SELECT_DUE
-from jobkit.db.dialects.sql import DUE, Sql
+from jobkit.db.dialects.sql import DUE, SELECT_DUE, Sql
 
 INSERT_INTENTS = Sql(
     """

@@ -12,16 +12,18 @@ from typing import Any
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import (
+from jobkit.db.dialects.base import AppendedEvent, Document, EventRow, RescueTerms
+from jobkit.db.dialects.sql import (
+    APPENDED,
+    CLAIMED,
+    EVENT,
     HAS_QUEUED_BELOW,
+    HELD,
     NEXT_COMPANIES,
     NEXT_LEVELS,
-    AppendedEvent,
-    Document,
-    EventRow,
-    RescueTerms,
+    QUEUED_JOB,
+    Sql,
 )
-from jobkit.db.dialects.sql import APPENDED, CLAIMED, EVENT, HELD, QUEUED_JOB, Sql
 
 _INSERT_JOB = """
 WITH job AS (

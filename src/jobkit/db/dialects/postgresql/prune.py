@@ -9,8 +9,8 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import MARK, OVER, PRUNED, Position, PruneCounts, these
-from jobkit.db.dialects.sql import Sql
+from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, these
+from jobkit.db.dialects.sql import OVER, Sql
 
 _JOBS = "ANY (ARRAY(SELECT CAST(jsonb_array_elements_text(CAST(:jobs AS jsonb)) AS uuid)))"
 _ID = sa.column("id", sa.Uuid())

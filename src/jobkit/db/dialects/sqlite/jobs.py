@@ -14,9 +14,6 @@ import sqlalchemy as sa
 
 from jobkit.db.dialects import base
 from jobkit.db.dialects.base import (
-    HAS_QUEUED_BELOW,
-    NEXT_COMPANIES,
-    NEXT_LEVELS,
     AppendedEvent,
     ClaimedRow,
     ClaimTerms,
@@ -25,7 +22,7 @@ from jobkit.db.dialects.base import (
     RescueTerms,
     event_payload,
 )
-from jobkit.db.dialects.sql import CLAIMED, HELD, QUEUED_JOB, Sql
+from jobkit.db.dialects.sql import CLAIMED, HAS_QUEUED_BELOW, HELD, NEXT_COMPANIES, NEXT_LEVELS, QUEUED_JOB, Sql
 from jobkit.db.dialects.sqlite.events import insert_event, insert_events
 from jobkit.tables import SQLITE_NOW, sqlite_in
 

@@ -9,8 +9,8 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import MARK, OVER, PRUNED, Position, PruneCounts, these
-from jobkit.db.dialects.sql import Sql
+from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, these
+from jobkit.db.dialects.sql import OVER, Sql
 from jobkit.tables import SQLITE_NOW
 
 _JOBS = "IN (SELECT value FROM json_each(:jobs))"
