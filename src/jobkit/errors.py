@@ -55,7 +55,7 @@ class JobNotFound(JobkitError, LookupError):
 
 
 class AssetNotFound(JobkitError, LookupError):
-    """No asset has this id or key, or it belongs to another company, or its object was collected as garbage."""
+    """No asset has this id or key, or it belongs to another company, or its object was swept."""
 
 
 class UnknownJobType(JobkitError, LookupError):

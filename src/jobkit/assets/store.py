@@ -352,7 +352,7 @@ class AssetStore:
             there = stored.provider != self.provider or self.storage.size(stored.object_key) != 0
             free = there and connection.execute(taken.union_all(given_up)).first() is None
         if not free:
-            raise AssetNotFound(f"{stored.object_key!r} was collected as garbage, or has a row: store the file again")
+            raise AssetNotFound(f"{stored.object_key!r} was swept already, or has a row: store the file again")
 
     def _refuse_deadlock(self) -> None:
         if self.engine is not None:
