@@ -123,7 +123,7 @@ class AssetUrlUnavailable(AssetError):
     """The storage cannot sign URLs."""
 
     def __init__(self, provider: str) -> None:
-        super().__init__(f"storage {provider!r} cannot sign URLs: send the bytes that AssetStore.open reads")
+        super().__init__(f"storage {provider!r} has no URLs that it signs: send the bytes that AssetStore.open reads")
 
 
 class RenderInterrupted(BaseException):

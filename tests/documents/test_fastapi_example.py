@@ -73,8 +73,9 @@ class Site:
         app = ["uvicorn", "tests.support.paced_reports:app", f"--port={self.port}", *options]
         server = self.start(*app, *([f"--workers={workers}"] if workers > 1 else []), **environment)
         wait_for(lambda: self.ready(server), lambda ready: ready == workers)
-        found = re.search(r"running on http://127.0.0.1:(\d+)", self.log)
-        assert found, self.log
+        # It may answer a moment before its line is in the log.
+        found = wait_for(lambda: re.search(r"running on http://127.0.0.1:(\d+)", self.log))
+        assert found is not None
         self.port = int(found[1])
         return server
 
