@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 import jobkit
+from jobkit.runner import store_stage
 from tests.support.asynchronous import DRIVERS, Lane
 from tests.support.browser import browser as a_browser
 from tests.support.browser import page as a_page
@@ -40,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     surroundings.settle_colours()
     return_large_blocks()
+    store_stage.RETRY_MOST = 0.0  # see ``patient``
     config.pluginmanager.register(Peaks())
     config.pluginmanager.register(tiers.Tiers())
 
@@ -150,6 +152,12 @@ def storage_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyt
 @pytest.fixture
 def assets(engine: sa.Engine, storage_url: str) -> jobkit.AssetStore:
     return jobkit.AssetStore(storage_url, engine=engine)
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runners ask a storage that fails again, for a lease; in other tests once, as they are about what follows."""
+    monkeypatch.setattr(store_stage, "RETRY_MOST", 3600.0)
 
 
 @pytest.fixture

@@ -362,7 +362,7 @@ ATTEMPTS = [
     bug(
         "a refusal counts as a reply that was lost",
         "runner/turns.py",
-        "if turn.limit and (done or not is_refusal(error)):",
+        "if turn.limit and (done or not was_rolled_back(error)):",
         "if turn.limit:",
         "runner/test_turns.py::test_a_claim_that_was_refused_with_the_rest_of_its_turn_is_not_looked_for",
     ),
@@ -596,10 +596,10 @@ EVENTS = [
     bug(
         "signals before their commit",
         "maintenance/rescue.py",
-        "                events = claims.rescue(connection, limit=BATCH, now=clock())\n            if events:\n"
-        "                on_commit(events)\n",
-        "                events = claims.rescue(connection, limit=BATCH, now=clock())\n                if events:\n"
-        "                    on_commit(events)\n",
+        "        events, after = _batch(link, after, clock(), refused)\n        if events:\n"
+        "            on_commit(events)\n",
+        "        with link.use() as c, c.begin():\n            events = claims.rescue(c, limit=BATCH, now=clock())\n"
+        "            on_commit(events)\n        after = None\n",
         "runner/test_leases.py::test_a_rescue_is_told_after_its_commit",
     ),
     bug(

@@ -109,12 +109,12 @@ def event_outside() -> None:
     finish, commit = claims.finish, Committer.commit
     late: list[dict[str, Any]] = []
 
-    def finish_without(connection: sa.Connection, completions: Any, **options: Any) -> list[EventRow]:
-        events = finish(connection, completions, **options)
-        which = content_job_events.c.id.in_([event.id for event in events])
+    def finish_without(connection: sa.Connection, completions: Any, **options: Any) -> claims.Ended:
+        ended = finish(connection, completions, **options)
+        which = content_job_events.c.id.in_([event.id for event in ended.events])
         late.extend(dict(row) for row in connection.execute(sa.select(content_job_events).where(which)).mappings())
         connection.execute(content_job_events.delete().where(which))
-        return events
+        return ended
 
     def commit_and_tell(self: Committer, turn: Any) -> Any:
         committed = commit(self, turn)
@@ -137,11 +137,11 @@ def told_before_the_commit() -> None:
         tell.append(options["on_commit"])
         start(self, *args, **options)
 
-    def finish_and_tell(connection: sa.Connection, completions: Any, **options: Any) -> list[EventRow]:
-        events = finish(connection, completions, **options)
-        tell[-1](events)
+    def finish_and_tell(connection: sa.Connection, completions: Any, **options: Any) -> claims.Ended:
+        ended = finish(connection, completions, **options)
+        tell[-1](ended.events)
         threading.Event().wait(0.02)
-        return events
+        return ended
 
     claims.finish = finish_and_tell
     Pipeline.__init__ = remember  # type: ignore[method-assign]

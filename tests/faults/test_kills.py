@@ -123,7 +123,7 @@ def claim_one(engine: sa.Engine, worker: str) -> claims.Claim:
 
 def end(engine: sa.Engine, claim: claims.Claim, error: str) -> int:
     with engine.begin() as connection:
-        return len(claims.finish(connection, [claims.failed(claim, error)], now=utcnow()))
+        return len(claims.finish(connection, [claims.failed(claim, error)], now=utcnow()).events)
 
 
 def put_back(engine: sa.Engine, job: jobkit.Job) -> None:

@@ -41,12 +41,14 @@ def take(connection: sa.Connection) -> Claim:
 
 
 def ends(outcome: Outcome) -> Act:
-    return lambda connection, claim: claims.finish(connection, [Completion(claim, outcome=outcome)], now=utcnow())
+    return lambda connection, claim: (
+        claims.finish(connection, [Completion(claim, outcome=outcome)], now=utcnow()).events
+    )
 
 
 def done(connection: sa.Connection, claim: Claim) -> Any:
     file = StoredObject("local_disk", f"acme/generated/{new_id()}", "text/plain", 1, "0" * 64, "a", recorded=False)
-    return claims.finish(connection, [Completion(claim, files=(file,))], now=utcnow())
+    return claims.finish(connection, [Completion(claim, files=(file,))], now=utcnow()).events
 
 
 def rescued(connection: sa.Connection, claim: Claim) -> Any:
@@ -173,7 +175,8 @@ def test_an_attempt_that_ends_after_the_job_was_asked_to_stop(end: str, engine: 
         assert row.run_at is None
     with engine.begin() as connection:  # it has ended: nothing of that claim counts any more
         assert (
-            claims.finish(connection, [Completion(claim, outcome=Outcome(JobStatus.FAILED, "x"))], now=utcnow()) == []
+            claims.finish(connection, [Completion(claim, outcome=Outcome(JobStatus.FAILED, "x"))], now=utcnow()).events
+            == []
         )
 
 

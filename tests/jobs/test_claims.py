@@ -31,7 +31,7 @@ def claim(engine: sa.Engine, limit: int = 1, worker: str = "w") -> list[Claim]:
 
 def finish(engine: sa.Engine, *completions: Completion) -> list[Any]:
     with engine.begin() as connection:
-        return claims.finish(connection, completions, now=utcnow())
+        return claims.finish(connection, completions, now=utcnow()).events
 
 
 def stored(claim: Claim, number: int = 0) -> StoredObject:

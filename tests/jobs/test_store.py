@@ -378,8 +378,8 @@ def test_leaving_running_by_hand_ends_the_runners_claim(engine: sa.Engine, creat
     assert (left.fence, left.lease_until, left.worker_id) == (1, None, None)
     file = jobkit.StoredObject("local_disk", "acme/k", "text/plain", 1, "0" * 64, None, recorded=False)
     with engine.begin() as connection:
-        assert claims.finish(connection, [claims.Completion(claim, (file,))], now=NOON) == []
-        assert claims.finish(connection, [claims.failed(claim, "late")], now=NOON) == []
+        assert claims.finish(connection, [claims.Completion(claim, (file,))], now=NOON).events == []
+        assert claims.finish(connection, [claims.failed(claim, "late")], now=NOON).events == []
         assert claims.release(connection, [claim], now=NOON) == []
         assert JobStore(connection).get_by_id(job.id) == left
         assert connection.scalar(sa.select(sa.func.count()).select_from(assets)) == 0
@@ -394,7 +394,7 @@ def test_a_claim_by_hand_outdates_a_claim_that_was_taken_back(engine: sa.Engine,
         mine = JobStore(connection).transition(job.id, expect="queued", status="running")
     assert mine.fence == 2
     with engine.begin() as connection:
-        assert claims.finish(connection, [claims.failed(claim, "late")], now=NOON) == []
+        assert claims.finish(connection, [claims.failed(claim, "late")], now=NOON).events == []
         assert JobStore(connection).get_by_id(job.id) == mine
 
 
@@ -407,7 +407,7 @@ def test_a_change_made_between_the_look_and_the_write_is_seen(engine: sa.Engine,
         """A runner's next step: claim, or fail, which leaves the fence as it is."""
         with engine.begin() as other:
             if taken:
-                assert claims.finish(other, [claims.failed(taken[0], "no font")], now=NOON)
+                assert claims.finish(other, [claims.failed(taken[0], "no font")], now=NOON).events
             else:
                 taken.extend(claims.claim(other, limit=1, worker_id="w", lease=60, now=NOON)[0])
 

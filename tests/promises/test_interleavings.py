@@ -66,11 +66,11 @@ class Stage:
         claim, now = getattr(self, "claim", None), utcnow()
 
         def finish(connection: sa.Connection) -> Any:
-            return claims.finish(connection, [Completion(claim, (self.file,))], now=now)
+            return claims.finish(connection, [Completion(claim, (self.file,))], now=now).events
 
         def put_off(connection: sa.Connection) -> Any:
             outcome = Outcome(JobStatus.QUEUED, run_at=now + timedelta(hours=1), charged=False)
-            return claims.finish(connection, [Completion(claim, outcome=outcome)], now=now)
+            return claims.finish(connection, [Completion(claim, outcome=outcome)], now=now).events
 
         def sweep(connection: sa.Connection) -> Any:
             keys = [self.file.object_key]

@@ -166,8 +166,8 @@ class Machine(Ground):
         mine = [one, other] if one.job_id != other.job_id else [one]
         expected = {c.job_id: self.model.jobs[c.job_id] for c in mine if self.model.jobs[c.job_id].holds(c)}
         with self.transaction(commit) as connection:
-            assert claims.check(connection, mine) == {job.id: job.asked for job in expected.values()}
-            assert claims.renew(connection, mine, lease=3600.0) == {job.id: job.asked for job in expected.values()}
+            held = {(job.id, job.asked, False) for job in expected.values()}
+            assert set(claims.check(connection, mine)) == set(claims.renew(connection, mine, lease=3600.0)) == held
         self.seen["renewal refused"] += len(expected) < len(mine)
         for job in expected.values() if commit else ():
             self.seen["renewed when it was over"] += job.lease == OVER
@@ -262,7 +262,7 @@ class Machine(Ground):
         lost = any(self.model.swept(file.object_key) for end in winners for file in end.files)
         try:
             with self.transaction(commit) as connection:
-                events = claims.finish(connection, completions, now=self.now)
+                events = claims.finish(connection, completions, now=self.now).events
         except AssetNotFound:
             assert lost
             self.seen["end after the sweep"] += 1

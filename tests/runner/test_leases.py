@@ -157,7 +157,7 @@ def test_workers_lost_now_and_then_do_not_stop_a_job(engine: sa.Engine, create: 
         rescue(engine)
     claim = claim_one(engine, "well")
     with engine.begin() as connection:
-        assert claims.finish(connection, [claims.Completion(claim, outcome=end)], now=utcnow())
+        assert claims.finish(connection, [claims.Completion(claim, outcome=end)], now=utcnow()).events
         connection.execute(sa.update(content_jobs).values(run_at=None))
     claim_one(engine, "lost")
     expire(engine, job)
@@ -217,7 +217,7 @@ def test_of_a_worker_and_a_rescue_at_the_same_moment_one_wins(engine: sa.Engine,
 
     def finish() -> int:
         with engine.begin() as connection:
-            return len(claims.finish(connection, [claims.failed(claim, "slow")], now=utcnow()))
+            return len(claims.finish(connection, [claims.failed(claim, "slow")], now=utcnow()).events)
 
     def renew() -> int:
         with engine.begin() as connection:
@@ -245,10 +245,10 @@ def test_a_renewal_of_an_old_claim_changes_nothing(engine: sa.Engine, create: Cr
     new = claim_one(engine, "second")
     expire(engine, job)
     with engine.begin() as connection:
-        assert claims.renew(connection, [old], lease=60.0) == {}
-        assert claims.check(connection, [old]) == {}
+        assert claims.renew(connection, [old], lease=60.0) == []
+        assert claims.check(connection, [old]) == []
         assert fresh(engine, job).lease_until == datetime(2020, 1, 1, tzinfo=UTC)
-        assert claims.renew(connection, [old, new], lease=60.0) == {job.id: False}
+        assert claims.renew(connection, [old, new], lease=60.0) == [(job.id, False, False)]
 
 
 # --- renewal

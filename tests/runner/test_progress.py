@@ -50,8 +50,8 @@ def claim_one(engine: sa.Engine) -> claims.Claim:
 
 def advance(engine: sa.Engine, claim: claims.Claim, fraction: float, message: str | None = None) -> dict[Any, bool]:
     with engine.begin() as connection:
-        held, _ = claims.update_progress(connection, [(claim, Report(fraction, message))], lease=60.0, now=utcnow())
-    return held
+        _, held = claims.update_progress(connection, [(claim, Report(fraction, message))], lease=60.0, now=utcnow())
+    return {one.job_id: one.cancelled for one in held}
 
 
 # --- what a renderer may say

@@ -181,6 +181,11 @@ def start_server(settings: Sequence[str] = QUICK) -> Server:
     raise RuntimeError(HELP + ("; ".join(tried) or "nothing was found"))
 
 
+def server_programs() -> Path:
+    """The folder of the server programs that a test may start servers of its own with."""
+    return next(iter(_found()))
+
+
 def _found() -> Iterator[Path]:
     """Folders with server programs of a usable version, the preferred ones first."""
     candidates = [Path(folder) for folder in [os.environ.get("JOBKIT_TEST_POSTGRES_BIN")] if folder]

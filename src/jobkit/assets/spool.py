@@ -51,6 +51,8 @@ class Spool(io.RawIOBase):
         self._refusal: BaseException | None = None
         self._file = io.FileIO(self.path, "x+", opener=_private)
         self._gone = False
+        #: Whether a storage has moved the file away.
+        self.released = False
         self._position = self.size = 0
 
     def writable(self) -> bool:
@@ -145,7 +147,7 @@ class Spool(io.RawIOBase):
 
     def release(self) -> None:
         """Mark the file as moved away by a storage: ``discard`` removes nothing."""
-        self._gone = True
+        self._gone = self.released = True
 
     def discard(self) -> None:
         """Close and remove the file. A file that cannot be removed goes with the folder of this process."""
@@ -262,10 +264,18 @@ class StagedFile:
             recorded=recorded,
         )
 
+    @property
+    def stored(self) -> bool:
+        """Whether ``publish`` has stored it."""
+        return self.spool.released
+
     def publish(self) -> None:
         """Store the sealed file durably under its key. The spool file is gone afterwards, also on errors."""
-        for failure in publish([self]).values():
-            raise failure
+        try:
+            for failure in publish([self]).values():
+                raise failure
+        finally:
+            self.discard()
 
     def discard(self) -> None:
         """Remove the spool file. A published object without a row is left to garbage collection."""
@@ -274,18 +284,13 @@ class StagedFile:
 
 def publish(drafts: Sequence[StagedFile]) -> dict[str, BaseException]:
     """Store sealed files of one storage, each durably under its key. The exceptions of files that were not stored, by
-    key. The spool files are gone afterwards, also on errors.
+    key; their spool files stay, to be published again or discarded.
     """
-    stored = False
-    try:
-        uploads = [Upload(draft.spool.path, draft.key, draft.content_type) for draft in drafts]
-        failures = drafts[0]._storage.publish(uploads)
-        stored = True
-    finally:
-        for draft in drafts:
-            if stored and draft.key not in failures:
-                draft.spool.release()
-            draft.discard()
+    uploads = [Upload(draft.spool.path, draft.key, draft.content_type) for draft in drafts]
+    failures = drafts[0]._storage.publish(uploads)
+    for draft in drafts:
+        if draft.key not in failures:
+            draft.spool.release()
     return failures
 
 

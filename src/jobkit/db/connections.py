@@ -12,6 +12,8 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from jobkit.db.failures import is_stale
+
 # A call that lasts longer than this many times its limit was not ended by aborting it.
 GIVE_UP = 2.0
 
@@ -34,18 +36,18 @@ class DedicatedConnection:
         self._since = time.monotonic()
         try:
             yield self._opened()
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.close(stale=is_stale(error))
             raise
         finally:
             self._since = None
 
-    def close(self) -> None:
-        """Give the connection back; the next use opens one anew."""
+    def close(self, *, stale: bool = False) -> None:
+        """Give the connection back; the next use opens one anew. ``stale``: nobody is to use it again."""
         connection, self._connection = self._connection, None
         if connection is not None:
             with suppress(Exception):
-                if self._engine.pool is not self._pool:  # disposed of: the old one would keep it open
+                if stale or self._engine.pool is not self._pool:  # disposed of: the old one would keep it open
                     connection.invalidate()
                 connection.close()
 
@@ -154,15 +156,3 @@ def abort_overdue(connection: DedicatedConnection | SharedConnection, limit: flo
     if connection.busy_for > limit:
         connection.abort()
     return connection.busy_for > GIVE_UP * limit
-
-
-def is_outage(error: Exception) -> bool:
-    """Whether the database failed, so that the same call may succeed later; False when it refused these values."""
-    if isinstance(error, sa.exc.DBAPIError) and error.connection_invalidated:
-        return True
-    return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.TimeoutError | OSError)
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether the database replied that it will not have these values, and so has rolled the transaction back."""
-    return isinstance(error, sa.exc.DBAPIError) and not is_outage(error)

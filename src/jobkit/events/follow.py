@@ -14,9 +14,9 @@ from typing import Self
 import sqlalchemy as sa
 
 from jobkit.base.text import error_message, require_company_id
-from jobkit.db.connections import is_outage
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Position, Start
+from jobkit.db.failures import may_pass
 from jobkit.events import hub
 from jobkit.events.hub import Subscriber, Wake
 from jobkit.events.log import Ask, LogReader, event_of, in_order, require_whole, safe_cursors
@@ -63,7 +63,7 @@ class Follower(Subscriber):
             try:
                 found = self._page()
             except Exception as error:
-                if not is_outage(error):
+                if not may_pass(error):
                     raise
                 logger.warning("the log could not be read, and will be again: %s", error_message(error))
                 self._mark_missed()

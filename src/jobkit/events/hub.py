@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from jobkit import signals
 from jobkit.base.forks import reset_in_children
 from jobkit.base.text import error_message
-from jobkit.db.connections import is_outage
+from jobkit.db.failures import may_pass
 from jobkit.db.host import log_key
 from jobkit.events.relay import Relay
 from jobkit.tables import content_jobs
@@ -141,7 +141,7 @@ class Hub:
             for subscriber, job_id in job_ids.items():
                 subscriber.compare(last.get(job_id))
         except Exception as error:
-            if not is_outage(error):
+            if not may_pass(error):
                 raise
             logger.warning("watched jobs could not be polled: %s", error_message(error))
         finally:

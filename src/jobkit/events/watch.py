@@ -18,8 +18,8 @@ import sqlalchemy as sa
 from jobkit.base.clock import seconds
 from jobkit.base.ids import parse_id
 from jobkit.base.text import error_message
-from jobkit.db.connections import is_outage
 from jobkit.db.dialects import statements_for
+from jobkit.db.failures import may_pass
 from jobkit.errors import JobNotFound
 from jobkit.events import hub
 from jobkit.events.hub import TERMINAL, Subscriber, Wake
@@ -148,7 +148,7 @@ class Watcher(Subscriber):
                 if not rows and connection.execute(known).one_or_none() is None:
                     raise JobNotFound(job_id)
         except Exception as error:
-            if not is_outage(error):
+            if not may_pass(error):
                 raise
             logger.warning("the log of job %s could not be read, and will be again: %s", job_id, error_message(error))
             self._mark_missed()

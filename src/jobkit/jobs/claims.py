@@ -6,7 +6,7 @@ changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from jobkit.base.ids import new_id
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import AppendedEvent, ClaimedRow, ClaimTerms, EventRow, RescueTerms, event_payload
+from jobkit.db.dialects.base import AppendedEvent, ClaimedRow, ClaimTerms, EventRow, Held, RescueTerms, event_payload
 from jobkit.db.dialects.base import Claim as Claim  # noqa: PLC0414 - the name of this module's users
 from jobkit.errors import AssetNotFound
 from jobkit.jobs.outcomes import Outcome
@@ -85,21 +85,31 @@ def claim(
     return [row.claim for row in taken], events
 
 
-def finish(connection: sa.Connection, completions: Sequence[Completion], *, now: datetime) -> list[EventRow]:
+class Ended(NamedTuple):
+    """The events of a ``finish``, and the jobs whose rows other transactions have locked: to be finished later."""
+
+    events: list[EventRow]
+    locked: Set[UUID]
+
+
+def finish(connection: sa.Connection, completions: Sequence[Completion], *, now: datetime) -> Ended:
     """End attempts: their status, event and asset rows are written, their intents deleted. Nothing is written for a
-    lost claim. Returns the events.
+    lost claim, or for a job whose row is locked.
 
     A job that would be queued again and was asked to stop is cancelled instead. ``AssetNotFound`` when the sweep took
     an object first: the caller must roll back, and that job's files are lost.
     """
-    events = _finish(connection, completions, now)
-    ended = {event.job_id for event in events}
-    asked = [c for c in completions if c.outcome.status is JobStatus.QUEUED and c.claim.job_id not in ended]
-    return events + (_finish(connection, [Completion(c.claim, outcome=CANCELLED) for c in asked], now) if asked else [])
+    events, locked = _finish(connection, completions, now)
+    settled = {event.job_id for event in events} | locked
+    asked = [c for c in completions if c.outcome.status is JobStatus.QUEUED and c.claim.job_id not in settled]
+    if asked:
+        more = _finish(connection, [Completion(c.claim, outcome=CANCELLED) for c in asked], now)
+        return Ended(events + more.events, locked | more.locked)
+    return Ended(events, locked)
 
 
-def _finish(connection: sa.Connection, completions: Sequence[Completion], now: datetime) -> list[EventRow]:
-    told, gone = statements_for(connection).finish(
+def _finish(connection: sa.Connection, completions: Sequence[Completion], now: datetime) -> Ended:
+    told, gone, locked = statements_for(connection).finish(
         connection,
         [_job(c) for c in sorted(completions, key=lambda c: _by_id(c.claim))],
         [row for c in completions for row in _files(c)],
@@ -109,42 +119,43 @@ def _finish(connection: sa.Connection, completions: Sequence[Completion], now: d
     recorded = sum(file.recorded for t in told for file in by_id[t.job_id].files)
     if gone != recorded:
         raise AssetNotFound(f"the sweep was faster: {recorded - gone} of {recorded} stored files are gone")
-    return [_event(by_id[t.job_id], t, now) for t in told]
+    return Ended([_event(by_id[t.job_id], t, now) for t in told], locked)
 
 
 def release(connection: sa.Connection, claims: Sequence[Claim], *, now: datetime) -> list[EventRow]:
-    """Queue claimed jobs again, the attempt not charged. Nothing is written for a lost claim. Returns the events."""
-    return finish(connection, [Completion(claim, outcome=RELEASED) for claim in claims], now=now)
+    """Queue claimed jobs again, the attempt not charged. Nothing is written for a lost claim, or for a job whose row is
+    locked. Returns the events.
+    """
+    return finish(connection, [Completion(claim, outcome=RELEASED) for claim in claims], now=now).events
 
 
-def renew(connection: sa.Connection, claims: Sequence[Claim], *, lease: float) -> dict[UUID, bool]:
-    """Prolong the claims that still hold to ``lease`` seconds from now; by job, whether it was asked to stop."""
-    return dict(statements_for(connection).renew(connection, _tokens(claims), lease=lease))
+def renew(connection: sa.Connection, claims: Sequence[Claim], *, lease: float) -> list[Held]:
+    """Prolong the claims that still hold to ``lease`` seconds from now."""
+    return statements_for(connection).renew(connection, _tokens(claims), lease=lease)
 
 
-def check(connection: sa.Connection, claims: Sequence[Claim]) -> dict[UUID, bool]:
+def check(connection: sa.Connection, claims: Sequence[Claim]) -> list[Held]:
     """As ``renew``, but writes nothing."""
-    return dict(statements_for(connection).held(connection, _tokens(claims)))
+    return statements_for(connection).held(connection, _tokens(claims))
 
 
 def update_progress(
     connection: sa.Connection, reports: Sequence[tuple[Claim, Report]], *, lease: float, now: datetime
-) -> tuple[dict[UUID, bool], list[EventRow]]:
+) -> tuple[list[EventRow], list[Held]]:
     """As ``renew``, and writes the reports; with their events. A job's fraction never falls."""
     jobs = [
         {"job": claim.job_id.hex, "fence": claim.fence, "progress": report.fraction, "message": report.message}
         for claim, report in sorted(reports, key=lambda reported: _by_id(reported[0]))
     ]
-    moved = statements_for(connection).update_progress(connection, jobs, lease=lease, now=now)
-    return {event.job_id: cancelled for event, cancelled in moved}, [event for event, _ in moved]
+    return statements_for(connection).update_progress(connection, jobs, lease=lease, now=now)
 
 
-def rescue(connection: sa.Connection, *, limit: int, now: datetime) -> list[EventRow]:
-    """Take up to ``limit`` jobs whose lease is over from their lost workers: queued again, the attempt not charged;
-    cancelled when asked to stop; failed after ``MAX_RESCUES`` rescues. Returns their events.
+def rescue(connection: sa.Connection, *, limit: int, now: datetime, after: UUID = UUID(int=0)) -> list[EventRow]:
+    """Take up to ``limit`` jobs by id, beyond ``after``, whose lease is over from their lost workers: queued again, the
+    attempt not charged; cancelled when asked to stop; failed after ``MAX_RESCUES`` rescues. Returns their events.
     """
     stopped = f"its worker was lost {MAX_RESCUES + 1} times in a row; perhaps this job is what kills it"
-    terms = RescueTerms(limit, MAX_RESCUES, "the worker was lost", stopped, now)
+    terms = RescueTerms(limit, MAX_RESCUES, "the worker was lost", stopped, now, after)
     return statements_for(connection).rescue(connection, terms=terms)
 
 

@@ -109,6 +109,11 @@ class Attempt:
             raise self._interruption
 
     @property
+    def interruption(self) -> errors.RenderInterrupted | None:
+        """Why the renderer was asked to stop, if it was."""
+        return self._interruption
+
+    @property
     def interrupted(self) -> bool:
         """Whether the renderer was asked to stop."""
         return self._interruption is not None

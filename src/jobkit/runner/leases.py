@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Mapping
-from uuid import UUID
+from collections.abc import Sequence
 
 import sqlalchemy as sa
 
 from jobkit.base.clock import Clock
+from jobkit.base.text import error_message
 from jobkit.base.threads import Periodic
 from jobkit.db.connections import DedicatedConnection
 from jobkit.db.dialects import statements_for
+from jobkit.db.dialects.base import EventRow, Held
+from jobkit.db.failures import contained
 from jobkit.errors import JobCancelled, LeaseLost
 from jobkit.jobs import claims
-from jobkit.jobs.claims import OnCommit
+from jobkit.jobs.claims import OnCommit, Report
 from jobkit.rendering.attempt import Attempt
 from jobkit.runner.in_flight import InFlight
 
+logger = logging.getLogger("jobkit")
+# Progress reports that were recorded together, their events, and the claims that hold.
+Recorded = tuple[Sequence[tuple[Attempt, Report | None]], list[EventRow], list[Held]]
 # Seconds between checks of the claims: this soon a renderer hears that its job was cancelled.
 LOOK = 1.0
 # Seconds between checks per job in flight (at least LOOK): at 6 µs a job this is 0.3 % of a core.
@@ -65,13 +71,24 @@ class LeaseKeeper:
         if not news:
             return
         in_flight.record_at = sent + record_every(len(news))
-        reports = [(attempt.claim, report) for attempt, report in news.items() if report is not None]
+        for recorded, events, held in contained(list(news.items()), self._record, self._unrecorded):
+            locked = {one.job_id for one in held if one.locked}
+            for attempt, report in recorded:
+                if attempt.claim.job_id not in locked:
+                    attempt.recorded = report
+            self._after([attempt for attempt, _ in recorded], held, renewed=sent)
+            self._on_commit(events)
+
+    def _record(self, news: Sequence[tuple[Attempt, Report | None]]) -> Recorded:
+        reports = [(attempt.claim, report) for attempt, report in news if report is not None]
         with self.link.use() as connection, connection.begin():
-            held, events = claims.update_progress(connection, reports, lease=self._lease, now=self._clock())
-        for attempt, report in news.items():
-            attempt.recorded = report
-        self._after(list(news), held, renewed=sent)
-        self._on_commit(events)
+            return news, *claims.update_progress(connection, reports, lease=self._lease, now=self._clock())
+
+    @staticmethod
+    def _unrecorded(news: tuple[Attempt, Report | None], error: Exception) -> None:
+        attempt, report = news
+        attempt.recorded = report
+        logger.warning("job %s: its progress was not recorded: %s", attempt.claim.job_id, error_message(error))
 
     def _tick(self) -> None:
         attempts = self.in_flight.attempts()
@@ -81,9 +98,7 @@ class LeaseKeeper:
             self._keep(attempts)
             self.record()
         except Exception:
-            for attempt in attempts:
-                if time.monotonic() - attempt.renewed > self._lease:
-                    attempt.interrupt(LeaseLost(f"the lease of job {attempt.claim.job_id} could not be renewed"))
+            self._interrupt_overdue(attempts)
             raise
 
     def _keep(self, attempts: list[Attempt]) -> None:
@@ -93,28 +108,47 @@ class LeaseKeeper:
         if not renewing and sent < self._look_at:
             return
         old = [attempt for attempt in attempts if renewing and sent - attempt.renewed >= self._lease / 6]
-        with self.link.use() as connection, connection.begin():
-            if old:
-                held = claims.renew(connection, [attempt.claim for attempt in old], lease=self._lease)
-            else:
-                held = claims.check(connection, [attempt.claim for attempt in attempts])
         if renewing:
             self._renew_at = sent + self._lease / 3
         else:
             self._look_at = sent + look_every(len(attempts)) - 0.2  # the timer's pauses vary by a tenth
-        self._after(old or attempts, held, renewed=sent if old else None)
+        step = self._renew if old else self._check
+        for kept, held in contained(old or attempts, step, self._unrenewed):
+            self._after(kept, held, renewed=sent if old else None)
 
-    def _after(self, attempts: list[Attempt], held: Mapping[UUID, bool], *, renewed: float | None) -> None:
+    def _renew(self, attempts: Sequence[Attempt]) -> tuple[Sequence[Attempt], list[Held]]:
+        with self.link.use() as connection, connection.begin():
+            return attempts, claims.renew(connection, [attempt.claim for attempt in attempts], lease=self._lease)
+
+    def _check(self, attempts: Sequence[Attempt]) -> tuple[Sequence[Attempt], list[Held]]:
+        with self.link.use() as connection, connection.begin():
+            return attempts, claims.check(connection, [attempt.claim for attempt in attempts])
+
+    def _unrenewed(self, attempt: Attempt, error: Exception) -> None:
+        logger.warning("job %s: its lease was not renewed: %s", attempt.claim.job_id, error_message(error))
+        self._interrupt_overdue([attempt])
+
+    def _interrupt_overdue(self, attempts: Sequence[Attempt]) -> None:
         for attempt in attempts:
-            if renewed is not None and attempt.claim.job_id in held:
-                attempt.renewed = renewed
-            interrupt_if_lost(attempt, held)
+            if time.monotonic() - attempt.renewed > self._lease:
+                attempt.interrupt(LeaseLost(f"the lease of job {attempt.claim.job_id} could not be renewed"))
+
+    def _after(self, attempts: Sequence[Attempt], held: Sequence[Held], *, renewed: float | None) -> None:
+        by_id = {one.job_id: one for one in held}
+        for attempt in attempts:
+            found = by_id.get(attempt.claim.job_id)
+            if renewed is not None and found is not None:
+                # Nobody can take a job whose row another transaction has locked. It is renewed at the next tick.
+                attempt.renewed = renewed - self._lease / 6 if found.locked else renewed
+                if found.locked:
+                    self._renew_at = renewed
+            interrupt_if_lost(attempt, found)
 
 
-def interrupt_if_lost(attempt: Attempt, held: Mapping[UUID, bool]) -> None:
-    """Interrupt an attempt whose job is not in ``held``, or asked to stop there."""
+def interrupt_if_lost(attempt: Attempt, held: Held | None) -> None:
+    """Interrupt an attempt whose claim is not ``held``, or whose job was asked to stop."""
     job_id = attempt.claim.job_id
-    if job_id not in held:
+    if held is None:
         attempt.interrupt(LeaseLost(f"job {job_id} was taken from this runner"))
-    elif held[job_id]:
+    elif held.cancelled:
         attempt.interrupt(JobCancelled(f"job {job_id} was cancelled"))

@@ -11,16 +11,16 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Iterable, Sequence
 
 from jobkit.base.clock import AdaptivePoll, Backoff
 from jobkit.base.ids import new_id
 from jobkit.base.mailbox import NEVER, Mailbox
 from jobkit.base.text import error_message
 from jobkit.base.threads import Pool
-from jobkit.db.connections import is_outage
+from jobkit.db.failures import is_outage, refuses_values
 from jobkit.errors import LeaseLost
 from jobkit.events.log import may_run
-from jobkit.jobs import claims
 from jobkit.jobs.claims import RELEASED, Claim, Completion, OnCommit
 from jobkit.rendering.attempt import Attempt
 from jobkit.rendering.context import RenderEnvironment
@@ -28,8 +28,8 @@ from jobkit.runner.in_flight import InFlight
 from jobkit.runner.render_stage import RenderStage
 from jobkit.runner.settings import Settings
 from jobkit.runner.store_stage import StoreBatch, StoreStage
-from jobkit.runner.turns import Committed, Committer, Turn, completion_of
-from jobkit.types import JobStatus, RunnerMetrics
+from jobkit.runner.turns import Committed, Committer, Postponed, Turn, completion_of, instead_of, not_recorded
+from jobkit.types import RunnerMetrics
 
 logger = logging.getLogger("jobkit")
 # For ACTIVE_FOR seconds after a job was found, the database is polled every ACTIVE_POLL seconds.
@@ -72,7 +72,8 @@ class Pipeline:
         self.link = self._committer.link
         self._mailbox: Mailbox[Message] = Mailbox()
         self._render_stage = RenderStage(settings, environment, render_pool, in_flight, self._mailbox)
-        self._store_stage = StoreStage(store_pool, settings.assets.storage.batch_bytes, self._mailbox)
+        self._store_stage = StoreStage(store_pool, settings.assets.storage.batch_bytes, self._mailbox, settings.lease)
+        self._postponed = Postponed(settings.lease, in_flight)
         self._turn = Turn()
         self._should_claim, self._next_poll = True, 0.0
         self._poll = AdaptivePoll(min(ACTIVE_POLL, settings.poll_interval), settings.poll_interval, ACTIVE_FOR)
@@ -138,16 +139,20 @@ class Pipeline:
                 for attempt, reason in self._render_stage.overdue():
                     self._turn.completions.append(self._completion(attempt, reason))
                 self._store_stage.replace_overdue()
+                self._stored(self._store_stage.try_again())
                 self._render_stage.grow()
                 for attempt in self._render_stage.stalled():
                     self._turn.completions.append(Completion(attempt.claim, outcome=RELEASED))
                 turn, self._turn = self._plan(), Turn()
                 if turn:
                     self._commit(turn)
+                self._commit_each(self._postponed.due())
             if self._abandoned or self._committer.unsure:
                 self._release_all()
         finally:
             self.link.close()
+            self._store_stage.close()
+            self._postponed.close()
             try:
                 self._sort(self._mailbox.drain(0))
                 for attempt in self._turn.rendered:  # they will not be stored
@@ -180,7 +185,8 @@ class Pipeline:
 
     def _next_deadline_in(self) -> float:
         """Seconds until something in a stage may be overdue."""
-        return max(0.0, min(3600.0, self._render_stage.next_deadline_in(), self._store_stage.next_deadline_in()))
+        stages = self._render_stage.next_deadline_in(), self._store_stage.next_deadline_in()
+        return max(0.0, min(3600.0, self._postponed.next_in(), *stages))
 
     def _collect(self, timeout: float) -> None:
         """Sort the messages. Waits up to ``timeout`` seconds for the first, and a little for more results."""
@@ -198,14 +204,16 @@ class Pipeline:
             if message is None:
                 self._should_claim = True
             elif isinstance(message, StoreBatch):
-                self._store_stage.finished(message)
-                self._turn.completions += [self._completion(one, message.failures.get(one)) for one in message.attempts]
+                self._stored(self._store_stage.finished(message))
             else:
                 self._render_stage.finished(message)
                 if message.failure is None:
                     self._turn.rendered.append(message)
                 else:
                     self._turn.completions.append(self._completion(message, message.failure))
+
+    def _stored(self, ended: Iterable[tuple[Attempt, BaseException | None]]) -> None:
+        self._turn.completions += [self._completion(attempt, failure) for attempt, failure in ended]
 
     def _completion(self, attempt: Attempt, failure: BaseException | None) -> Completion:
         return completion_of(attempt, failure, now=self._clock())
@@ -237,10 +245,7 @@ class Pipeline:
         try:
             committed = self._committer.commit(turn)
         except Exception as error:
-            if is_outage(error):
-                self._pause(turn, error)
-            else:
-                self._one_by_one(turn, error)
+            self._failed(turn, error)
             return
         if self._backoff.succeeded():
             logger.warning("the database answers again")
@@ -249,12 +254,15 @@ class Pipeline:
 
     def _after(self, turn: Turn, committed: Committed) -> None:
         """After a commit: signals, then the work that the commit allows."""
-        events, claimed, settled = committed
+        events, claimed, locked, settled = committed
         if events:
             self._on_commit(events)
         ends = {event.job_id: event for event in events if event.type != "content_job.running"}
         for completion in turn.completions:
             job_id = completion.claim.job_id
+            if job_id in locked:
+                self._postponed.locked(Turn([completion]))
+                continue
             self.in_flight.pop(completion.claim)
             if job_id in ends:
                 self.ended += not may_run(ends[job_id])
@@ -263,6 +271,8 @@ class Pipeline:
             else:
                 self._rejected += 1
                 logger.warning(CLAIM_LOST, job_id)
+        for attempt in turn.rendered:
+            self._postponed.settled(attempt.claim.job_id)
         self._store_stage.submit(turn.rendered)
         self._render_stage.submit([self._begin(claim) for claim in claimed])
         if turn.limit:
@@ -277,32 +287,44 @@ class Pipeline:
 
     # --- when the database refuses or fails
 
-    def _one_by_one(self, turn: Turn, error: Exception) -> None:
-        """Commit each part by itself, so that only the refused one fails."""
+    def _failed(self, turn: Turn, error: Exception) -> None:
+        """Keep what may succeed later. What is refused is committed part by part, so that only one of them waits or
+        fails.
+        """
         parts = turn.parts()
-        if len(parts) > 1:
-            for part in parts:
+        if is_outage(error) or (turn.limit and len(parts) == 1):
+            if self._backoff.failed():
+                logger.error("the database failed; jobs in flight are kept and tried again: %s", error_message(error))
+            self._keep(turn)
+        elif len(parts) > 1:
+            self._commit_each(parts)
+        elif refuses_values(error) or not self._postponed.refused(turn, error):
+            self._give_up(turn, error)
+
+    def _commit_each(self, parts: Sequence[Turn]) -> None:
+        """Commit each of these by itself, until the database fails."""
+        failures = self._backoff.failures
+        for part in parts:
+            if self._backoff.failures > failures:
+                self._keep(part)
+            else:
                 self._commit(part)
-        elif turn.limit:
-            self._pause(turn, error)
-        else:
-            self._refused(turn, error)
 
-    def _refused(self, part: Turn, error: Exception) -> None:
-        claim = part.completions[0].claim if part.completions else part.rendered[0].claim
+    def _give_up(self, part: Turn, error: Exception) -> None:
+        """End a job whose result the database refused for good, or leave it to its lease when it refuses that too."""
+        claim = part.claim
         logger.error("job %s could not be finished: %s", claim.job_id, error_message(error), exc_info=error)
-        if part.rendered:
-            part.rendered[0].discard()
-        elif part.completions[0].outcome.status is not JobStatus.DONE:
-            self.in_flight.pop(claim)  # not even its failure can be written: its lease will run out
-            return
-        message = error_message(getattr(error, "orig", None) or error)
-        self._commit(Turn([claims.failed(claim, f"the result could not be recorded: {message}")]))
+        for attempt in part.rendered:
+            attempt.discard()
+        instead = not_recorded(claim, error) if part.rendered else instead_of(part.completions[0], error)
+        if instead is None:
+            self.in_flight.pop(claim)
+            logger.error("job %s: no end can be recorded; it stays claimed until its lease runs out", claim.job_id)
+        else:
+            self._commit(Turn([instead]))
 
-    def _pause(self, turn: Turn, error: Exception) -> None:
-        """Keep the turn for the next try. Log the first failure of a row."""
-        if self._backoff.failed():
-            logger.error("the database failed; jobs in flight are kept and tried again: %s", error_message(error))
+    def _keep(self, turn: Turn) -> None:
+        """Keep the turn for the next try."""
         self._turn.completions[:0] = turn.completions
         self._turn.rendered[:0] = turn.rendered
         self._turn.may_be_committed = self._turn.may_be_committed or bool(turn.completions)

@@ -260,7 +260,7 @@ class Runner:
 
     def _rescue(self, feed: Feed) -> RescueReport:
         with closing(DedicatedConnection(self.engine)) as link:
-            return rescue(link, clock=self._settings.clock, on_commit=feed.publish)
+            return rescue(link, clock=self._settings.clock, on_commit=feed.publish, refused=set())
 
     def _run_here(self) -> int:
         """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 
 from jobkit.assets.spool import publish
+from jobkit.base.clock import Backoff
 from jobkit.base.mailbox import Sender
 from jobkit.base.threads import Pool, TaskState
+from jobkit.errors import AssetKeyRefused, AssetTooLarge
 from jobkit.rendering.attempt import Attempt
 
 logger = logging.getLogger("jobkit")
 # Most small jobs in one batch: more than are claimed at once.
 MOST = 64
+# What a storage refuses whenever it is asked. Everything else may pass; but after EIO, where Linux drops what it could
+# not write, a second flush would succeed without the bytes.
+_FINAL = (AssetKeyRefused, AssetTooLarge, ValueError, TypeError)
+# For how long a file is stored again at most, in seconds.
+RETRY_MOST = 3600.0
 # How long storing a batch may take, in seconds, before its thread is replaced. The files may still arrive.
 STALLED = 60.0
 
@@ -31,9 +40,9 @@ class StoreBatch:
         self.task = TaskState()
 
     def publish(self) -> dict[Attempt, BaseException]:
-        """Store every file under its key; return the ``failures``. The spool files are gone afterwards in any case."""
+        """Store every file under its key that is not stored yet; return the ``failures``, whose spool files stay."""
         try:
-            failures = publish([draft for attempt in self.attempts for draft in attempt.drafts])
+            failures = publish([draft for attempt in self.attempts for draft in attempt.drafts if not draft.stored])
         except BaseException as error:  # whatever a storage raises must not end the thread
             self.failures = dict.fromkeys(self.attempts, error)
         else:
@@ -58,10 +67,20 @@ def store_batches(attempts: Iterable[Attempt], batch_bytes: int) -> list[StoreBa
 
 
 class StoreStage:
-    """Stores the files of rendered jobs on threads of ``pool``; batches come back to ``mailbox``. For one thread."""
+    """Stores the files of rendered jobs on threads of ``pool``; batches come back to ``mailbox``. For one thread.
 
-    def __init__(self, pool: Pool, batch_bytes: int, mailbox: Sender[StoreBatch]) -> None:
+    What a storage does not take is tried again, with growing pauses, for ``retry_for`` seconds; not in a pool whose
+    tasks would keep the caller waiting.
+    """
+
+    def __init__(self, pool: Pool, batch_bytes: int, mailbox: Sender[StoreBatch], retry_for: float) -> None:
         self._pool, self._batch_bytes, self._mailbox = pool, batch_bytes, mailbox
+        self._retry_for = min(retry_for, RETRY_MOST) if pool.waits else 0.0
+        # Until when each attempt that failed is tried again; those that wait for it, and when it is time.
+        self._until: dict[Attempt, float] = {}
+        self._waiting: list[Attempt] = []
+        self._backoff, self._again_at = Backoff(), math.inf
+        self._closed = False
         # When each batch is overdue, on the monotonic clock. Those that were overdue once are not here.
         self._storing: dict[StoreBatch, float] = {}
         #: How many threads were replaced.
@@ -73,9 +92,26 @@ class StoreStage:
             self._storing[batch] = time.monotonic() + STALLED
             self._pool.submit(partial(self._store, batch))
 
-    def finished(self, batch: StoreBatch) -> None:
-        """The pipeline has got ``batch`` from the mailbox."""
+    def finished(self, batch: StoreBatch) -> list[tuple[Attempt, BaseException | None]]:
+        """The pipeline has got ``batch`` from the mailbox: its attempts that ended, each with its failure."""
         self._storing.pop(batch, None)
+        again = [attempt for attempt, failure in batch.failures.items() if self._may_try_again(attempt, failure)]
+        if again:
+            self._backoff.failed()
+            self._waiting += again
+            self._again_at = time.monotonic() + self._backoff.pause
+        elif not batch.failures:
+            self._backoff.succeeded()
+        return self._over((one, batch.failures.get(one)) for one in batch.attempts if one not in again)
+
+    def try_again(self) -> list[tuple[Attempt, BaseException | None]]:
+        """Store again what waits for that, when it is time; the attempts that are no longer wanted, each with why."""
+        if time.monotonic() < self._again_at:
+            return []
+        waiting, self._waiting, self._again_at = self._waiting, [], math.inf
+        unwanted = {attempt: reason for attempt in waiting if (reason := attempt.interruption) is not None}
+        self.submit(attempt for attempt in waiting if attempt not in unwanted)
+        return self._over(unwanted.items())
 
     def expected_results(self) -> int:
         """How many batches are likely to be stored within milliseconds."""
@@ -84,7 +120,7 @@ class StoreStage:
 
     def next_deadline_in(self) -> float:
         """Seconds until a batch may be overdue; infinite when none is being stored."""
-        return min(self._storing.values(), default=float("inf")) - time.monotonic()
+        return min(self._again_at, *self._storing.values(), math.inf) - time.monotonic()
 
     def replace_overdue(self) -> None:
         """Replace the threads that wait for the storage for too long."""
@@ -101,14 +137,42 @@ class StoreStage:
 
     def close(self) -> None:
         """Let the threads end once what was submitted is stored. Waits for none."""
+        self._closed = True
         self._pool.close()
+        for attempt in self._waiting:
+            attempt.discard()
+
+    def _may_try_again(self, attempt: Attempt, failure: BaseException) -> bool:
+        until = self._until.setdefault(attempt, time.monotonic() + self._retry_for)
+        lost = isinstance(failure, OSError) and failure.errno == errno.EIO
+        if self._closed or lost or isinstance(failure, _FINAL) or time.monotonic() >= until:
+            return False
+        if self._backoff.failures == 0:
+            _log("job %s: its files could not be stored yet, and are tried again", attempt, failure)
+        return True
+
+    def _over(
+        self, ended: Iterable[tuple[Attempt, BaseException | None]]
+    ) -> list[tuple[Attempt, BaseException | None]]:
+        found = list(ended)
+        for attempt, failure in found:
+            self._until.pop(attempt, None)
+            if failure is not None:
+                attempt.discard()
+                _log("job %s: its files could not be stored", attempt, failure)
+        return found
 
     def _store(self, batch: StoreBatch) -> bool:
         batch.task.start()
         failures = batch.publish()
         replaced = batch.task.finish()
         self._mailbox.put(batch)
-        for attempt, failure in failures.items():
-            with suppress(Exception):  # a host's log handler may raise
-                logger.warning("job %s: its files could not be stored", attempt.claim.job_id, exc_info=failure)
+        if self._closed:  # the mailbox may have been drained for the last time
+            for attempt in failures:
+                attempt.discard()
         return replaced
+
+
+def _log(message: str, attempt: Attempt, failure: BaseException) -> None:
+    with suppress(Exception):  # a host's log handler may raise
+        logger.warning(message, attempt.claim.job_id, exc_info=failure)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from typing import NamedTuple
@@ -15,11 +16,12 @@ import sqlalchemy as sa
 
 from jobkit.assets import intents
 from jobkit.assets.intents import Intent
-from jobkit.base.clock import Clock
+from jobkit.base.clock import Backoff, Clock
 from jobkit.base.text import error_message
-from jobkit.db.connections import DedicatedConnection, autocommitting, is_refusal
+from jobkit.db.connections import DedicatedConnection, autocommitting
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow
+from jobkit.db.failures import was_rolled_back
 from jobkit.jobs import claims, outcomes
 from jobkit.jobs.claims import Claim, Completion
 from jobkit.jobs.fairness import RoundRobin
@@ -27,6 +29,8 @@ from jobkit.rendering.attempt import Attempt
 from jobkit.runner.in_flight import InFlight
 from jobkit.tables import content_jobs
 from jobkit.types import JobStatus
+
+logger = logging.getLogger("jobkit")
 
 
 @dataclass(slots=True)
@@ -52,6 +56,11 @@ class Turn:
     @property
     def only_claims(self) -> bool:
         return bool(self.limit) and not self.size
+
+    @property
+    def claim(self) -> Claim:
+        """Of a part that is not a claim: the claim of its job."""
+        return (self.completions or self.rendered)[0].claim
 
     def __bool__(self) -> bool:
         return bool(self.completions or self.rendered or self.limit)
@@ -80,13 +89,109 @@ def completion_of(attempt: Attempt, failure: BaseException | None, *, now: datet
     return Completion(attempt.claim, outcome=outcome)
 
 
+def instead_of(completion: Completion, error: Exception) -> Completion | None:
+    """How an attempt ends whose ``completion`` the database refused: with a message that every encoding has, or failed
+    for that reason. None when nothing is left to try: its lease runs out.
+    """
+    outcome = completion.outcome
+    if outcome.error is not None and not outcome.error.isascii():
+        plain = outcome.error.encode("ascii", "backslashreplace").decode()
+        return Completion(completion.claim, outcome=replace(outcome, error=plain))
+    if outcome.status is JobStatus.DONE or (outcome.status is JobStatus.QUEUED and outcome.error is not None):
+        return not_recorded(completion.claim, error)
+    return None
+
+
+def not_recorded(claim: Claim, error: Exception) -> Completion:
+    """The end of an attempt whose result the database refused."""
+    message = error_message(getattr(error, "orig", None) or error)
+    return claims.failed(claim, f"the result could not be recorded: {message}")
+
+
+# The longest pause between two tries of what was postponed, in seconds.
+POSTPONED_MOST = 1.0
+
+
+@dataclass(slots=True)
+class _Retry:
+    part: Turn
+    until: float
+    at: float = 0.0
+    backoff: Backoff = field(default_factory=Backoff)
+
+
+class Postponed:
+    """Parts of turns that wait for a reason of their own: the database refused them for now, or another transaction has
+    locked the job's row. Each is tried again by itself, so that it holds up no other. Used by one thread.
+    """
+
+    def __init__(self, lease: float, in_flight: InFlight) -> None:
+        self._lease, self._in_flight = lease, in_flight
+        self._retries: dict[UUID, _Retry] = {}
+
+    def refused(self, part: Turn, error: Exception) -> bool:
+        """Try ``part`` again, for one lease since it was refused first; False when that is over."""
+        if part.claim.job_id not in self._retries:
+            message = "job %s could not be recorded yet, and is tried again: %s"
+            logger.warning(message, part.claim.job_id, error_message(error))
+        return self._add(part).until > time.monotonic()
+
+    def locked(self, part: Turn) -> None:
+        """Try ``part`` again for as long as its row is locked: nobody else can take the job."""
+        self._add(part).until = time.monotonic() + self._lease
+
+    def settled(self, job_id: UUID) -> None:
+        """What was postponed of this job was committed, or given up."""
+        self._retries.pop(job_id, None)
+
+    def due(self) -> list[Turn]:
+        """The parts to try now. Those whose job is no longer in flight are dropped."""
+        for part in [retry.part for retry in self._retries.values() if not self._in_flight.holds(retry.part.claim)]:
+            self._drop(part)
+        now = time.monotonic()
+        due = [retry for retry in self._retries.values() if retry.at <= now]
+        for retry in due:
+            retry.at = math.inf
+        return [retry.part for retry in due]
+
+    def next_in(self) -> float:
+        """Seconds until a part is due; infinite without one."""
+        return min((retry.at for retry in self._retries.values()), default=math.inf) - time.monotonic()
+
+    def close(self) -> None:
+        """Drop everything."""
+        for retry in list(self._retries.values()):
+            self._drop(retry.part)
+
+    def _add(self, part: Turn) -> _Retry:
+        retry = self._retries.setdefault(part.claim.job_id, _Retry(part, time.monotonic() + self._lease))
+        retry.part = part
+        retry.backoff.failed()
+        retry.at = time.monotonic() + min(POSTPONED_MOST, retry.backoff.pause)
+        return retry
+
+    def _drop(self, part: Turn) -> None:
+        self.settled(part.claim.job_id)
+        for attempt in part.rendered:  # they will not be stored
+            attempt.discard()
+
+
+class Applied(NamedTuple):
+    """What a turn did: its events, the new claims, and the jobs that could not end because their rows are locked."""
+
+    events: list[EventRow]
+    claimed: list[Claim]
+    locked: Set[UUID] = frozenset()
+
+
 class Committed(NamedTuple):
-    """The result of a turn: events, new claims, and ``settled``: completions sent before without a reply that did
-    commit, with their status, unless the job was claimed since.
+    """The result of a turn, and ``settled``: completions sent before without a reply that did commit, with their
+    status, unless the job was claimed since.
     """
 
     events: list[EventRow]
     claimed: list[Claim]
+    locked: Set[UUID]
     settled: dict[UUID, JobStatus]
 
 
@@ -120,23 +225,24 @@ class Committer:
         done = False
         try:
             with self.link.use() as connection:
-                events, claimed = self._commit(connection, turn)
+                applied = self._commit(connection, turn)
                 done = True
-                ended = {event.job_id for event in events}
+                ended = {event.job_id for event in applied.events} | applied.locked
                 settled = self._settled(connection, turn, ended) if turn.may_be_committed else {}
         except BaseException as error:
-            # What the database refused, it rolled back: no claim of it can be unknown.
-            if turn.limit and (done or not is_refusal(error)):
+            # What the database rolled back it told: no claim of it can be unknown.
+            if turn.limit and (done or not was_rolled_back(error)):
                 self._unsure_until = time.monotonic() + self._lease
             raise
-        return Committed(events, claimed, settled)
+        return Committed(*applied, settled)
 
-    def apply(self, connection: sa.Connection, turn: Turn, now: datetime) -> tuple[list[EventRow], list[Claim]]:
-        """Do ``turn`` in the caller's transaction; its events, and the new claims."""
+    def apply(self, connection: sa.Connection, turn: Turn, now: datetime) -> Applied:
+        """Do ``turn`` in the caller's transaction."""
         events: list[EventRow] = []
         claimed: list[Claim] = []
+        locked: Set[UUID] = frozenset()
         if turn.completions:
-            events += claims.finish(connection, turn.completions, now=now)
+            events, locked = claims.finish(connection, turn.completions, now=now)
         if turn.rendered:
             files = [(attempt.claim.company_id, file) for attempt in turn.rendered for file in attempt.stored]
             keys = [Intent(company_id, file.provider, file.object_key) for company_id, file in files]
@@ -146,30 +252,30 @@ class Committer:
         if turn.limit:
             running, claimed = self._claim(connection, turn.limit, now, check_scheduled=turn.check_scheduled)
             events += running
-        return events, claimed
+        return Applied(events, claimed, locked)
 
-    def _commit(self, connection: sa.Connection, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
+    def _commit(self, connection: sa.Connection, turn: Turn) -> Applied:
         if turn.only_claims and not self.unsure:
             return self._claim_only(connection, turn)
         now = self._clock()
         with connection.begin():
             return self.apply(connection, turn, now)
 
-    def _claim_only(self, connection: sa.Connection, turn: Turn) -> tuple[list[EventRow], list[Claim]]:
+    def _claim_only(self, connection: sa.Connection, turn: Turn) -> Applied:
         """Claim without a write lock when nothing is queued, and without a transaction around one statement."""
         now, check_scheduled = self._clock(), turn.check_scheduled
         if self._statements.claim_locks:
             with connection.begin():
                 if not self._statements.has_queued(connection, now=now):
-                    return [], []
+                    return Applied([], [])
         else:
             with autocommitting(connection), connection.begin():
                 self._rotation.find_due(connection, now, check_scheduled=check_scheduled)
                 check_scheduled = False  # just done
                 if not self.more_waiting:
-                    return self._claim(connection, turn.limit, now, check_scheduled=check_scheduled)
+                    return Applied(*self._claim(connection, turn.limit, now, check_scheduled=check_scheduled))
         with connection.begin():
-            return self._claim(connection, turn.limit, now, check_scheduled=check_scheduled)
+            return Applied(*self._claim(connection, turn.limit, now, check_scheduled=check_scheduled))
 
     def _claim(
         self, connection: sa.Connection, limit: int, now: datetime, *, check_scheduled: bool

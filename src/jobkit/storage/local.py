@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -133,7 +134,9 @@ def _move_some(uploads: Sequence[Upload], folder: int, opened: contextlib.ExitSt
             files.append((upload, os.open(upload.path, os.O_RDONLY | os.O_CLOEXEC)))
             opened.callback(os.close, files[-1][1])
         except Exception as error:
-            failures[upload.key] = error
+            # An earlier call may have moved it, and failed afterwards: only the folder remains to be flushed.
+            if not (isinstance(error, FileNotFoundError) and _is_there(upload, folder)):
+                failures[upload.key] = error
     if len(files) > 1:
         for _, file in files:
             _begin_to_flush(file)
@@ -144,6 +147,12 @@ def _move_some(uploads: Sequence[Upload], folder: int, opened: contextlib.ExitSt
         except Exception as error:
             failures[upload.key] = error
     return failures
+
+
+def _is_there(upload: Upload, folder: int) -> bool:
+    with contextlib.suppress(OSError):
+        return stat.S_ISREG(os.stat(upload.key.rpartition("/")[2], dir_fd=folder, follow_symlinks=False).st_mode)
+    return False
 
 
 def _begin_to_flush(file: int) -> None:

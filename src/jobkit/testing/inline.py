@@ -22,7 +22,7 @@ from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Clock, utcnow
 from jobkit.base.loops import LoopThread
 from jobkit.base.text import error_message
-from jobkit.db.dialects.base import EventRow, Position
+from jobkit.db.dialects.base import EventRow, Held, Position
 from jobkit.db.host import connection_of
 from jobkit.db.sqlite import require_configured
 from jobkit.errors import AssetNotFound, RenderInterrupted
@@ -125,7 +125,7 @@ class _Inline:
             in_flight=InFlight(),
         )
         with self._connection.begin_nested():
-            return committer.apply(self._connection, turn, self._clock())[1]
+            return committer.apply(self._connection, turn, self._clock()).claimed
 
     def _claim(self) -> Claim | None:
         claimed = self._commit(Turn(limit=1, check_scheduled=True))
@@ -134,9 +134,9 @@ class _Inline:
     def _attempt(self, claim: Claim) -> _Attempt:
         return _Attempt(claim, registration_of(self._renderers, claim.job_type), self._environment, self)
 
-    def held(self, claim: Claim) -> dict[UUID, bool]:
-        """Whether the claim holds, as ``claims.check`` says. From any thread."""
-        return self.home.ask(partial(claims.check, self._connection, [claim]))
+    def held(self, claim: Claim) -> Held | None:
+        """The claim, if it holds. From any thread."""
+        return next(iter(self.home.ask(partial(claims.check, self._connection, [claim]))), None)
 
     def record(self, attempt: Attempt) -> None:
         """Record the attempt's progress. From any thread."""
@@ -158,6 +158,8 @@ class _Inline:
         if attempt.failure is None:
             self._commit(Turn(rendered=[attempt]))
             attempt.failure = StoreBatch([attempt]).publish().get(attempt)
+        if attempt.failure is not None:
+            attempt.discard()
         _raise_what_is_the_tests(attempt.failure)
         failure = attempt.failure
         try:

@@ -10,6 +10,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -98,8 +99,8 @@ class QueuedJob(NamedTuple):
 
 
 class RescueTerms(NamedTuple):
-    """At most ``limit`` jobs; the error message ``reason`` for those that are queued again, ``stopped`` for those that
-    were rescued ``max_rescues`` times already, which fail.
+    """At most ``limit`` jobs by id, beyond ``after``; the error message ``reason`` for those that are queued again,
+    ``stopped`` for those that were rescued ``max_rescues`` times already, which fail.
     """
 
     limit: int
@@ -107,13 +108,17 @@ class RescueTerms(NamedTuple):
     reason: str
     stopped: str
     now: datetime
+    after: UUID = MARK
 
 
 class Held(NamedTuple):
-    """A claim that still holds, and whether its job was asked to stop."""
+    """A claim that still holds, and whether its job was asked to stop. ``locked``: another transaction has locked the
+    row, which was left as it is.
+    """
 
     job_id: UUID
     cancelled: bool
+    locked: bool = False
 
 
 class AppendedEvent(NamedTuple):
@@ -122,6 +127,16 @@ class AppendedEvent(NamedTuple):
     job_id: UUID
     event_id: int
     seq: int
+
+
+class Finished(NamedTuple):
+    """The events of the jobs that ended, how many intents were deleted, and the jobs that other transactions have
+    locked, whose claims still held a moment ago: nothing of them was written.
+    """
+
+    events: Sequence[AppendedEvent]
+    gone: int = 0
+    locked: AbstractSet[UUID] = frozenset()
 
 
 class EventRow(NamedTuple):
@@ -197,7 +212,7 @@ class Jobs(ABC):
     _claim_these: Sql
     _renew: Sql
     _held: Sql
-    _has_expired: Sql
+    _first_expired: Sql
 
     @abstractmethod
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
@@ -253,13 +268,13 @@ class Jobs(ABC):
         return [ClaimedRow.of(row) for row in connection.execute(statement(connection), {**terms._asdict(), **more})]
 
     @abstractmethod
-    def finish(
-        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[AppendedEvent], int]:
-        """End the jobs whose fence still holds, with their files; their events, and how many intents were deleted."""
+    def finish(self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime) -> Finished:
+        """End the jobs whose fence still holds, with their files. Waits for no lock on a job."""
 
     def renew(self, connection: sa.Connection, jobs: Document, *, lease: float) -> list[Held]:
-        """Prolong the claims that still hold to ``lease`` seconds from now, by the database's clock."""
+        """Prolong the claims that still hold to ``lease`` seconds from now, by the database's clock. Waits for no lock
+        on a job.
+        """
         values = {"jobs": json.dumps(jobs), "lease": lease}
         return [Held(*row) for row in connection.execute(self._renew(connection), values)]
 
@@ -270,10 +285,8 @@ class Jobs(ABC):
     @abstractmethod
     def update_progress(
         self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
-    ) -> list[tuple[EventRow, bool]]:
-        """As ``renew``, with each job's ``message`` and its ``progress``, which never falls. Of each job that still is
-        held its event, and whether it was asked to stop.
-        """
+    ) -> tuple[list[EventRow], list[Held]]:
+        """As ``renew``, with each job's ``message`` and its ``progress``, which never falls; with their events."""
 
     @abstractmethod
     def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
@@ -281,9 +294,10 @@ class Jobs(ABC):
         charged.
         """
 
-    def has_expired(self, connection: sa.Connection) -> bool:
-        """Whether a rescue would find a job. Locks nothing, so the answer is only a hint."""
-        return bool(connection.execute(self._has_expired(connection)).scalar())
+    def first_expired(self, connection: sa.Connection, *, after: UUID) -> UUID | None:
+        """The first job beyond ``after`` that a rescue would find. Locks nothing, so the answer is only a hint."""
+        found: UUID | None = connection.execute(self._first_expired(connection), {"after": after}).scalar()
+        return found
 
 
 class Events(ABC):

@@ -12,7 +12,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import AppendedEvent, Document, EventRow, RescueTerms
+from jobkit.db.dialects.base import AppendedEvent, Document, EventRow, Finished, Held, RescueTerms
 from jobkit.db.dialects.sql import (
     APPENDED,
     CLAIMED,
@@ -136,7 +136,7 @@ CLAIM = Sql(
     """
 WITH picked AS MATERIALIZED (
     SELECT id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL
-    ORDER BY company_id, priority DESC, created_at, id LIMIT :limit FOR UPDATE SKIP LOCKED
+    ORDER BY company_id, priority DESC, created_at, id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
 )"""
     + _CLAIM,
     *CLAIMED,
@@ -147,7 +147,7 @@ CLAIM_OF = Sql(
 WITH picked AS MATERIALIZED (
     SELECT x.id FROM jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(company) CROSS JOIN LATERAL (
         SELECT id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL AND company_id = c.company
-        ORDER BY company_id, priority DESC, created_at, id LIMIT :each FOR UPDATE SKIP LOCKED
+        ORDER BY company_id, priority DESC, created_at, id LIMIT :each FOR NO KEY UPDATE SKIP LOCKED
     ) x LIMIT :limit
 )"""
     + _CLAIM,
@@ -160,11 +160,18 @@ WITH picked AS MATERIALIZED (
     SELECT j.id FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) WITH ORDINALITY AS w(id, n)
     JOIN {s}content_jobs j ON j.id = CAST(w.id AS uuid)
     WHERE j.status = 'queued' AND (j.run_at IS NULL OR j.run_at <= :now)
-    ORDER BY w.n LIMIT :limit FOR UPDATE OF j SKIP LOCKED
+    ORDER BY w.n LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 )"""
     + _CLAIM,
     *CLAIMED,
 )
+
+# Those of ``f`` whose claims hold and whose rows nobody else has locked. NO KEY: a row that refers to a job is no such
+# lock.
+_FREE = """, free AS MATERIALIZED (
+    SELECT f.* FROM f JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+    FOR NO KEY UPDATE OF j SKIP LOCKED
+)"""
 
 FINISH = Sql(
     """
@@ -172,7 +179,9 @@ WITH f AS (
     SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb))
     AS f(job uuid, fence bigint, status text, asset uuid, error text, type text, payload jsonb, run_at timestamptz,
          refund int)
-), a AS (
+)"""
+    + _FREE
+    + """, a AS (
     SELECT * FROM jsonb_to_recordset(CAST(:files AS jsonb))
     AS a(id uuid, job uuid, company text, provider text, key text, content_type text, size bigint, sha256 text,
          filename text, task text, position int)
@@ -185,8 +194,7 @@ WITH f AS (
         started_at = CASE f.status WHEN 'queued' THEN NULL ELSE j.started_at END,
         finished_at = CASE f.status WHEN 'queued' THEN NULL ELSE CAST(:now AS timestamptz) END,
         progress = CASE WHEN f.status = 'done' AND j.progress IS NOT NULL THEN 1 ELSE j.progress END
-    FROM f WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
-        AND (f.status <> 'queued' OR j.cancel_requested_at IS NULL)
+    FROM free f WHERE j.id = f.job AND (f.status <> 'queued' OR j.cancel_requested_at IS NULL)
     RETURNING j.id, j.company_id, j.event_seq, f.type, f.payload
 ), told AS (
     INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
@@ -204,6 +212,9 @@ WITH f AS (
     RETURNING 1
 )
 SELECT job_id, id, seq, (SELECT count(*) FROM gone) AS gone FROM told
+UNION ALL
+SELECT j.id, NULL, NULL, 0 FROM f JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+WHERE NOT EXISTS (SELECT FROM free WHERE free.job = f.job)
 """,
     *APPENDED,
     sa.column("gone", sa.BigInteger()),
@@ -211,12 +222,21 @@ SELECT job_id, id, seq, (SELECT count(*) FROM gone) AS gone FROM told
 
 RENEW = Sql(
     """
-UPDATE {s}content_jobs j SET lease_until = clock_timestamp() + make_interval(secs => :lease)
-FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint)
-WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
-RETURNING j.id, j.cancel_requested_at IS NOT NULL
+WITH f AS (
+    SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint)
+)"""
+    + _FREE
+    + """, renewed AS (
+    UPDATE {s}content_jobs j SET lease_until = clock_timestamp() + make_interval(secs => :lease)
+    FROM free WHERE j.id = free.job
+    RETURNING j.id
+)
+SELECT j.id, j.cancel_requested_at IS NOT NULL, renewed.id IS NULL
+FROM f JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+LEFT JOIN renewed ON renewed.id = j.id
 """,
     *HELD,
+    sa.column("locked", sa.Boolean()),
 )
 
 SELECT_HELD = Sql(
@@ -232,13 +252,14 @@ UPDATE_PROGRESS = Sql(
     """
 WITH f AS (
     SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint, progress float8, message text)
-), moved AS (
+)"""
+    + _FREE
+    + """, moved AS (
     UPDATE {s}content_jobs j
     SET progress = GREATEST(j.progress, f.progress), progress_message = f.message, event_seq = j.event_seq + 1,
         lease_until = clock_timestamp() + make_interval(secs => :lease), updated_at = :now
-    FROM f WHERE j.id = f.job AND j.status = 'running' AND j.fence = f.fence
-    RETURNING j.id, j.company_id, j.event_seq, j.progress, j.progress_message,
-        j.cancel_requested_at IS NOT NULL AS cancelled
+    FROM free f WHERE j.id = f.job
+    RETURNING j.id, j.company_id, j.event_seq, j.progress, j.progress_message
 ), told AS (
     INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
     SELECT company_id, id, event_seq, 'content_job.progress',
@@ -246,9 +267,10 @@ WITH f AS (
     FROM moved
     RETURNING id, job_id, seq, company_id, type, payload
 )
-SELECT told.id, CAST(0 AS bigint), told.seq, told.company_id, told.type, told.job_id, CAST(:now AS timestamptz),
-    told.payload, moved.cancelled
-FROM told JOIN moved ON moved.id = told.job_id
+SELECT told.id, CAST(0 AS bigint), told.seq, told.company_id, told.type, j.id, CAST(:now AS timestamptz), told.payload,
+    j.cancel_requested_at IS NOT NULL
+FROM f JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.fence
+LEFT JOIN told ON told.job_id = j.id
 """,
     *EVENT,
     sa.column("cancelled", sa.Boolean()),
@@ -257,8 +279,8 @@ FROM told JOIN moved ON moved.id = told.job_id
 RESCUE = Sql(
     """
 WITH lost AS MATERIALIZED (
-    SELECT id, attempt FROM {s}content_jobs WHERE status = 'running' AND lease_until < clock_timestamp()
-    ORDER BY id LIMIT :limit FOR UPDATE SKIP LOCKED
+    SELECT id, attempt FROM {s}content_jobs WHERE status = 'running' AND lease_until < clock_timestamp() AND id > :after
+    ORDER BY id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
 ), freed AS (
     UPDATE {s}content_jobs j
     SET status = CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled'
@@ -291,10 +313,16 @@ SELECT id, CAST(0 AS bigint), seq, company_id, type, job_id, CAST(:now AS timest
 """,
     *EVENT,
     run_at=sa.Text(),
+    after=sa.Uuid(),
 )
 
-HAS_EXPIRED = Sql(
-    "SELECT EXISTS (SELECT FROM {s}content_jobs WHERE status = 'running' AND lease_until < clock_timestamp())"
+FIRST_EXPIRED = Sql(
+    """
+SELECT id FROM {s}content_jobs WHERE status = 'running' AND lease_until < clock_timestamp() AND id > :after
+ORDER BY id LIMIT 1
+""",
+    sa.column("id", sa.Uuid()),
+    after=sa.Uuid(),
 )
 
 
@@ -305,7 +333,7 @@ class Jobs(base.Jobs):
 
     _due, _first_queued, _companies, _has_queued = DUE_JOBS, FIRST_QUEUED, COMPANIES, HAS_QUEUED
     _claim, _claim_of, _claim_these = CLAIM, CLAIM_OF, CLAIM_THESE
-    _renew, _held, _has_expired = RENEW, SELECT_HELD, HAS_EXPIRED
+    _renew, _held, _first_expired = RENEW, SELECT_HELD, FIRST_EXPIRED
 
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
         plain, once = (INSERT_JOB_NOTIFY, INSERT_JOB_ONCE_NOTIFY) if notify else (INSERT_JOB, INSERT_JOB_ONCE)
@@ -319,18 +347,20 @@ class Jobs(base.Jobs):
         statement = INSERT_JOBS_NOTIFY if notify else INSERT_JOBS
         connection.execute(statement(connection), {"company_id": company_id, "jobs": jobs, "now": now})
 
-    def finish(
-        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[AppendedEvent], int]:
+    def finish(self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime) -> Finished:
         values = {"jobs": json.dumps(jobs), "files": json.dumps(files), "now": now}
         rows = connection.execute(FINISH(connection), values).all()
-        return [AppendedEvent(*row[:3]) for row in rows], rows[0].gone if rows else 0
+        appended = [AppendedEvent(*row[:3]) for row in rows if row.id is not None]
+        locked = {row.job_id for row in rows if row.id is None}
+        return Finished(appended, max((row.gone for row in rows), default=0), locked)
 
     def update_progress(
         self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
-    ) -> list[tuple[EventRow, bool]]:
+    ) -> tuple[list[EventRow], list[Held]]:
         values = {"jobs": json.dumps(jobs), "lease": lease, "now": now}
-        return [(EventRow(*row[:-1]), row.cancelled) for row in connection.execute(UPDATE_PROGRESS(connection), values)]
+        rows = connection.execute(UPDATE_PROGRESS(connection), values).all()
+        events = [EventRow(*row[:-1]) for row in rows if row.id is not None]
+        return events, [Held(row.job_id, row.cancelled, row.id is None) for row in rows]
 
     def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
         values = {**terms._asdict(), "run_at": terms.now.isoformat()}

@@ -14,11 +14,12 @@ import sqlalchemy as sa
 
 from jobkit.db.dialects import base
 from jobkit.db.dialects.base import (
-    AppendedEvent,
     ClaimedRow,
     ClaimTerms,
     Document,
     EventRow,
+    Finished,
+    Held,
     RescueTerms,
     event_payload,
 )
@@ -245,17 +246,24 @@ SET status = CASE WHEN cancel_requested_at IS NOT NULL THEN 'cancelled'
     rescues = rescues + 1, event_seq = event_seq + 1, run_at = NULL, lease_until = NULL, worker_id = NULL,
     updated_at = :now
 WHERE id IN (
-    SELECT id FROM {{s}}content_jobs WHERE status = 'running' AND lease_until < {SQLITE_NOW} ORDER BY id LIMIT :limit
+    SELECT id FROM {{s}}content_jobs WHERE status = 'running' AND lease_until < {SQLITE_NOW} AND id > :after
+    ORDER BY id LIMIT :limit
 )
 RETURNING id, company_id, event_seq, status, attempt
 """,
     *_CHANGED,
     sa.column("status", sa.Text()),
     sa.column("attempt", sa.Integer()),
+    after=sa.Uuid(),
 )
 
-HAS_EXPIRED = Sql(
-    f"SELECT EXISTS (SELECT 1 FROM {{s}}content_jobs WHERE status = 'running' AND lease_until < {SQLITE_NOW})"
+FIRST_EXPIRED = Sql(
+    f"""
+SELECT id FROM {{s}}content_jobs WHERE status = 'running' AND lease_until < {SQLITE_NOW} AND id > :after
+ORDER BY id LIMIT 1
+""",
+    sa.column("id", sa.Uuid()),
+    after=sa.Uuid(),
 )
 
 
@@ -266,7 +274,7 @@ class Jobs(base.Jobs):
 
     _due, _first_queued, _companies, _has_queued = DUE_JOBS, FIRST_QUEUED, COMPANIES, HAS_QUEUED
     _claim, _claim_of, _claim_these = CLAIM, CLAIM_OF, CLAIM_THESE
-    _renew, _held, _has_expired = RENEW, SELECT_HELD, HAS_EXPIRED
+    _renew, _held, _first_expired = RENEW, SELECT_HELD, FIRST_EXPIRED
 
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
         if connection.execute(INSERT_JOB(connection), values).rowcount == 0:
@@ -291,25 +299,23 @@ class Jobs(base.Jobs):
         ids = {event.job_id: event.event_id for event in insert_events(connection, events, terms.now)}
         return [ClaimedRow.of((*row, ids[row.id])) for row in rows]
 
-    def finish(
-        self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime
-    ) -> tuple[list[AppendedEvent], int]:
+    def finish(self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime) -> Finished:
         rows = connection.execute(FINISH(connection), {"jobs": json.dumps(jobs), "now": now}).all()
         if not rows:
-            return [], 0
+            return Finished([])
         ends = {job["job"]: job for job in jobs}
         events = [_event(row, ends[row.id.hex]["type"], ends[row.id.hex]["payload"]) for row in rows]
         appended = insert_events(connection, events, now)
         won = {row.id.hex for row in rows}
         kept = json.dumps([file for file in files if file["job"] in won])
         if kept == "[]":
-            return appended, 0
+            return Finished(appended)
         connection.execute(INSERT_ASSETS(connection), {"files": kept, "now": now})
-        return appended, connection.execute(DELETE_INTENTS(connection), {"files": kept}).rowcount
+        return Finished(appended, connection.execute(DELETE_INTENTS(connection), {"files": kept}).rowcount)
 
     def update_progress(
         self, connection: sa.Connection, jobs: Document, *, lease: float, now: datetime
-    ) -> list[tuple[EventRow, bool]]:
+    ) -> tuple[list[EventRow], list[Held]]:
         values = {"jobs": json.dumps(jobs), "lease": lease, "now": now}
         rows = connection.execute(UPDATE_PROGRESS(connection), values).all()
         kind = "content_job.progress"
@@ -317,7 +323,7 @@ class Jobs(base.Jobs):
             _event(row, kind, event_payload(kind, row.id, progress=row.progress, message=row.progress_message))
             for row in rows
         ]
-        return list(zip(_appended(connection, events, now), [row.cancelled for row in rows], strict=True))
+        return _appended(connection, events, now), [Held(row.id, row.cancelled) for row in rows]
 
     def rescue(self, connection: sa.Connection, *, terms: RescueTerms) -> list[EventRow]:
         rows = connection.execute(RESCUE(connection), terms._asdict()).all()
