@@ -177,12 +177,14 @@ def test_a_refused_file_leaves_nothing_and_the_hosts_transaction_goes_on(
 @pytest.mark.parametrize(
     ("moment", "read"),
     [
-        (datetime.min.replace(tzinfo=UTC), datetime.min.replace(tzinfo=UTC)),
-        (datetime.max.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)),
+        (datetime(1, 1, 2, tzinfo=UTC), datetime(1, 1, 2, tzinfo=UTC)),
+        (datetime(9999, 12, 30, 23, tzinfo=UTC), datetime(9999, 12, 30, 23, tzinfo=UTC)),
+        (datetime.min.replace(tzinfo=UTC), None),
+        (datetime.max.replace(tzinfo=UTC), None),
         (datetime.min.replace(tzinfo=timezone(timedelta(hours=14))), None),
         (datetime.max.replace(tzinfo=timezone(-timedelta(hours=12))), None),
     ],
-    ids=["first", "last", "before the first", "after the last"],
+    ids=["first", "last", "before the first", "after the last", "before any", "after any"],
 )
 def test_the_ends_of_the_calendar_are_stored_and_what_lies_beyond_is_refused(
     session: Session, moment: datetime, read: datetime | None

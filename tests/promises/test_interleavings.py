@@ -220,8 +220,12 @@ QUEUED = {  # the job is in the queue again, and the claim is a zombie's
     ("claim", "finish"): {"running"},
     ("claim", "renew"): {"running"},
 }
-# On PostgreSQL a rescue steps over a row that is locked, and comes back later.
-SKIPPED = {("rescue", "cancel"): {"running"}, ("finish", "rescue", "sweep"): {"running"}}
+# On PostgreSQL all but a host's cancel step over a row that is locked, and come back later.
+STEPPING_OVER = (
+    *(("rescue", "cancel"), ("finish", "cancel"), ("put off", "cancel"), ("finish", "renew")),
+    *(("finish", "rescue", "sweep"), ("finish", "rescue", "renew"), ("finish", "rescue", "cancel")),
+)
+SKIPPED = {names: {"running"} for names in STEPPING_OVER}
 CASES = [*((names, False) for names in OVER), *((names, True) for names in QUEUED)]
 
 
@@ -264,7 +268,7 @@ def complaints(stage: Stage, found: list[Actor], after: Found) -> list[str]:
         wrong.append(f"the fence is {job.fence} after {len(taken)} more claims")
     if len(taken) > 1:
         wrong.append("it was claimed twice")
-    if any(told.get("renew", [])) and rescued:
+    if any(not held.locked for given in told.get("renew", []) for held in given) and rescued:
         wrong.append("it was renewed and rescued")
     if len(swept) + len(after.assets) > 1:
         wrong.append("the file has a row, and a sweep has it")

@@ -12,6 +12,8 @@ Clock = Callable[[], datetime]
 
 # Seconds. Longer durations are cut to this one before they are added to a date, which would overflow.
 CENTURY = 36525 * 86400.0
+# The first and the last time that is a datetime in every time zone: PostgreSQL's are less than 16 hours from UTC.
+_FIRST, _LAST = datetime(1, 1, 2, tzinfo=UTC), datetime(9999, 12, 30, 23, 59, 59, 999_999, tzinfo=UTC)
 
 
 def utcnow() -> datetime:
@@ -20,15 +22,20 @@ def utcnow() -> datetime:
 
 
 def aware(value: datetime, field: str) -> datetime:
-    """``value`` in UTC. ``ValueError`` naming ``field`` when it has no time zone or is out of range in UTC."""
+    """``value`` in UTC. ``ValueError`` naming ``field`` when it has no time zone or, within a day, is no datetime in
+    every other: a session's time zone decides in which the database answers.
+    """
     if not isinstance(value, datetime):
         raise TypeError(f"{field} must be a datetime, not {type(value).__name__}")
     if value.utcoffset() is None:
         raise ValueError(f"{field} must have a time zone, {value!r} has none")
     try:
-        return value.astimezone(UTC)
+        found = value.astimezone(UTC)
     except OverflowError:
         raise ValueError(f"{field} is out of range in UTC: {value!r}") from None
+    if not _FIRST <= found <= _LAST:
+        raise ValueError(f"{field} must be within the years 1 to 9999 in every time zone, not {value!r}")
+    return found
 
 
 class Backoff:

@@ -267,8 +267,8 @@ WITH f AS (
     FROM moved
     RETURNING id, job_id, seq, company_id, type, payload
 )
-SELECT told.id, CAST(0 AS bigint), told.seq, told.company_id, told.type, j.id, CAST(:now AS timestamptz), told.payload,
-    j.cancel_requested_at IS NOT NULL
+SELECT told.id, CAST(0 AS bigint), told.seq, told.company_id, told.type, j.id AS job_id, CAST(:now AS timestamptz),
+    told.payload, j.cancel_requested_at IS NOT NULL
 FROM f JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.fence
 LEFT JOIN told ON told.job_id = j.id
 """,

@@ -42,7 +42,7 @@ class Points:
             if self._left >= 0 or self._struck:
                 return
             self._struck = True
-            self._process.tell(struck=point)
+            self._process.tell(struck=point, pid=os.getpid())
             os.kill(os.getpid(), self._number)
 
     def watch_commits(self, engine: sa.Engine) -> None:
