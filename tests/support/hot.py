@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -136,7 +137,7 @@ HOT: dict[str, Callable[[Host], object]] = {
         h.connection, [(claim, Report(0.5, None)) for claim in HELD], lease=60.0, now=utcnow()
     ),
     "rescue": lambda h: claims.rescue(h.connection, limit=100, now=utcnow()),
-    "has_expired": lambda h: h.statements.has_expired(h.connection),
+    "first_expired": lambda h: h.statements.first_expired(h.connection, after=UUID(int=0)),
     "what a lost reply committed": settled,
     "what a lost reply claimed": lambda h: h.committer()._unknown(h.connection),
     # what a sweep does
