@@ -47,12 +47,6 @@ def rescue(
     rescue the database refuses stays as it is, keeps no other, is logged once, and added to ``refused``.
     """
     types: list[str] = []
-    with link.use() as connection:
-        statements = statements_for(connection)
-        if statements.claim_locks:
-            with connection.begin():
-                if statements.first_expired(connection, after=_FIRST) is None:
-                    return RescueReport()
     after: UUID | None = _FIRST
     while after is not None:
         events, after = _batch(link, after, clock(), refused)
@@ -68,6 +62,9 @@ def _batch(
     """Rescue the next jobs beyond ``after``; their events, and where to go on, None at the end."""
     try:
         with link.use() as connection, connection.begin():
+            statements = statements_for(connection)
+            if statements.claim_locks and statements.first_expired(connection, after=after) is None:
+                return [], None
             events = claims.rescue(connection, limit=BATCH, now=now, after=after)
         return events, after if len(events) == BATCH else None
     except Exception as error:
