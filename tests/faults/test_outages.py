@@ -156,15 +156,15 @@ def test_a_commit_whose_reply_is_lost_is_neither_lost_nor_done_twice(
     replies: list[str] = []
 
     def commit(self: Committer, connection: sa.Connection, turn: Any) -> Any:
-        events, taken = original(self, connection, turn)
-        if not replies and (taken if lost == "claim" else turn.completions):
+        applied = original(self, connection, turn)
+        if not replies and (applied.claimed if lost == "claim" else turn.completions):
             replies.append("lost")
             if stopped:
                 running = runner._running or runner._ending  # the scan may tell the end before this
                 assert running is not None
                 running.pipeline.stop()
             raise sa.exc.OperationalError("COMMIT", {}, OSError("server closed the connection unexpectedly"))
-        return events, taken
+        return applied
 
     monkeypatch.setattr(Committer, "_commit", commit)
     gate = Gate()
