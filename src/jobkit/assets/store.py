@@ -333,8 +333,14 @@ class AssetStore:
             self._warned = True
             return
         self._refuse_deadlock()  # again: the block of writer() may have written SQL
-        with engine.begin() as connection:
-            record_intents(connection, [Intent(draft.company_id, self.provider, draft.key)])
+        try:
+            with engine.begin() as connection:
+                record_intents(connection, [Intent(draft.company_id, self.provider, draft.key)])
+        except sa.exc.TimeoutError as error:
+            raise sa.exc.TimeoutError(
+                f"{error}. Recording a file's key takes a connection beside the one of your transaction: call put_file "
+                "before the transaction begins, or allow more connections by pool_size or max_overflow"
+            ) from error
 
     def _take(self, connection: sa.Connection, owner: str, stored: StoredObject) -> None:
         """Delete the intent of an object that gets its row. ``AssetNotFound`` when it was collected or has a row."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from jobkit.base.text import company_id_or_none
+from jobkit.db.connections import ENOUGH, pool_limit
 from jobkit.db.sqlite import is_memory, require_configured
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.tables import content_jobs, metadata
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
 
+# The connections without which a started runner does nothing.
+LEAST = 2
 NEEDED = "a Runner, Relay or AssetStore needs a synchronous Engine, not"
 
 
@@ -31,6 +34,15 @@ def sync_engine(engine: object) -> sa.Engine:
         raise ConfigurationError(f"{NEEDED} {type(engine).__name__}")
     require_configured(engine)
     return engine
+
+
+def require_pool(engine: sa.Engine) -> None:
+    """``ConfigurationError`` for a pool of one connection: a feed keeps it, and a runner would wait for ever."""
+    if pool_limit(engine) < LEAST:
+        raise ConfigurationError(
+            f"a started runner needs at least {LEAST} connections of its engine's pool, and uses up to {ENOUGH}; this "
+            "pool gives out 1: raise pool_size or max_overflow in create_engine"
+        )
 
 
 def leave_connections(engine: sa.Engine) -> None:

@@ -65,7 +65,8 @@ class Feed:
         self._engine = engine
         self._statements = statements_for(engine)
         # AUTOCOMMIT: no snapshot stays open between two polls, which would hold back vacuum and other feeds.
-        self._link = DedicatedConnection(engine, autocommit=True)
+        # Kept also where connections are few: what ``version`` gives counts for one connection only.
+        self._link = DedicatedConnection(engine, autocommit=True, keep=True)
         history = History(delivered, log)
         if after is None:
             start = self._ask(self._statements.start)
@@ -188,7 +189,7 @@ class Feed:
         if abort_overdue(self._link, self._db_timeout) and not self._closing:
             logger.error("the database does not answer the relay's thread; another takes its place")
             with self._wake:
-                self._link = DedicatedConnection(self._engine, autocommit=True)
+                self._link = DedicatedConnection(self._engine, autocommit=True, keep=True)
                 self._own.put_back()
                 self._version = None
             self._spawn()

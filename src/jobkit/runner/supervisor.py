@@ -63,8 +63,10 @@ class Supervisor:
         for timer in (self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog):
             timer.start()
 
-    def stop(self, timeout: float) -> None:
-        """Let jobs in flight end; queue again those left after ``timeout`` seconds (the shortest of all calls')."""
+    def stop(self, timeout: float) -> bool:
+        """Let jobs in flight end; queue again those left after ``timeout`` seconds (the shortest of all calls'). True
+        when none was left.
+        """
         self._stopping = True
         if self._unsubscribe is not None:
             self._unsubscribe()
@@ -80,6 +82,7 @@ class Supervisor:
             self._end(self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog)
         if not ended:
             logger.error("the runner's thread does not answer; its jobs stay claimed until their lease runs out")
+        return ended and not pipeline.unfinished
 
     def wake(self) -> None:
         """Look for jobs now rather than at the next poll. Also in a signal handler."""
