@@ -22,8 +22,8 @@ from jobkit.assets.spool import CHUNK, Limit, Spool, StagedFile
 from jobkit.base.clock import Clock, seconds, utcnow
 from jobkit.base.ids import new_id, parse_id
 from jobkit.base.text import company_id_or_none, require_company_id, storable
-from jobkit.db.host import connection_of, of_company, page_size, sync_engine
-from jobkit.db.sqlite import refuse_deadlock, require_configured
+from jobkit.db.host import connection_of, of_company, page_size, sync_engine, writable
+from jobkit.db.sqlite import refuse_deadlock
 from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError
 from jobkit.storage.base import byte_range
 from jobkit.storage.opening import open_storage
@@ -169,8 +169,7 @@ class AssetStore:
         parent = parse_id(job_id)
         if job_id is not None and parent is None:
             raise ValueError(f"job_id is not a UUID: {job_id!r:.80}")
-        connection = connection_of(session)
-        require_configured(connection)
+        connection = writable(session)
         self._take(connection, owner, stored)
         now = self._clock()
         asset = Asset(
@@ -270,8 +269,7 @@ class AssetStore:
         removes the object; a rollback keeps both. ``AssetNotFound`` when there is no such row.
         """
         _check_type(asset)
-        connection = connection_of(session)
-        require_configured(connection)
+        connection = writable(session)
         # The key comes from the row: ``asset`` may have been altered.
         gone = connection.execute(
             assets.delete()

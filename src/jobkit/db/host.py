@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 # The connections without which a started runner does nothing.
 LEAST = 2
+AUTOCOMMIT = (
+    "this connection is in AUTOCOMMIT: jobkit needs a transaction that is committed or rolled back as one; use a "
+    'connection without isolation_level="AUTOCOMMIT"'
+)
 NEEDED = "a Runner, Relay or AssetStore needs a synchronous Engine, not"
 
 
@@ -33,6 +37,11 @@ def sync_engine(engine: object) -> sa.Engine:
     if not isinstance(engine, sa.Engine):
         raise ConfigurationError(f"{NEEDED} {type(engine).__name__}")
     require_configured(engine)
+    level = engine.get_execution_options().get("isolation_level") or getattr(
+        engine.dialect, "_on_connect_isolation_level", None
+    )
+    if level == "AUTOCOMMIT" and engine.dialect.name != "sqlite":
+        raise ConfigurationError(AUTOCOMMIT)
     return engine
 
 
@@ -69,9 +78,9 @@ if TYPE_CHECKING:
     Host = Session | scoped_session[Session] | sa.Connection
 
 
-def connection_of(session: Host) -> sa.Connection:
-    """The connection of the host's transaction: ``session`` itself, or that of a Session or scoped_session.
-    ``TypeError`` for anything else, and for what is asynchronous.
+def connection_of(session: Host, clause: sa.ClauseElement = content_jobs) -> sa.Connection:
+    """The connection of the host's transaction: ``session`` itself, or that of a Session or scoped_session, which may
+    have several, and is asked for the one of ``clause``. ``TypeError`` for anything else, and for what is asynchronous.
     """
     if isinstance(session, sa.Connection):
         return session
@@ -79,22 +88,30 @@ def connection_of(session: Host) -> sa.Connection:
         raise TypeError("an asynchronous session: await session.run_sync(lambda s: JobStore(s).create(...))")
     if not hasattr(session, "connection"):
         raise TypeError(f"expected a Session, scoped_session or Connection, not {type(session).__name__}")
-    return session.connection(bind_arguments={"clause": content_jobs})
+    return session.connection(bind_arguments={"clause": clause})
 
 
 def writable(session: Host) -> sa.Connection:
     """As ``connection_of``, when the host commits or rolls back what is written on it; ``ConfigurationError`` in
     AUTOCOMMIT, and for SQLite without ``configure_sqlite``.
     """
-    connection = connection_of(session)
+    # An UPDATE, because sessions that route, as SQLAlchemy's documentation shows, know it as a write.
+    connection = connection_of(session, content_jobs.update())
+    require_transactions(connection)
+    return connection
+
+
+def require_transactions(connection: sa.Connection) -> None:
+    """``ConfigurationError`` unless what is written on ``connection`` is committed or rolled back as one."""
     require_configured(connection)
     # Drivers without this attribute do not commit by themselves.
     if connection.dialect.name != "sqlite" and getattr(connection.connection, "autocommit", False) is True:
-        raise ConfigurationError(
-            "this connection is in AUTOCOMMIT: jobkit needs a transaction that the host commits or rolls back; "
-            'use a connection without isolation_level="AUTOCOMMIT"'
-        )
-    return connection
+        raise ConfigurationError(AUTOCOMMIT)
+
+
+def may_notify(connection: sa.Connection) -> bool:
+    """Whether the open transaction may send notifications: PostgreSQL refuses to PREPARE one that does."""
+    return not isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
 
 
 def page_size(limit: int | None) -> int | None:
@@ -129,10 +146,10 @@ _ABSENT = ("42P01", "42703", "3F000")
 
 def require_schema(engine: sa.Engine) -> None:
     """Return when every table has every column; else ``SchemaOutOfDate`` with the first that is missing and the call
-    that adds it. Reads no row. ``ConfigurationError`` as ``require_configured``.
+    that adds it. Reads no row. ``ConfigurationError`` as ``require_transactions``.
     """
     with engine.connect() as connection:
-        require_configured(connection)
+        require_transactions(connection)
         for table in metadata.sorted_tables:
             try:
                 connection.execute(sa.select(table).limit(0))
