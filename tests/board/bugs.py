@@ -96,8 +96,8 @@ CLAIMS = [
     bug(
         "rescue only when somebody calls it",
         "runner/supervisor.py",
-        "(self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog):\n            timer.start()",
-        "(self._keeper.timer, self._sweeper, self._watchdog):\n            timer.start()",
+        "timers = [self._keeper.timer, self._rescuer.timer, ",
+        "timers = [self._keeper.timer, ",
         "runner/test_leases.py::test_a_started_runner_rescues_by_itself_while_every_slot_is_busy",
     ),
     bug(
@@ -255,7 +255,7 @@ HOSTS = [
     bug(
         "a change of status without its event",
         "jobs/store.py",
-        "outbox.append(connection, changed, notify=self._notify)",
+        "outbox.append(connection, changed, notify=self._notify and may_notify(connection))",
         "pass",
         "jobs/test_cancel.py::test_a_queued_job_is_cancelled_at_once",
         "jobs/test_store.py::test_an_end_by_hand_tells_the_event_of_its_status",
@@ -763,4 +763,165 @@ REFUSALS = [
     ),
 ]
 
-BUGS = [*CLAIMS, *HOSTS, *ATTEMPTS, *FILES, *EVENTS, *REFUSALS]
+
+HEARD, START, LENT = "cli/test_hearing.py::test_", "runner/test_starting.py::test_", "db/test_hosts.py::test_"
+SURROUNDINGS = [
+    bug(
+        "ending: a worker that its terminal takes along under nohup",
+        "cli/hearing.py",
+        "if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:",
+        "if True:",
+        HEARD + "a_worker_under_nohup_outlives_its_terminal",
+    ),
+    bug(
+        "ending: a drain that a dead pipe aborts",
+        "cli/hearing.py",
+        "            except OSError:  # nothing",
+        "            except KeyError:  # nothing",
+        HEARD + "a_worker_whose_reader_is_gone_or_stands_still_drains",
+    ),
+    bug(
+        "ending: a worker that waits for a silent database",
+        "cli/running.py",
+        "        os._exit(self.status)",
+        "        pass",
+        HEARD + "a_database_that_says_nothing_does_not_hold_a_worker",
+    ),
+    bug(
+        "ending: a status that hides what was put back",
+        "cli/running.py",
+        "return 0 if drained else PUT_BACK",
+        "return 0",
+        HEARD + "jobs_that_outlast_the_drain_go_back_and_the_status_says_so",
+    ),
+    bug(
+        "ending: a shutdown of the app under a running runner",
+        "serving.py",
+        "            await in_thread(self._ending.finish)",
+        "            pass",
+        "test_serving.py::test_a_runner_runs_from_the_startup_of_its_app_to_its_shutdown",
+    ),
+    bug(
+        "ending: jobs that are put back after the server's grace",
+        "serving.py",
+        "drain = max(self._grace / 2, self._grace - MARGIN)",
+        "drain = 2 * self._grace + MARGIN",
+        "test_serving.py::test_a_server_on_postgresql_puts_its_job_back_in_time",
+    ),
+    bug(
+        "starting: a runner on a pool of one connection",
+        "runner/runner.py",
+        "        require_pool(self.engine)\n",
+        "",
+        START + "a_pool_of_one_connection_is_refused",
+    ),
+    bug(
+        "starting: threads that keep the few connections",
+        "db/connections.py",
+        "            if not self._kept:",
+        "            if False:",
+        START + "two_connections_suffice_for_jobs_their_leases_and_their_signals",
+    ),
+    bug(
+        "starting: a wait that stop does not end",
+        "runner/runner.py",
+        "            self._halted.set()\n",
+        "",
+        START + "a_stop_ends_the_wait_and_nothing_is_started",
+    ),
+    bug(
+        "starting: a folder that each job finds out about",
+        "runner/runner.py",
+        "            self.assets.spool_folder()\n",
+        "            pass\n",
+        START + "a_folder_for_unfinished_files_that_cannot_be_made_is_named",
+    ),
+    bug(
+        "host: a runner that commits by itself",
+        "db/host.py",
+        "        require_transactions(connection)\n        for table",
+        "        require_configured(connection)\n        for table",
+        LENT + "whatever_commits_by_itself_is_refused_by_everything",
+    ),
+    bug(
+        "host: events decoded by the host",
+        POSTGRESQL,
+        "created_at, CAST(payload AS text) FROM",
+        "created_at, payload FROM",
+        LENT + "jobkits_json_is_its_own_whatever_the_host_decodes_by",
+        only="postgresql",
+    ),
+    bug(
+        "host: times in the connection's zone",
+        "tables.py",
+        "timezone('UTC', {compiler",
+        "({compiler",
+        LENT + "times_of_a_connection_that_leaves_out_its_zone_are_right",
+    ),
+    bug(
+        "host: writes that are routed as reads",
+        "db/host.py",
+        "connection_of(session, content_jobs.update())",
+        "connection_of(session)",
+        LENT + "a_session_that_routes_writes_to_its_leader",
+    ),
+    bug(
+        "host: notifications that cannot be prepared",
+        "db/host.py",
+        "    return not isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)",
+        "    return True",
+        LENT + "two_phase_transactions_are_not_notified_and_commit",
+    ),
+    bug(
+        "host: events of jobs that a trigger left out",
+        POSTGRESQL,
+        "jsonb_build_object('jobId', id), :now FROM job\n",
+        "jsonb_build_object('jobId', id), :now FROM r\n",
+        LENT + "a_job_that_a_trigger_leaves_out_is_an_error_and_has_no_event",
+        only="postgresql",
+    ),
+    bug(
+        "host: a comment that keeps a result from being read",
+        "db/sqlite.py",
+        "context.isinsert or context.isupdate",
+        "statement is not context.statement",
+        LENT + "a_listener_that_comments_statements_changes_nothing",
+    ),
+    bug(
+        "host: a write-ahead log that was refused in silence",
+        "db/sqlite.py",
+        '    if mode not in ("wal", "memory"):\n        raise ConfigurationError(\n            f"this SQLite database',
+        '    if mode == "":\n        raise ConfigurationError(\n            f"this SQLite database',
+        LENT + "a_file_system_without_the_write_ahead_log_is_refused_and_named",
+    ),
+    bug(
+        "host: a lent transaction that is refused later",
+        "db/sqlite.py",
+        "if file and _may_write(file):",
+        'if file == "":',
+        LENT + "a_lent_connection_that_would_lose_guarantees_is_refused",
+    ),
+    bug(
+        "host: a lent transaction that put_file waits for",
+        "db/sqlite.py",
+        "    _writers[os.path.realpath(file)] = _mine(driver)",
+        "    pass",
+        LENT + "a_lent_connection_whose_transaction_is_open_carries_jobs",
+    ),
+    bug(
+        "file: a write to a replaced file",
+        "db/sqlite.py",
+        '(reason := connection.info["jobkit.file"].lost()) is not None',
+        '(reason := connection.info["jobkit.file"].lost()) == ""',
+        "faults/test_replaced_file.py::test_a_runner_and_a_relay_stop_loudly_and_write_nothing",
+    ),
+    bug(
+        "file: a runner that goes on over a replaced file",
+        "runner/supervisor.py",
+        "(reason := self._file.lost()) is not None and not self._stopping",
+        '(reason := self._file.lost()) == ""',
+        "faults/test_replaced_file.py::test_a_runner_and_a_relay_stop_loudly_and_write_nothing",
+    ),
+]
+
+BUGS = [*CLAIMS, *HOSTS, *ATTEMPTS, *FILES, *EVENTS, *REFUSALS, *SURROUNDINGS]

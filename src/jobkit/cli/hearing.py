@@ -41,9 +41,10 @@ class Bell:
         self._reading.close()
         self._writing.close()
 
-    def wait(self) -> bool:
-        """Wait until it rings; whether that was a signal."""
-        select.select([self._reading], [], [])
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it rings, up to ``timeout`` seconds; whether that was a signal."""
+        if not select.select([self._reading], [], [], timeout)[0]:
+            return False
         return not self._numbers.isdisjoint(self._reading.recv(4096))  # the host may handle other signals
 
     def background(self, call: Callable[[], T]) -> Future[T]:

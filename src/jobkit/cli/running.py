@@ -16,6 +16,7 @@ from typing import Any
 from jobkit import migrations
 from jobkit.cli.app import add_app, add_source, engine_of, load
 from jobkit.cli.hearing import Bell, Speaker
+from jobkit.errors import ConfigurationError
 from jobkit.runner.runner import Runner
 
 # Exit status of a worker that left jobs to others: sysexits' EX_TEMPFAIL.
@@ -23,6 +24,8 @@ PUT_BACK = 75
 # Seconds after the time to drain within which jobs are put back, signals delivered and the process has ended; the same
 # after a second signal, when nobody has named a time.
 LAST, LAST_AT_ONCE = 0.9, 3.0
+# Seconds between two looks at whether the runner has stopped by itself.
+LOOK = 1.0
 # Seconds for the last line to be printed.
 LAST_LINE = 0.2
 
@@ -88,8 +91,10 @@ def _work(options: argparse.Namespace) -> int:
         if not signalled:
             started.result()
             speaker.say(f"working for {options.app}; Ctrl-C stops")
-            while not bell.wait():
-                pass
+            while not bell.wait(LOOK):
+                if (failure := runner.failure) is not None:
+                    runner.stop(0.0)
+                    raise ConfigurationError(failure)
         drained = _stop(runner, options.drain, bell, speaker)
     speaker.say("stopped")
     speaker.close(LAST_LINE)

@@ -236,6 +236,12 @@ class Runner:
                 self._past += running.metrics()
             relay.release(self.engine, DELIVERY_WAIT)
 
+    @property
+    def failure(self) -> str | None:
+        """Why a started runner has stopped by itself, as when its SQLite file was replaced or deleted; else None."""
+        running = self._running
+        return None if running is None else running.failure
+
     def metrics(self) -> RunnerMetrics:
         """What this runner counted since it was made, through every start and stop."""
         with self._lock:
