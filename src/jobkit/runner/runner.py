@@ -20,9 +20,10 @@ from jobkit.base.clock import Backoff, Clock, seconds, utcnow
 from jobkit.base.forks import reset_in_children
 from jobkit.base.text import error_message
 from jobkit.base.threads import InlinePool
-from jobkit.db.connections import DedicatedConnection, SharedConnection, is_outage
+from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Position, Start
+from jobkit.db.failures import is_outage
 from jobkit.db.host import leave_connections, refuse_inherited, require_pool, require_schema, sync_engine
 from jobkit.db.sqlite import is_memory, refuse_deadlock
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
