@@ -763,7 +763,6 @@ REFUSALS = [
     ),
 ]
 
-
 HEARD, START, LENT = "cli/test_hearing.py::test_", "runner/test_starting.py::test_", "db/test_hosts.py::test_"
 SURROUNDINGS = [
     bug(
@@ -796,14 +795,14 @@ SURROUNDINGS = [
     ),
     bug(
         "ending: a shutdown of the app under a running runner",
-        "serving.py",
+        "serving/__init__.py",
         "            await in_thread(self._ending.finish)",
         "            pass",
         "test_serving.py::test_a_runner_runs_from_the_startup_of_its_app_to_its_shutdown",
     ),
     bug(
         "ending: jobs that are put back after the server's grace",
-        "serving.py",
+        "serving/__init__.py",
         "drain = max(self._grace / 2, self._grace - MARGIN)",
         "drain = 2 * self._grace + MARGIN",
         "test_serving.py::test_a_server_on_postgresql_puts_its_job_back_in_time",
