@@ -27,7 +27,7 @@ TOP_LEVEL = {
 }
 WINGS = sorted(path for path in SOURCE.iterdir() if (path / "__init__.py").exists())
 # Wings whose ``__init__.py`` has public names; the others' says in one sentence what the wing is.
-FACES = {"aio", "cli", "contrib", "demo", "migrations", "sse", "testing"}
+FACES = {"aio", "cli", "contrib", "demo", "migrations", "serving", "sse", "testing"}
 # Public functions, whose parameters are promised: they may have more than eight, and two may have the same.
 PROMISED = {"JobStore.create", "Runner.submit", "astream", "stream"}
 # Begin with an underscore and are documented all the same: named tuples, SQLAlchemy's rows, ``os``.

@@ -36,6 +36,7 @@ from jobkit.maintenance.rescue import RescueReport
 from jobkit.rendering.context import RenderContext
 from jobkit.rendering.renderers import Renderers
 from jobkit.runner.runner import Runner
+from jobkit.serving import lifespan, on_exit
 from jobkit.tables import metadata
 from jobkit.types import (
     CONTENT_JOB_EVENTS,
@@ -62,6 +63,6 @@ __all__ = [
     "InvalidTransition", "Job", "JobCancelled", "JobEvent", "JobNotFound", "JobRequest", "JobState", "JobStatus",
     "JobStore", "JobTimeout", "JobkitError", "LeaseLost", "PruneReport", "Relay", "RenderContext", "RenderInterrupted",
     "Rendered", "Renderers", "RescueReport", "Retry", "Runner", "RunnerMetrics", "SchemaOutOfDate", "Snooze",
-    "StoredObject", "UnknownJobType", "configure_sqlite", "errors", "metadata", "migrations", "prune", "signals",
-    "tables", "watch",
+    "StoredObject", "UnknownJobType", "configure_sqlite", "errors", "lifespan", "metadata", "migrations", "on_exit",
+    "prune", "signals", "tables", "watch",
 ]  # fmt: skip

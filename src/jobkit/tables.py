@@ -46,9 +46,26 @@ class UtcDateTime(sa.types.TypeDecorator[datetime]):
         time: datetime = datetime.fromisoformat(value) if isinstance(value, str) else value
         return time.replace(tzinfo=UTC) if time.utcoffset() is None else time.astimezone(UTC)
 
+    def column_expression(self, column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+        return _Utc(column, type_=self)
+
+
+class _Utc(FunctionElement[datetime]):
+    """A column of times as a connection in any zone gives it: on PostgreSQL without a zone, in UTC. A host's connection
+    may leave out the zone that it is in, and the driver may not know a time that is before the year 1 there.
+    """
+
+    inherit_cache = True
+
+    def __init__(self, column: sa.ColumnElement[Any], type_: UtcDateTime) -> None:
+        super().__init__(column)
+        self.type = type_
+
 
 class JsonObject(sa.types.TypeDecorator[dict[str, Any]]):
-    """A JSON object: JSONB on PostgreSQL, JSON text on SQLite; read from ``dict`` and from ``str`` alike."""
+    """A JSON object: JSONB on PostgreSQL, JSON text on SQLite. Written and read as text, by Python's ``json``, whatever
+    serializer the host's engine or driver has.
+    """
 
     impl = sa.Text
     cache_ok = True
@@ -57,9 +74,18 @@ class JsonObject(sa.types.TypeDecorator[dict[str, Any]]):
         kind = postgresql.JSONB(none_as_null=True) if dialect.name == "postgresql" else sa.JSON(none_as_null=True)
         return dialect.type_descriptor(kind)
 
+    def column_expression(self, column: sa.ColumnElement[Any]) -> sa.ColumnElement[Any]:
+        return sa.type_coerce(sa.cast(column, sa.Text), self)
+
+    def bind_processor(self, dialect: sa.Dialect) -> Callable[[Any], str | None]:
+        return _written
+
     def result_processor(self, dialect: sa.Dialect, coltype: object) -> Callable[[Any], dict[str, Any] | None]:
-        # In place of SQLAlchemy's own, which on SQLite fails on a value that a converter has decoded.
         return _document
+
+
+def _written(document: Any) -> str | None:
+    return None if document is None else json.dumps(document)
 
 
 def _document(value: Any) -> dict[str, Any] | None:
@@ -97,6 +123,17 @@ def _xid_postgresql(element: _TransactionId, compiler: Any, **kw: Any) -> str:
 @compiles(_TransactionId, "sqlite")
 def _xid_sqlite(element: _TransactionId, compiler: Any, **kw: Any) -> str:
     return "NULL"
+
+
+@compiles(_Utc, "postgresql")
+def _utc_postgresql(element: _Utc, compiler: Any, **kw: Any) -> str:
+    return f"timezone('UTC', {compiler.process(element.clauses, **kw)})"
+
+
+@compiles(_Utc, "sqlite")
+def _utc_sqlite(element: _Utc, compiler: Any, **kw: Any) -> str:
+    text: str = compiler.process(element.clauses, **kw)
+    return text
 
 
 now = _Now()

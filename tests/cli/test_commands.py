@@ -269,7 +269,7 @@ def test_the_second_signal_puts_jobs_back_and_ends(database: Database, tmp_path:
         assert worker.stdout is not None
         assert "in flight" in worker.stdout.readline()
         worker.send_signal(signal.SIGTERM)
-        assert worker.wait(60) == 0
+        assert worker.wait(60) == 75
         assert status(database, job) == "queued"
         with database.engine.connect() as connection:
             assert JobStore(connection).get_by_id(job.id).attempt == 0  # type: ignore[union-attr]

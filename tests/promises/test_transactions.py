@@ -280,7 +280,7 @@ def a_session_of_several_databases(engine: sa.Engine) -> list[Job]:
 
     class Router(Session):
         def get_bind(self, mapper: Any = None, *, clause: Any = None, **_: Any) -> sa.Engine:
-            return engine if clause is content_jobs else notes
+            return engine if getattr(clause, "table", clause) is content_jobs else notes
 
     kept = []
     for options in ({"bind": notes, "binds": {content_jobs: engine}}, {"bind": engine, "binds": {Note: notes}}):

@@ -22,8 +22,8 @@ from jobkit.assets.spool import CHUNK, Limit, Spool, StagedFile
 from jobkit.base.clock import Clock, seconds, utcnow
 from jobkit.base.ids import new_id, parse_id
 from jobkit.base.text import company_id_or_none, require_company_id, storable
-from jobkit.db.host import connection_of, of_company, page_size, sync_engine
-from jobkit.db.sqlite import refuse_deadlock, require_configured
+from jobkit.db.host import connection_of, of_company, page_size, sync_engine, writable
+from jobkit.db.sqlite import refuse_deadlock
 from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError
 from jobkit.storage.base import byte_range
 from jobkit.storage.opening import open_storage
@@ -169,8 +169,7 @@ class AssetStore:
         parent = parse_id(job_id)
         if job_id is not None and parent is None:
             raise ValueError(f"job_id is not a UUID: {job_id!r:.80}")
-        connection = connection_of(session)
-        require_configured(connection)
+        connection = writable(session)
         self._take(connection, owner, stored)
         now = self._clock()
         asset = Asset(
@@ -270,8 +269,7 @@ class AssetStore:
         removes the object; a rollback keeps both. ``AssetNotFound`` when there is no such row.
         """
         _check_type(asset)
-        connection = connection_of(session)
-        require_configured(connection)
+        connection = writable(session)
         # The key comes from the row: ``asset`` may have been altered.
         gone = connection.execute(
             assets.delete()
@@ -333,8 +331,14 @@ class AssetStore:
             self._warned = True
             return
         self._refuse_deadlock()  # again: the block of writer() may have written SQL
-        with engine.begin() as connection:
-            record_intents(connection, [Intent(draft.company_id, self.provider, draft.key)])
+        try:
+            with engine.begin() as connection:
+                record_intents(connection, [Intent(draft.company_id, self.provider, draft.key)])
+        except sa.exc.TimeoutError as error:
+            raise sa.exc.TimeoutError(
+                f"{error}. Recording a file's key takes a connection beside the one of your transaction: call put_file "
+                "before the transaction begins, or allow more connections by pool_size or max_overflow"
+            ) from error
 
     def _take(self, connection: sa.Connection, owner: str, stored: StoredObject) -> None:
         """Delete the intent of an object that gets its row. ``AssetNotFound`` when it was collected or has a row."""

@@ -17,6 +17,8 @@ PRIVATE_NAMES = {
     "aiosqlite:Connection._tx": "its thread's queue: a rollback may have to be queued where nothing can be awaited",
     "aiosqlite:Connection._conn": "the sqlite3 connection whose rollback is queued",
     "sqlalchemy.engine.base:OptionEngineMixin._proxied": "the engine that execution_options() was called on",
+    "sqlalchemy.pool:QueuePool._max_overflow": "how many connections a pool gives out at once",
+    "sqlalchemy.engine.default:DefaultDialect._on_connect_isolation_level": "create_engine(isolation_level=)",
     "fsspec:AbstractFileSystem._strip_protocol": "overridden: a faulty filesystem takes the URLs of its target",
     "fsspec:AbstractFileSystem._get_kwargs_from_urls": "as _strip_protocol",
     "fsspec.registry._registry": "how the implementation of a protocol is put back after a test",

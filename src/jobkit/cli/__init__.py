@@ -19,7 +19,9 @@ __all__ = ["URL_VARIABLE", "main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0, 1 when the work failed, 2 when it could not start."""
+    """Run one command and return its exit status: 0, 1 when the work failed, 2 when it could not start, 75 when a
+    worker left jobs to others.
+    """
     parser = argparse.ArgumentParser(prog="jobkit", description="Content jobs for Python web apps.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for module in (running, jobs, prune, assets, render):
@@ -29,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without a letter is no failure
     try:
         status: int = options.command(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
         # The reader, such as ``head``, has closed the pipe: Python must not fail to flush the rest at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

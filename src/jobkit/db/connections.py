@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import threading
@@ -16,16 +17,20 @@ from jobkit.db.failures import is_stale
 
 # A call that lasts longer than this many times its limit was not ended by aborting it.
 GIVE_UP = 2.0
+# The connections that a runner and its feed have at once; a pool of fewer makes them take turns.
+ENOUGH = 4
 
 
 class DedicatedConnection:
     """The connection of one thread, opened when it is needed, closed after any error on it.
 
-    Other threads may call ``busy_for`` and ``abort``, nothing else.
+    Between two uses it is kept; of a pool of fewer than ``ENOUGH`` connections only with ``keep``. Other threads may
+    call ``busy_for`` and ``abort``, nothing else.
     """
 
-    def __init__(self, engine: sa.Engine, *, autocommit: bool = False) -> None:
+    def __init__(self, engine: sa.Engine, *, autocommit: bool = False, keep: bool = False) -> None:
         self._engine, self._autocommit = engine, autocommit
+        self._kept = keep or pool_limit(engine) >= ENOUGH
         self._connection: sa.Connection | None = None
         self._pool = engine.pool
         self._since: float | None = None
@@ -40,6 +45,8 @@ class DedicatedConnection:
             self.close(stale=is_stale(error))
             raise
         finally:
+            if not self._kept:
+                self.close()
             self._since = None
 
     def close(self, *, stale: bool = False) -> None:
@@ -85,6 +92,17 @@ class DedicatedConnection:
                 connection = connection.execution_options(isolation_level="AUTOCOMMIT")
             self._connection = connection
         return self._connection
+
+
+def pool_limit(engine: sa.Engine) -> float:
+    """How many connections the engine's pool gives out at once."""
+    pool = engine.pool
+    if isinstance(pool, sa.AssertionPool):
+        return 1
+    if not isinstance(pool, sa.QueuePool) or pool.size() == 0:
+        return math.inf
+    overflow: int = pool._max_overflow  # below 0: without a limit
+    return math.inf if overflow < 0 else pool.size() + overflow
 
 
 class SharedConnection:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 
 from jobkit.base.text import company_id_or_none
+from jobkit.db.connections import ENOUGH, pool_limit
 from jobkit.db.sqlite import is_memory, require_configured
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.tables import content_jobs, metadata
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
 
 
+# The connections without which a started runner does nothing.
+LEAST = 2
+AUTOCOMMIT = (
+    "this connection is in AUTOCOMMIT: jobkit needs a transaction that is committed or rolled back as one; use a "
+    'connection without isolation_level="AUTOCOMMIT"'
+)
 NEEDED = "a Runner, Relay or AssetStore needs a synchronous Engine, not"
 
 
@@ -30,7 +37,21 @@ def sync_engine(engine: object) -> sa.Engine:
     if not isinstance(engine, sa.Engine):
         raise ConfigurationError(f"{NEEDED} {type(engine).__name__}")
     require_configured(engine)
+    level = engine.get_execution_options().get("isolation_level") or getattr(
+        engine.dialect, "_on_connect_isolation_level", None
+    )
+    if level == "AUTOCOMMIT" and engine.dialect.name != "sqlite":
+        raise ConfigurationError(AUTOCOMMIT)
     return engine
+
+
+def require_pool(engine: sa.Engine) -> None:
+    """``ConfigurationError`` for a pool of one connection: a feed keeps it, and a runner would wait for ever."""
+    if pool_limit(engine) < LEAST:
+        raise ConfigurationError(
+            f"a started runner needs at least {LEAST} connections of its engine's pool, and uses up to {ENOUGH}; this "
+            "pool gives out 1: raise pool_size or max_overflow in create_engine"
+        )
 
 
 def leave_connections(engine: sa.Engine) -> None:
@@ -57,9 +78,9 @@ if TYPE_CHECKING:
     Host = Session | scoped_session[Session] | sa.Connection
 
 
-def connection_of(session: Host) -> sa.Connection:
-    """The connection of the host's transaction: ``session`` itself, or that of a Session or scoped_session.
-    ``TypeError`` for anything else, and for what is asynchronous.
+def connection_of(session: Host, clause: sa.ClauseElement = content_jobs) -> sa.Connection:
+    """The connection of the host's transaction: ``session`` itself, or that of a Session or scoped_session, which may
+    have several, and is asked for the one of ``clause``. ``TypeError`` for anything else, and for what is asynchronous.
     """
     if isinstance(session, sa.Connection):
         return session
@@ -67,22 +88,30 @@ def connection_of(session: Host) -> sa.Connection:
         raise TypeError("an asynchronous session: await session.run_sync(lambda s: JobStore(s).create(...))")
     if not hasattr(session, "connection"):
         raise TypeError(f"expected a Session, scoped_session or Connection, not {type(session).__name__}")
-    return session.connection(bind_arguments={"clause": content_jobs})
+    return session.connection(bind_arguments={"clause": clause})
 
 
 def writable(session: Host) -> sa.Connection:
     """As ``connection_of``, when the host commits or rolls back what is written on it; ``ConfigurationError`` in
     AUTOCOMMIT, and for SQLite without ``configure_sqlite``.
     """
-    connection = connection_of(session)
+    # An UPDATE, because sessions that route, as SQLAlchemy's documentation shows, know it as a write.
+    connection = connection_of(session, content_jobs.update())
+    require_transactions(connection)
+    return connection
+
+
+def require_transactions(connection: sa.Connection) -> None:
+    """``ConfigurationError`` unless what is written on ``connection`` is committed or rolled back as one."""
     require_configured(connection)
     # Drivers without this attribute do not commit by themselves.
     if connection.dialect.name != "sqlite" and getattr(connection.connection, "autocommit", False) is True:
-        raise ConfigurationError(
-            "this connection is in AUTOCOMMIT: jobkit needs a transaction that the host commits or rolls back; "
-            'use a connection without isolation_level="AUTOCOMMIT"'
-        )
-    return connection
+        raise ConfigurationError(AUTOCOMMIT)
+
+
+def may_notify(connection: sa.Connection) -> bool:
+    """Whether the open transaction may send notifications: PostgreSQL refuses to PREPARE one that does."""
+    return not isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
 
 
 def page_size(limit: int | None) -> int | None:
@@ -117,10 +146,10 @@ _ABSENT = ("42P01", "42703", "3F000")
 
 def require_schema(engine: sa.Engine) -> None:
     """Return when every table has every column; else ``SchemaOutOfDate`` with the first that is missing and the call
-    that adds it. Reads no row. ``ConfigurationError`` as ``require_configured``.
+    that adds it. Reads no row. ``ConfigurationError`` as ``require_transactions``.
     """
     with engine.connect() as connection:
-        require_configured(connection)
+        require_transactions(connection)
         for table in metadata.sorted_tables:
             try:
                 connection.execute(sa.select(table).limit(0))

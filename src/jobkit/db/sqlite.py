@@ -11,10 +11,12 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import sqlite3
 import threading
 import time
 import weakref
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote, urlsplit
@@ -38,6 +40,8 @@ _CHANGES = re.compile(r"\b(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
 
 # A dialect outlives its pool and is shared by the engines that execution_options() makes.
 _settings: weakref.WeakKeyDictionary[sa.Dialect, tuple[int, str]] = weakref.WeakKeyDictionary()
+# The file that an engine's connections have opened, whatever its URL says: create_engine(creator=...); "" for memory.
+_opened: weakref.WeakKeyDictionary[sa.Dialect, str] = weakref.WeakKeyDictionary()
 # By database file: the last thread that began a write transaction, its connection and its asyncio task. The connection
 # says whether that is still open, so nothing has to be removed.
 _writers: dict[str, tuple[int, Any, weakref.ref[Any] | None]] = {}
@@ -81,14 +85,17 @@ def configure_sqlite(
 
 
 def require_configured(bind: sa.Engine | sa.Connection) -> None:
-    """Return when ``bind`` keeps the guarantees: it is not SQLite, or ``configure_sqlite`` was called and it commits by
-    itself.
+    """Return when ``bind`` keeps the guarantees: it is not SQLite, or ``configure_sqlite`` was called and it does not
+    commit by itself, or it is lent by someone else, such as Django, who has opened its transaction.
 
     ``ConfigurationError`` with the line that helps otherwise.
     """
     if bind.dialect.name != "sqlite":
         return
     if bind.dialect not in _settings:
+        if isinstance(bind, sa.Connection) and _driver(bind).isolation_level is None:
+            _require_lent(bind)
+            return
         raise ConfigurationError(
             "this SQLite engine is not set up for jobkit: call jobkit.configure_sqlite(engine) after create_engine"
         )
@@ -103,8 +110,7 @@ def is_memory(engine: sa.Engine) -> bool:
     """Whether ``engine`` is an SQLite database that lives in memory, which threads and processes cannot share."""
     if engine.dialect.name != "sqlite":
         return False
-    name = engine.url.database or ":memory:"
-    return name in (":memory:", "file::memory:") or engine.url.query.get("mode") == "memory"
+    return not _file_of(engine)
 
 
 def writing_in_this_thread(engine: sa.Engine) -> bool:
@@ -136,6 +142,79 @@ def refuse_deadlock(engine: sa.Engine, waiting: str, instead: str, *, task: bool
         )
 
 
+class FileWatch:
+    """Notices that an SQLite file was replaced or deleted since this was made. What is written then, on connections
+    that have the former one open, is lost or damages the new one, whose log has the same name.
+    """
+
+    def __init__(self, file: str) -> None:
+        """``file``: "" for a database without a file."""
+        self._file, self._inode = file, _inode(file)
+
+    @classmethod
+    def of(cls, engine: sa.Engine) -> FileWatch:
+        return cls(_file_of(engine) if engine.dialect.name == "sqlite" else "")
+
+    def __bool__(self) -> bool:
+        return self._inode is not None
+
+    def lost(self) -> str | None:
+        """What happened; None when it is the same file. Blocks on no database."""
+        if self._inode is None or (now := _inode(self._file)) == self._inode:
+            return None
+        happened = "deleted" if now is None else "replaced by another file"
+        return f"{self._file} was {happened} while it was open: nothing more is written; start the process again"
+
+
+def _inode(file: str) -> tuple[int, int] | None:
+    try:
+        status = os.stat(file)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _require_lent(connection: sa.Connection) -> None:
+    """``ConfigurationError`` unless a write on this connection waits for others, and is kept or lost with its open
+    transaction. Whoever opened it says when that ends.
+    """
+    driver = _driver(connection)
+    if not driver.in_transaction:
+        raise ConfigurationError(
+            "this SQLite connection is not in a transaction, and would commit each row by itself: call this within "
+            "one, in Django within transaction.atomic()"
+        )
+    mode, timeout = (connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "busy_timeout"))
+    if mode not in ("wal", "memory"):
+        raise ConfigurationError(
+            f"this SQLite connection has journal_mode {mode}, in which readers and writers refuse each other: execute "
+            "PRAGMA journal_mode = WAL, in Django by init_command in its OPTIONS"
+        )
+    if not timeout:
+        raise ConfigurationError(
+            "this SQLite connection has no busy timeout, and would be refused at once while another writes: set "
+            "timeout, in Django in its OPTIONS"
+        )
+    file = _main_file(connection.exec_driver_sql("PRAGMA database_list"))
+    if file and _may_write(file):
+        raise ConfigurationError(
+            "this SQLite connection's transaction began DEFERRED: a write after a read would be refused at once when "
+            "another has written. Begin it by BEGIN IMMEDIATE, in Django by transaction_mode: IMMEDIATE in its OPTIONS"
+        )
+    _writers[os.path.realpath(file)] = _mine(driver)
+
+
+def _may_write(file: str) -> bool:
+    """Whether another connection gets the write lock of ``file`` at this moment: nobody has it."""
+    try:
+        with closing(sqlite3.connect(file, timeout=0, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            other.execute("ROLLBACK")
+    except sqlite3.Error:
+        return False
+    return True
+
+
 def _is_open(engine: sa.Engine, found: tuple[int, Any, weakref.ref[Any] | None]) -> bool:
     try:
         writing = bool(found[1].in_transaction)
@@ -164,23 +243,30 @@ def _set_pragmas(connection: sa.Connection, milliseconds: int, synchronous: str)
         raise ConfigurationError(
             "jobkit needs sqlite3's legacy transaction control: remove autocommit= from connect_args"
         )
-    with closing(connection.connection.cursor()) as cursor:
+    with closing(connection.connection.cursor()) as cursor, _wrapping(connection, "PRAGMA journal_mode = WAL"):
         cursor.execute(f"PRAGMA busy_timeout = {milliseconds}")
         cursor.execute(f"PRAGMA synchronous = {synchronous}")
-        _use_wal(cursor, time.monotonic() + milliseconds / 1000)
+        mode = _use_wal(cursor, time.monotonic() + milliseconds / 1000)
+        cursor.execute("PRAGMA database_list")
+        _opened[connection.dialect] = file = _main_file(cursor.fetchall())
+        connection.info["jobkit.file"] = FileWatch(file)
+    if mode not in ("wal", "memory"):
+        raise ConfigurationError(
+            f"this SQLite database keeps journal_mode {mode} instead of the write-ahead log, without which readers and "
+            "writers refuse each other: use another vfs than the one in its URL, and a local disk"
+        )
 
 
-def _use_wal(cursor: Any, deadline: float) -> None:
+def _use_wal(cursor: Any, deadline: float) -> str:
     # Two connections that switch a new file at once can be told "locked" without waiting, so the switch is retried
     # here.
     while True:
         try:
-            cursor.execute("PRAGMA journal_mode")
-            if cursor.fetchone()[0] in ("wal", "memory"):
-                return
-            cursor.execute("PRAGMA journal_mode = WAL")
-            cursor.fetchone()
-            return
+            for pragma in ("PRAGMA journal_mode", "PRAGMA journal_mode = WAL"):
+                cursor.execute(pragma)
+                if (mode := str(cursor.fetchone()[0])) in ("wal", "memory"):
+                    break
+            return mode
         except Exception as error:
             if "locked" not in str(error) or time.monotonic() > deadline:
                 raise
@@ -191,19 +277,30 @@ def _begin_before_write(connection: sa.Connection, cursor: Any, statement: str, 
     driver = _driver(connection)
     if driver.in_transaction or driver.isolation_level is None or not is_write(statement):
         return
-    task = _current_task()
-    mine = (threading.get_ident(), driver, None if task is None else weakref.ref(task))
+    if (reason := connection.info["jobkit.file"].lost()) is not None:
+        raise ConfigurationError(reason)
+    mine = _mine(driver)
     database = _database(connection.engine)
     if _writers.get(database, mine)[1] is driver:
         _writers[database] = mine  # before BEGIN, or the connection's last user would seem to write
-    try:
+    with _wrapping(connection, "BEGIN IMMEDIATE"):
         cursor.execute("BEGIN IMMEDIATE")
-    except connection.dialect.loaded_dbapi.Error as error:
-        # SQLAlchemy 2.0 does not wrap what a listener raises.
-        raise sa.exc.DBAPIError.instance(
-            "BEGIN IMMEDIATE", None, error, connection.dialect.loaded_dbapi.Error, dialect=connection.dialect
-        ) from error
     _writers[database] = mine
+
+
+def _mine(driver: Any) -> tuple[int, Any, weakref.ref[Any] | None]:
+    task = _current_task()
+    return threading.get_ident(), driver, None if task is None else weakref.ref(task)
+
+
+@contextmanager
+def _wrapping(connection: sa.Connection, statement: str) -> Iterator[None]:
+    """Errors of the driver as SQLAlchemy's, which does not wrap what a listener raises."""
+    dialect = connection.dialect
+    try:
+        yield
+    except dialect.loaded_dbapi.Error as error:
+        raise sa.exc.DBAPIError.instance(statement, None, error, dialect.loaded_dbapi.Error, dialect=dialect) from error
 
 
 def _read_whole(
@@ -212,8 +309,9 @@ def _read_whole(
     """Read a result now, as other databases' drivers do: a half-read SELECT holds its snapshot, and once another
     connection has committed, ``BEGIN IMMEDIATE`` beside it fails at once.
     """
-    # Not what SQLAlchemy executes on the same cursor for itself, nor within a write, whose snapshot is the newest.
-    if cursor.description is None or statement is not context.statement or _driver(connection).in_transaction:
+    # Not the defaults that SQLAlchemy reads on the same cursor before a write, nor within a transaction that has
+    # written, whose snapshot is the newest.
+    if cursor.description is None or context.isinsert or context.isupdate or _driver(connection).in_transaction:
         return
     options = context.execution_options
     if not options.get("stream_results") and options.get("yield_per") is None:
@@ -255,7 +353,24 @@ def _driver(connection: sa.Connection) -> Any:
 
 
 def _database(engine: sa.Engine) -> str:
-    return f"memory:{id(engine.pool)}" if is_memory(engine) else _file(engine.url.database or "")
+    return _file_of(engine) or f"memory:{id(engine.pool)}"
+
+
+def _file_of(engine: sa.Engine) -> str:
+    """The file of an SQLite engine; "" for a database in memory."""
+    url = engine.url
+    if url.query.get("mode") == "memory" or url.database in (":memory:", "file::memory:"):
+        return ""
+    if url.database:
+        return _file(url.database)
+    if engine.dialect not in _opened and engine.dialect in _settings and not engine.dialect.is_async:
+        engine.connect().close()
+    return _opened.get(engine.dialect, "")
+
+
+def _main_file(rows: Iterable[Any]) -> str:
+    """Of the rows of PRAGMA database_list."""
+    return next((str(file or "") for _, name, file in rows if name == "main"), "")
 
 
 @lru_cache(maxsize=64)

@@ -26,6 +26,7 @@ from jobkit.base.threads import Periodic
 from jobkit.db.connections import DedicatedConnection, abort_overdue
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Position
+from jobkit.db.sqlite import FileWatch
 from jobkit.events.hints import Listener
 from jobkit.events.log import DeliveredEvents, FeedReader, History, Replay, event_of, in_order, may_run, safe_cursors
 from jobkit.events.own_events import OwnEvents
@@ -65,7 +66,8 @@ class Feed:
         self._engine = engine
         self._statements = statements_for(engine)
         # AUTOCOMMIT: no snapshot stays open between two polls, which would hold back vacuum and other feeds.
-        self._link = DedicatedConnection(engine, autocommit=True)
+        # Kept also where connections are few: what ``version`` gives counts for one connection only.
+        self._link = DedicatedConnection(engine, autocommit=True, keep=True)
         history = History(delivered, log)
         if after is None:
             start = self._ask(self._statements.start)
@@ -80,7 +82,8 @@ class Feed:
         if self._statements.channels and Listener.possible(engine):
             self._listener = Listener(engine, self._statements.channels, self._hint)
         self._db_timeout = DB_TIMEOUT
-        self._watchdog = Periodic("jobkit-relay-watch", 1.0, self._abort_overdue)
+        self._watchdog = Periodic("jobkit-relay-watch", 0.5, self._check)
+        self._file = FileWatch.of(engine)
         self._wake = threading.Condition()
         self._version: int | None = None
         self._own = OwnEvents()
@@ -108,7 +111,7 @@ class Feed:
         """Wait no longer than this for the database from now on."""
         if db_timeout < self._db_timeout:
             self._db_timeout = db_timeout
-            self._watchdog.interval = min(1.0, db_timeout / 4)
+            self._watchdog.interval = min(0.5, db_timeout / 4)
 
     def close(self, timeout: float) -> None:
         """Deliver what was published, then end; wait at most ``timeout`` seconds for that."""
@@ -182,13 +185,18 @@ class Feed:
         self._thread = threading.Thread(target=self._run, args=(self._link,), name="jobkit-relay", daemon=True)
         self._thread.start()
 
-    def _abort_overdue(self) -> None:
+    def _check(self) -> None:
+        if (reason := self._file.lost()) is not None and not self._closing:
+            logger.error("no more signals are sent: %s", reason)
+            with self._wake:
+                self._closing = True
+                self._wake.notify_all()
         if self._listener is not None:
             abort_overdue(self._listener.link, self._db_timeout)
         if abort_overdue(self._link, self._db_timeout) and not self._closing:
             logger.error("the database does not answer the relay's thread; another takes its place")
             with self._wake:
-                self._link = DedicatedConnection(self._engine, autocommit=True)
+                self._link = DedicatedConnection(self._engine, autocommit=True, keep=True)
                 self._own.put_back()
                 self._version = None
             self._spawn()

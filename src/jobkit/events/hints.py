@@ -40,7 +40,7 @@ class Listener:
     """Calls ``on_notify(jobs)`` on its thread when another session notified; ``jobs``: there may be jobs to run."""
 
     def __init__(self, engine: sa.Engine, channels: tuple[str, ...], on_notify: Callable[[bool], object]) -> None:
-        self.link = DedicatedConnection(engine, autocommit=True)
+        self.link = DedicatedConnection(engine, autocommit=True, keep=True)
         self._jobs, self._log = channels
         self._on_notify = on_notify
         self._stopped = threading.Event()

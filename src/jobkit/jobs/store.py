@@ -16,8 +16,8 @@ from jobkit.base.clock import Clock, aware, utcnow
 from jobkit.base.ids import parse_id
 from jobkit.base.text import company_id_or_none, require_company_id, sanitise, storable
 from jobkit.db.dialects import statements_for
-from jobkit.db.host import connection_of, of_company, page_size, writable
-from jobkit.errors import IdempotencyConflict, InvalidTransition, JobNotFound
+from jobkit.db.host import connection_of, may_notify, of_company, page_size, writable
+from jobkit.errors import ConfigurationError, IdempotencyConflict, InvalidTransition, JobNotFound
 from jobkit.jobs import outbox
 from jobkit.jobs.creation import MAX_INPUT_BYTES, NewJob, checked, checked_many, chunks, prefetched
 from jobkit.tables import content_jobs
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
     from jobkit.db.host import Host
 
 
+# How often a row is read again that others change, or hide.
+TRIES = 20
+LEFT_OUT = (
+    "the insert of a job was accepted, and no row is there: a trigger of the host's on content_jobs leaves it out"
+)
 _PATCHABLE = frozenset({"status", "result_asset_id", "error_message", "source_task_id", "started_at", "finished_at"})
 _c = content_jobs.c
 
@@ -104,13 +109,18 @@ class JobStore:
                 made += chunk.jobs
                 keyed += chunk.keyed
                 if chunk.array is not None:
-                    statements_for(connection).insert_jobs(connection, owner, chunk.array, now=now, notify=self._notify)
+                    notify = self._notify and may_notify(connection)
+                    statements = statements_for(connection)
+                    inserted = statements.insert_jobs(connection, owner, chunk.array, now=now, notify=notify)
+                    if inserted != len(chunk.jobs) - len(chunk.keyed):
+                        raise ConfigurationError(LEFT_OUT)
             known = {draft.job.id: self._insert(connection, draft)[0] for draft in keyed}
         return [known.get(job.id, job) for job in made] if known else made
 
     def _insert(self, connection: sa.Connection, draft: NewJob) -> tuple[Job, int | None]:
-        while True:
-            event_id = statements_for(connection).insert_job(connection, draft.values(), notify=self._notify)
+        notify = self._notify and may_notify(connection)
+        for _ in range(TRIES):
+            event_id = statements_for(connection).insert_job(connection, draft.values(), notify=notify)
             if event_id is not None:
                 return draft.job, event_id
             row = connection.execute(_same_key(draft.job)).one_or_none()
@@ -121,6 +131,12 @@ class JobStore:
             if json.dumps(job.input, sort_keys=True) != json.dumps(draft.job.input, sort_keys=True):
                 raise IdempotencyConflict(job.id, draft.job.idempotency_key or "")
             return job, None
+        if draft.job.idempotency_key is None:
+            raise ConfigurationError(LEFT_OUT)
+        raise ConfigurationError(
+            f"a job of company {draft.job.company_id!r} and type {draft.job.job_type!r} has this idempotency_key, and "
+            "this connection may not see it: row-level security hides it, or others delete and create it all the time"
+        )
 
     def get_by_id(self, job_id: UUID | str, *, company_id: object = None) -> Job | None:
         """The job, or None: unknown, malformed, or another company's when ``company_id`` is given."""
@@ -195,13 +211,18 @@ class JobStore:
     ) -> Job:
         """Change a job by compare and set: a row that others change between the read and the write is read again."""
         connection = writable(self._session)
-        while True:
-            job = self.get_by_id(job_id, company_id=company_id)
+        read = JobStore(connection)  # a session that routes would read elsewhere
+        for _ in range(TRIES):
+            job = read.get_by_id(job_id, company_id=company_id)
             if job is None:
                 raise JobNotFound(job_id)
             changed = change(connection, job)
             if changed is not None:
                 return changed
+        raise ConfigurationError(
+            f"job {job_id} is there, and none of {TRIES} updates changed it: row-level security forbids that, or "
+            "others change it all the time"
+        )
 
     def _cancel(self, connection: sa.Connection, job: Job) -> Job | None:
         now = self._clock()
@@ -247,7 +268,7 @@ class JobStore:
             return None
         changed = job_of(row)
         if status != job.status:
-            outbox.append(connection, changed, notify=self._notify)
+            outbox.append(connection, changed, notify=self._notify and may_notify(connection))
         return changed
 
 

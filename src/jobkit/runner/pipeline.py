@@ -85,6 +85,8 @@ class Pipeline:
         self._returned = False
         #: How many jobs ended here.
         self.ended = 0
+        #: Whether it left jobs that had not ended.
+        self.unfinished = False
         self._rejected = 0
 
     def wake(self) -> None:
@@ -343,12 +345,14 @@ class Pipeline:
         for attempt in attempts:
             attempt.interrupt(LeaseLost(f"the runner stopped before job {attempt.claim.job_id} ended"))
         held = [attempt.claim for attempt in attempts]
+        self.unfinished = bool(held)
         if not held and not self._committer.unsure:
             return
         try:
             events = self._committer.release(held)
             self._on_commit(events)
             if events:
+                self.unfinished = True
                 logger.warning("stopped with %d jobs unfinished; they are queued again", len(events))
         except Exception as error:
             message = "stopped with %d jobs unfinished, and could not release them: %s"

@@ -16,14 +16,17 @@ import sqlalchemy as sa
 
 from jobkit import signals
 from jobkit.assets.store import AssetStore
-from jobkit.base.clock import Clock, seconds, utcnow
+from jobkit.base.clock import Backoff, Clock, seconds, utcnow
 from jobkit.base.forks import reset_in_children
+from jobkit.base.text import error_message
 from jobkit.base.threads import InlinePool
 from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Position, Start
-from jobkit.db.host import leave_connections, refuse_inherited, require_schema, sync_engine
+from jobkit.db.failures import is_outage
+from jobkit.db.host import leave_connections, refuse_inherited, require_pool, require_schema, sync_engine
 from jobkit.db.sqlite import is_memory, refuse_deadlock
+from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.events import relay
 from jobkit.events.feed import Feed
 from jobkit.jobs import outbox
@@ -87,7 +90,10 @@ class Runner:
             db_timeout=seconds(db_timeout, "db_timeout"),
             clock=clock,
         )
-        self._lock = threading.RLock()
+        # ``_starting`` is held while ``start`` waits for the database; ``_lock`` never.
+        self._starting, self._lock = threading.RLock(), threading.RLock()
+        # Set by the next ``stop``.
+        self._halted = threading.Event()
         self._running: Supervisor | None = None
         self._ending: Supervisor | None = None
         self._past = RunnerMetrics()
@@ -154,43 +160,88 @@ class Runner:
 
     # --- running
 
-    def start(self) -> Self:
+    def start(self, *, wait: bool = False) -> Self:
         """Render jobs on threads of this process until ``stop``. Signals follow from now on. Started already: nothing
         happens.
 
-        ``ConfigurationError`` for an SQLite database in memory; ``SchemaOutOfDate`` without the tables.
+        What is wrong is raised: ``ConfigurationError`` for an SQLite database in memory, a pool of one connection, or a
+        folder for unfinished files that cannot be made; ``SchemaOutOfDate`` without the tables; what the driver raises
+        when the database is away. With ``wait`` the last two are waited for instead, and logged once; a ``stop`` from
+        another thread ends that, and nothing is started.
         """
         refuse_inherited(self.engine, self._inherited)
-        with self._lock:
-            if self._running is None:
-                self._running = Supervisor(self._settings, relay.acquire(self.engine))
-                self._running.start()
+        halted = self._halted
+        with self._starting:
+            feed = None if self._running else self._prepare(halted, wait=wait)
+            if feed is not None:
+                self._start(feed, halted)
         return self
 
-    def stop(self, timeout: timedelta | float = 30.0) -> None:
+    def _prepare(self, halted: threading.Event, *, wait: bool) -> Feed | None:
+        """The feed, when all is as it must be; None when a ``stop`` came before."""
+        require_pool(self.engine)
+        try:
+            self.assets.spool_folder()
+        except OSError as error:
+            raise ConfigurationError(f"the folder for unfinished files cannot be made: {error}") from error
+        waiting = Backoff()
+        while not halted.wait(waiting.pause):
+            try:
+                feed = relay.acquire(self.engine)
+                if waiting.succeeded():
+                    logger.info("the database and its tables are there")
+                return feed
+            except Exception as error:
+                if not (wait and (isinstance(error, SchemaOutOfDate) or is_outage(error))):
+                    raise
+                if waiting.failed():
+                    logger.warning("the runner starts as soon as the database is ready: %s", error_message(error))
+        return None
+
+    def _start(self, feed: Feed, halted: threading.Event) -> None:
+        started = False
+        try:
+            with self._lock:
+                if not halted.is_set():
+                    running = Supervisor(self._settings, feed)
+                    running.start()
+                    self._running, started = running, True
+        finally:
+            if not started:
+                relay.release(self.engine, DELIVERY_WAIT)
+
+    def stop(self, timeout: timedelta | float = 30.0) -> bool:
         """Claim nothing more, let the jobs in flight end, deliver their events. Not started: nothing happens.
 
         What has not ended after ``timeout`` goes back to the queue at once, the attempt not charged; a renderer that
         goes on nevertheless changes nothing. Returns within ``timeout`` and a few seconds, whatever renderers and
-        database do. A second call, from another thread, with a shorter ``timeout`` cuts the first one short.
+        database do: True when every job in flight ended, False when some went back, or could not be given back and wait
+        for the end of their leases. A second call, from another thread, with a shorter ``timeout`` cuts the first one
+        short.
         """
         limit = seconds(timeout, "timeout", positive=False)
         with self._lock:
+            self._halted.set()
+            self._halted = threading.Event()
             running, self._running = self._running, None
             ending = self._ending
             if running is not None:
                 self._ending = running
         if running is None:
-            if ending is not None:
-                ending.stop(limit)
-            return
+            return ending is None or ending.stop(limit)
         try:
-            running.stop(limit)
+            return running.stop(limit)
         finally:
             with self._lock:
                 self._ending = None
                 self._past += running.metrics()
             relay.release(self.engine, DELIVERY_WAIT)
+
+    @property
+    def failure(self) -> str | None:
+        """Why a started runner has stopped by itself, as when its SQLite file was replaced or deleted; else None."""
+        running = self._running
+        return None if running is None else running.failure
 
     def metrics(self) -> RunnerMetrics:
         """What this runner counted since it was made, through every start and stop."""
@@ -202,7 +253,8 @@ class Runner:
         """Be as if never started. Called in a forked child."""
         leave_connections(self.engine)
         self._inherited = self._inherited or self._running is not None
-        self._lock = threading.RLock()
+        self._starting, self._lock = threading.RLock(), threading.RLock()
+        self._halted = threading.Event()
         self._running = self._ending = None
         self._past = RunnerMetrics()
 

@@ -12,6 +12,7 @@ from jobkit.base.text import error_message
 from jobkit.base.threads import DaemonPool, Periodic
 from jobkit.db.connections import GIVE_UP, SharedConnection, abort_overdue
 from jobkit.db.dialects import statements_for
+from jobkit.db.sqlite import FileWatch
 from jobkit.events.feed import Feed
 from jobkit.maintenance.rescue import Rescuer
 from jobkit.runner.in_flight import InFlight
@@ -25,8 +26,8 @@ logger = logging.getLogger("jobkit")
 STORE_THREADS = 4
 # Seconds between two sweeps of the storage.
 SWEEP_INTERVAL = 3600.0
-# Seconds between two checks for calls that last too long.
-LOOK = 1.0
+# Seconds between two checks for calls that last too long, and for the file of an SQLite database.
+LOOK, LOOK_AT_FILE = 1.0, 0.5
 # How long a stopping runner waits for its last statement, and then for its other threads, in seconds.
 RELEASE_WAIT = 2.0
 
@@ -55,16 +56,22 @@ class Supervisor:
         collector = GarbageCollector(engine, settings.assets.storage, older_than=INTENT_GRACE, connect=self._shared.use)
         self._sweeper = Periodic("jobkit-sweep", SWEEP_INTERVAL, collector.run)
         self._watchdog = Periodic("jobkit-watch", min(LOOK, self._db_timeout / 4), self._check)
+        self._file = FileWatch.of(engine)
+        self._file_watch = Periodic("jobkit-watch", LOOK_AT_FILE, self._check_file)
+        #: Why it has stopped by itself.
+        self.failure: str | None = None
 
     def start(self) -> None:
         """Start every thread."""
         self._spawn(self.pipeline)
         self._unsubscribe = self._feed.on_jobs(self.wake)
-        for timer in (self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog):
+        for timer in self._timers:
             timer.start()
 
-    def stop(self, timeout: float) -> None:
-        """Let jobs in flight end; queue again those left after ``timeout`` seconds (the shortest of all calls')."""
+    def stop(self, timeout: float) -> bool:
+        """Let jobs in flight end; queue again those left after ``timeout`` seconds (the shortest of all calls'). True
+        when none was left.
+        """
         self._stopping = True
         if self._unsubscribe is not None:
             self._unsubscribe()
@@ -77,9 +84,10 @@ class Supervisor:
             if not ended:
                 pipeline.abandon()
                 ended = pipeline.wait_ended(RELEASE_WAIT)
-            self._end(self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog)
+            self._end(*self._timers)
         if not ended:
             logger.error("the runner's thread does not answer; its jobs stay claimed until their lease runs out")
+        return ended and not pipeline.unfinished
 
     def wake(self) -> None:
         """Look for jobs now rather than at the next poll. Also in a signal handler."""
@@ -117,6 +125,20 @@ class Supervisor:
     def _new_rescuer(self) -> Rescuer:
         lease, clock = self._settings.lease, self._settings.clock
         return Rescuer(self._shared, lease=lease, clock=clock, on_commit=self._feed.publish, wake=self.wake)
+
+    @property
+    def _timers(self) -> list[Periodic]:
+        timers = [self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog]
+        return [*timers, self._file_watch] if self._file else timers
+
+    def _check_file(self) -> None:
+        """Stop, without a word to the database, when its file is no longer the one that is open."""
+        if (reason := self._file.lost()) is not None and not self._stopping:
+            self.failure, self._stopping = reason, True
+            logger.error("the runner has stopped: %s", reason)
+            for timer in self._timers:
+                timer.stop()
+            self.pipeline.leave_to_leases()
 
     def _end(self, *timers: Periodic) -> None:
         """Stop the threads; wait a moment until they have given their connections back."""

@@ -23,8 +23,7 @@ from jobkit.base.clock import Clock, utcnow
 from jobkit.base.loops import LoopThread
 from jobkit.base.text import error_message
 from jobkit.db.dialects.base import EventRow, Held, Position
-from jobkit.db.host import connection_of
-from jobkit.db.sqlite import require_configured
+from jobkit.db.host import writable
 from jobkit.errors import AssetNotFound, RenderInterrupted
 from jobkit.events.log import event_of
 from jobkit.jobs import claims
@@ -89,8 +88,7 @@ class _Inline:
         self._ran: dict[UUID, None] = {}
         if hasattr(session, "flush"):
             session.flush()  # what the host has added is there when its renderers look
-        self._connection = connection_of(session)
-        require_configured(self._connection)
+        self._connection = writable(session)
         self.home = _Home()
         open_asset = partial(_open_asset, self.home, session, assets)
         self._environment = RenderEnvironment(assets, LoopThread(), open_asset, renderers.services, lease=LEASE)

@@ -219,11 +219,9 @@ class Jobs(ABC):
         """Insert a queued job with its event; the event's id, or None when a job has its idempotency key already."""
 
     @abstractmethod
-    def insert_jobs(
-        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
-    ) -> None:
+    def insert_jobs(self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool) -> int:
         """Insert a company's queued jobs, each with its event; ``jobs`` is a JSON array of ``{id, type, input, task,
-        run_at, priority}``.
+        run_at, priority}``. How many are there: a trigger may leave some out.
         """
 
     def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[QueuedJob]:

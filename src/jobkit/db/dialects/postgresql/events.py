@@ -38,7 +38,7 @@ _SINCE_START = "NOT pg_visible_in_snapshot(CAST(CAST(xid AS text) AS xid8), CAST
 # Ids become visible out of order; below the oldest running transaction no event can appear: (xid, id) skips none.
 _NEXT = f"""
 SELECT h.horizon, e.* FROM (SELECT {_HORIZON} AS horizon) h LEFT JOIN LATERAL (
-    SELECT id, xid, seq, company_id, type, job_id, created_at, payload FROM {{s}}content_job_events
+    SELECT id, xid, seq, company_id, type, job_id, created_at, CAST(payload AS text) FROM {{s}}content_job_events
     WHERE (xid, id) > (:xid, :id) AND {{which}} AND seq > 0 AND {_SINCE_START}
     ORDER BY xid, id LIMIT :limit
 ) e ON true
@@ -51,7 +51,7 @@ OF_COMPANY = Sql(_NEXT.replace("{which}", "company_id = :company"), *_NEXT_COLUM
 # A job's row lock orders its transactions, so all events below a committed one are committed too.
 EARLIER = Sql(
     f"""
-SELECT e.id, e.xid, e.seq, e.company_id, e.type, e.job_id, e.created_at, e.payload
+SELECT e.id, e.xid, e.seq, e.company_id, e.type, e.job_id, e.created_at, CAST(e.payload AS text)
 FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, seq int, queued boolean)
 JOIN {{s}}content_job_events e ON e.job_id = f.job AND e.seq < f.seq
 WHERE (e.xid, e.id) > (:xid, :id) AND {_SINCE_START}

@@ -59,14 +59,15 @@ WITH r AS (
     INSERT INTO {s}content_jobs (id, company_id, job_type, input, source_task_id, run_at, priority, event_seq,
         created_at, updated_at)
     SELECT id, :company_id, type, input, task, run_at, priority, 1, :now, :now FROM r
+    RETURNING id
 ), told AS (
     INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
-    SELECT :company_id, id, 1, 'content_job.queued', jsonb_build_object('jobId', id), :now FROM r
+    SELECT :company_id, id, 1, 'content_job.queued', jsonb_build_object('jobId', id), :now FROM job
 )
 """
 
-INSERT_JOBS_NOTIFY = Sql(_INSERT_JOBS + "SELECT pg_notify('jobkit', '')")
-INSERT_JOBS = Sql(_INSERT_JOBS + "SELECT 1")
+INSERT_JOBS_NOTIFY = Sql(_INSERT_JOBS + "SELECT count(*), pg_notify('jobkit', '') FROM job")
+INSERT_JOBS = Sql(_INSERT_JOBS + "SELECT count(*) FROM job")
 
 # One index lookup for each priority, however many jobs wait for a later time.
 _LEVELS = (
@@ -123,7 +124,7 @@ _CLAIM = """, claimed AS (
         worker_id = :worker_id, lease_until = clock_timestamp() + make_interval(secs => :lease),
         started_at = :now, updated_at = :now
     FROM picked WHERE j.id = picked.id
-    RETURNING j.id, j.company_id, j.job_type, j.input, j.source_task_id, j.fence, j.attempt, j.event_seq
+    RETURNING j.id, j.company_id, j.job_type, CAST(j.input AS text), j.source_task_id, j.fence, j.attempt, j.event_seq
 ), told AS (
     INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
     SELECT company_id, id, event_seq, 'content_job.running', jsonb_build_object('jobId', id), :now FROM claimed
@@ -268,7 +269,7 @@ WITH f AS (
     RETURNING id, job_id, seq, company_id, type, payload
 )
 SELECT told.id, CAST(0 AS bigint), told.seq, told.company_id, told.type, j.id AS job_id, CAST(:now AS timestamptz),
-    told.payload, j.cancel_requested_at IS NOT NULL
+    CAST(told.payload AS text), j.cancel_requested_at IS NOT NULL
 FROM f JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.fence
 LEFT JOIN told ON told.job_id = j.id
 """,
@@ -309,7 +310,7 @@ WITH lost AS MATERIALIZED (
     FROM freed
     RETURNING id, job_id, seq, company_id, type, payload
 )
-SELECT id, CAST(0 AS bigint), seq, company_id, type, job_id, CAST(:now AS timestamptz), payload FROM told
+SELECT id, CAST(0 AS bigint), seq, company_id, type, job_id, CAST(:now AS timestamptz), CAST(payload AS text) FROM told
 """,
     *EVENT,
     run_at=sa.Text(),
@@ -341,11 +342,10 @@ class Jobs(base.Jobs):
         row = connection.execute(statement(connection), values).one_or_none()
         return None if row is None else int(row[0])
 
-    def insert_jobs(
-        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
-    ) -> None:
+    def insert_jobs(self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool) -> int:
         statement = INSERT_JOBS_NOTIFY if notify else INSERT_JOBS
-        connection.execute(statement(connection), {"company_id": company_id, "jobs": jobs, "now": now})
+        values = {"company_id": company_id, "jobs": jobs, "now": now}
+        return int(connection.execute(statement(connection), values).scalar_one())
 
     def finish(self, connection: sa.Connection, jobs: Document, files: Document, *, now: datetime) -> Finished:
         values = {"jobs": json.dumps(jobs), "files": json.dumps(files), "now": now}

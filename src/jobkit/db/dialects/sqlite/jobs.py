@@ -56,7 +56,8 @@ INSERT_QUEUED_EVENTS = Sql(
 INSERT INTO {s}content_job_events (company_id, job_id, seq, type, payload, created_at)
 SELECT :company_id, replace(json_extract(value, '$.id'), '-', ''), 1, 'content_job.queued',
     json_object('jobId', json_extract(value, '$.id')), :now
-FROM json_each(:jobs) WHERE true
+FROM json_each(:jobs)
+WHERE EXISTS (SELECT 1 FROM {s}content_jobs WHERE id = replace(json_extract(value, '$.id'), '-', ''))
 """
 )
 
@@ -281,12 +282,11 @@ class Jobs(base.Jobs):
             return None
         return insert_event(connection, {**values, "job_id": values["id"], "seq": 1, "type": "content_job.queued"})
 
-    def insert_jobs(
-        self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool
-    ) -> None:
+    def insert_jobs(self, connection: sa.Connection, company_id: str, jobs: str, *, now: datetime, notify: bool) -> int:
         values = {"company_id": company_id, "jobs": jobs, "now": now}
-        connection.execute(INSERT_JOBS(connection), values)
+        count = connection.execute(INSERT_JOBS(connection), values).rowcount
         connection.execute(INSERT_QUEUED_EVENTS(connection), values)
+        return count
 
     def _claimed(
         self, connection: sa.Connection, statement: Sql, terms: ClaimTerms, **more: object
