@@ -191,7 +191,7 @@ def test_the_ends_of_the_calendar_are_stored_and_what_lies_beyond_is_refused(
 ) -> None:
     job = JobStore(session).create("acme", job_type="note")
     if read is None:
-        with pytest.raises(ValueError, match="started_at (is out of range in UTC|must be within the years 1 to 9999)"):
+        with pytest.raises(ValueError, match=r"started_at (is out of range in UTC|must be within the years 1 to 9999)"):
             JobStore(session).transition(job.id, started_at=moment)
         session.commit()
     else:
