@@ -223,11 +223,14 @@ def test_a_runner_runs_from_the_startup_of_its_app_to_its_shutdown(
         await send({"type": "lifespan.shutdown.complete"})
 
     server = Asgi(jobkit.lifespan(app, runner))
-    asyncio.run(server.run())
+    try:
+        asyncio.run(server.run())
+        assert not runs()
+    finally:
+        runner.stop(0)
     assert [message["type"] for message in server.sent] == ["lifespan.startup.complete", "lifespan.shutdown.complete"]
     expected = [("lifespan.startup", False), ("started", True), ("lifespan.shutdown", False)]
     assert noted == {"with": expected, "fails before it answers": expected[:1]}.get(kind, [])
-    assert not runs()
 
 
 def test_a_runner_that_cannot_start_fails_the_startup(tmp_path: Path) -> None:

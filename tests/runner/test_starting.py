@@ -32,7 +32,7 @@ def stores(engine: sa.Engine, folder: Path) -> AssetStore:
 @contextlib.contextmanager
 def starting(runner: Runner) -> Iterator[threading.Thread]:
     """``start(wait=True)`` on a thread of its own."""
-    thread = threading.Thread(target=runner.start, kwargs={"wait": True})
+    thread = threading.Thread(target=runner.start, kwargs={"wait": True}, daemon=True)
     thread.start()
     try:
         yield thread
@@ -49,9 +49,11 @@ def starting(runner: Runner) -> Iterator[threading.Thread]:
 def test_a_pool_of_one_connection_is_refused(database: Database, tmp_path: Path, pool: dict[str, Any]) -> None:
     engine = database.connect(**pool)
     runner = Runner(engine, stores(engine, tmp_path), only())
-    with pytest.raises(ConfigurationError, match=r"at least 2 connections .* gives out 1: raise pool_size"):
-        runner.start()
-    runner.stop()
+    try:
+        with pytest.raises(ConfigurationError, match=r"at least 2 connections .* gives out 1: raise pool_size"):
+            runner.start()
+    finally:
+        runner.stop(0)
 
 
 def test_two_connections_suffice_for_jobs_their_leases_and_their_signals(
@@ -90,8 +92,11 @@ def test_a_folder_for_unfinished_files_that_cannot_be_made_is_named(engine: sa.E
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / ".spool").touch()
     runner = Runner(engine, stores(engine, tmp_path), only())
-    with pytest.raises(ConfigurationError, match=r"folder for unfinished files .*assets/\.spool"):
-        runner.start()
+    try:
+        with pytest.raises(ConfigurationError, match=r"folder for unfinished files .*assets/\.spool"):
+            runner.start()
+    finally:
+        runner.stop(0)
     (tmp_path / "assets" / ".spool").unlink()
     with runner:
         pass
