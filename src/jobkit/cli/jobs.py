@@ -17,7 +17,7 @@ from jobkit.cli.app import add_source, opened
 from jobkit.cli.output import complain, plain, shown, table, text
 from jobkit.errors import InvalidTransition, JobNotFound
 from jobkit.jobs.store import JobStore, job_of
-from jobkit.tables import assets, content_job_events, content_jobs
+from jobkit.tables import JOB_COLUMNS, assets, content_job_events, content_jobs
 from jobkit.types import Asset, Job, JobStatus
 
 _c, _e, _a = content_jobs.c, content_job_events.c, assets.c
@@ -58,7 +58,7 @@ def _count(given: str) -> int:
 
 def _list(options: argparse.Namespace) -> int:
     # JobStore lists the jobs of one company only. Whoever runs this command has the database anyway.
-    query = sa.select(content_jobs).order_by(_c.created_at.desc(), _c.id.desc()).limit(options.limit)
+    query = sa.select(*JOB_COLUMNS).order_by(_c.created_at.desc(), _c.id.desc()).limit(options.limit)
     for column, wanted in ((_c.company_id, options.company), (_c.status, options.status), (_c.job_type, options.type)):
         if wanted is not None:
             query = query.where(column == wanted if _can_be_stored(wanted) else sa.false())

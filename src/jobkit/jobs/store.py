@@ -20,7 +20,7 @@ from jobkit.db.host import connection_of, may_notify, of_company, page_size, wri
 from jobkit.errors import ConfigurationError, IdempotencyConflict, InvalidTransition, JobNotFound
 from jobkit.jobs import outbox
 from jobkit.jobs.creation import MAX_INPUT_BYTES, NewJob, checked, checked_many, chunks, prefetched
-from jobkit.tables import content_jobs
+from jobkit.tables import JOB_COLUMNS, content_jobs
 from jobkit.types import Job, JobRequest, JobStatus
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ class JobStore:
         parsed = parse_id(job_id)
         if parsed is None:
             return None
-        query = sa.select(content_jobs).where(_c.id == parsed)
+        query = sa.select(*JOB_COLUMNS).where(_c.id == parsed)
         if company_id is not None:
             query = query.where(of_company(_c.company_id, company_id))
         row = connection_of(self._session).execute(query).one_or_none()
@@ -162,7 +162,7 @@ class JobStore:
 
         ``before`` is the last job of the page before this one. ``JobNotFound`` when it is none of the company's.
         """
-        query = sa.select(content_jobs).where(of_company(_c.company_id, company_id))
+        query = sa.select(*JOB_COLUMNS).where(of_company(_c.company_id, company_id))
         if status is not None:
             query = query.where(_c.status == _status(status).value)
         if job_type is not None:
@@ -238,7 +238,16 @@ class JobStore:
         if job.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
             raise InvalidTransition(job.id, job.status, "only a failed or cancelled job can be retried")
         cleared = dict.fromkeys(
-            ("error_message", "result_asset_id", "started_at", "finished_at", "run_at", "progress", "progress_message")
+            (
+                "error_message",
+                "error_detail",
+                "result_asset_id",
+                "started_at",
+                "finished_at",
+                "run_at",
+                "progress",
+                "progress_message",
+            )
         )
         return self._set(connection, job, {**cleared, "status": JobStatus.QUEUED, "attempt": 0, "rescues": 0})
 
@@ -263,7 +272,7 @@ class JobStore:
             )
             if status is JobStatus.RUNNING:
                 update = update.values(fence=_c.fence + 1)
-        row = connection.execute(update.returning(content_jobs)).one_or_none()
+        row = connection.execute(update.returning(*JOB_COLUMNS)).one_or_none()
         if row is None:
             return None
         changed = job_of(row)
@@ -273,7 +282,7 @@ class JobStore:
 
 
 def job_of(row: sa.Row[Any]) -> Job:
-    """A row of ``content_jobs``, all columns in the table's order, as a Job."""
+    """A row of ``JOB_COLUMNS`` as a Job."""
     values = list(row)
     values[3] = JobStatus(values[3])
     return Job(*values)
@@ -281,7 +290,7 @@ def job_of(row: sa.Row[Any]) -> Job:
 
 def _same_key(job: Job) -> sa.Select[Any]:
     """The row whose idempotency key ``job`` repeats."""
-    return sa.select(content_jobs).where(
+    return sa.select(*JOB_COLUMNS).where(
         _c.company_id == job.company_id, _c.job_type == job.job_type, _c.idempotency_key == job.idempotency_key
     )
 
