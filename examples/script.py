@@ -56,8 +56,8 @@ def main(folder: Path) -> int:
     runner.run_until_idle(timeout=60)
 
     with Session(engine) as session:
-        ended = jobkit.JobStore(session).get_by_id(job.id)
-        files = assets.list_by_job(session, job.id)
+        ended = jobkit.JobStore(session).get_by_id(job.id, company_id=COMPANY)
+        files = assets.list_by_job(session, job.id, company_id=COMPANY)
     engine.dispose()
     for file in files:
         assets.verify(file)

@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 import jobkit
 from jobkit import JobStore
 from jobkit.base.ids import new_id
-from jobkit.tables import JsonObject, UtcDateTime, content_job_events, content_jobs, metadata
+from jobkit.tables import JOB_COLUMNS, JsonObject, UtcDateTime, content_job_events, content_jobs, metadata
 from tests.support.databases import Database
 
 DIALECTS = [sqlite.dialect(), postgresql.dialect()]
@@ -66,7 +66,8 @@ def test_null_is_none(dialect: sa.Dialect, kind: Any) -> None:
 
 
 def test_a_job_has_the_columns_of_its_table_in_their_order() -> None:
-    assert [field.name for field in fields(jobkit.Job)] == content_jobs.c.keys()
+    assert [field.name for field in fields(jobkit.Job)] == [column.name for column in JOB_COLUMNS]
+    assert set(content_jobs.c) - set(JOB_COLUMNS) == {content_jobs.c.error_detail}
 
 
 def test_no_column_on_sqlite_is_declared_with_a_type_that_sqlite3_or_django_converts() -> None:

@@ -3,6 +3,7 @@
 from jobkit import errors, migrations, signals, tables
 from jobkit.assets.limits import MAX_GENERATED_ASSET_BYTES
 from jobkit.assets.store import AssetStore
+from jobkit.base.ids import ANY_COMPANY
 from jobkit.db.sqlite import configure_sqlite
 from jobkit.errors import (
     AssetCorrupt,
@@ -27,6 +28,7 @@ from jobkit.errors import (
     SchemaOutOfDate,
     Snooze,
     UnknownJobType,
+    UserError,
 )
 from jobkit.events.relay import Relay
 from jobkit.events.watch import watch
@@ -57,12 +59,12 @@ ContentJobStatus = JobStatus
 __version__ = "0.1.0"
 
 __all__ = [
-    "CONTENT_JOB_EVENTS", "CONTENT_JOB_STATUSES", "MAX_GENERATED_ASSET_BYTES", "Asset", "AssetCorrupt", "AssetEmpty",
-    "AssetError", "AssetKeyRefused", "AssetNotFound", "AssetStore", "AssetTooLarge", "AssetUrlUnavailable",
-    "ConfigurationError", "ContentJobStatus", "Discard", "EventsPruned", "GarbageReport", "IdempotencyConflict",
-    "InvalidTransition", "Job", "JobCancelled", "JobEvent", "JobNotFound", "JobRequest", "JobState", "JobStatus",
-    "JobStore", "JobTimeout", "JobkitError", "LeaseLost", "PruneReport", "Relay", "RenderContext", "RenderInterrupted",
-    "Rendered", "Renderers", "RescueReport", "Retry", "Runner", "RunnerMetrics", "SchemaOutOfDate", "Snooze",
-    "StoredObject", "UnknownJobType", "configure_sqlite", "errors", "lifespan", "metadata", "migrations", "on_exit",
-    "prune", "signals", "tables", "watch",
+    "ANY_COMPANY", "CONTENT_JOB_EVENTS", "CONTENT_JOB_STATUSES", "MAX_GENERATED_ASSET_BYTES", "Asset",
+    "AssetCorrupt", "AssetEmpty", "AssetError", "AssetKeyRefused", "AssetNotFound", "AssetStore", "AssetTooLarge",
+    "AssetUrlUnavailable", "ConfigurationError", "ContentJobStatus", "Discard", "EventsPruned", "GarbageReport",
+    "IdempotencyConflict", "InvalidTransition", "Job", "JobCancelled", "JobEvent", "JobNotFound", "JobRequest",
+    "JobState", "JobStatus", "JobStore", "JobTimeout", "JobkitError", "LeaseLost", "PruneReport", "Relay",
+    "RenderContext", "RenderInterrupted", "Rendered", "Renderers", "RescueReport", "Retry", "Runner",
+    "RunnerMetrics", "SchemaOutOfDate", "Snooze", "StoredObject", "UnknownJobType", "UserError", "configure_sqlite",
+    "errors", "lifespan", "metadata", "migrations", "on_exit", "prune", "signals", "tables", "watch",
 ]  # fmt: skip

@@ -22,7 +22,7 @@
     ├── JobCancelled
     ├── JobTimeout
     └── LeaseLost
-    Retry, Snooze, Discard (Exception), raised by renderers
+    UserError, Retry, Snooze, Discard (Exception), raised by renderers
 
 Bad arguments are Python's own ``ValueError`` and ``TypeError``, and name the field.
 """
@@ -142,13 +142,19 @@ class LeaseLost(RenderInterrupted):
     """The runner has lost its claim on the job: the result of this attempt will be ignored."""
 
 
+class UserError(Exception):
+    """Raised by a renderer, or by what it calls: the attempt failed, and this text is written for the user who sees the
+    job. The text of other errors stays with the operators, behind a reference.
+    """
+
+
 # The longest wait of ``Retry`` and ``Snooze``, in seconds: more is a mistake, and may overflow a date.
 LONGEST_WAIT = 3650 * 86400.0
 
 
 class Retry(Exception):
-    """Raised by a renderer: this attempt failed. If attempts are left, try again ``after`` seconds or a timedelta,
-    by default after the job type's backoff. ``ValueError`` beyond ten years.
+    """Raised by a renderer: this attempt failed; users are told the ``reason``. If attempts are left, try again
+    ``after`` seconds or a timedelta, by default after the job type's backoff. ``ValueError`` beyond ten years.
     """
 
     seconds: float | None = None
@@ -171,7 +177,7 @@ class Snooze(Exception):
 
 
 class Discard(Exception):
-    """Raised by a renderer: the job fails with this ``reason``, also when attempts are left."""
+    """Raised by a renderer: the job fails with this ``reason``, which users are told, also when attempts are left."""
 
     def __init__(self, reason: str = "") -> None:
         super().__init__(reason or "the renderer discarded the job")

@@ -21,6 +21,8 @@ from blinker import ANY, NamedSignal
 from blinker.base import ANY_ID
 
 from jobkit.base.forks import hold_during_fork
+from jobkit.base.ids import CompanyId, require_company_id
+from jobkit.base.logs import exc_info_of, job_fields
 from jobkit.types import CONTENT_JOB_EVENTS, JobEvent
 
 Receiver = TypeVar("Receiver", bound=Callable[..., Any])
@@ -83,17 +85,18 @@ class JobSignal(NamedSignal):
             self._chosen = {}
 
     def connect(self, receiver: Receiver, sender: Any = ANY, weak: bool = True) -> Receiver:
-        """As blinker's; the sender's ``str()`` counts, because equal UUIDs are different senders to blinker.
+        """As blinker's; the text of the sender counts, because equal UUIDs are different senders to blinker.
 
-        ``TypeError`` for a coroutine function: nobody would await it.
+        ``TypeError`` for a coroutine function: nobody would await it; ``ValueError`` or ``TypeError`` for a sender that
+        is no company.
         """
         _refuse_coroutine(receiver)
         with _bookkeeping, self._changing():
-            return super().connect(receiver, sender if sender is ANY else str(sender), weak)
+            return super().connect(receiver, _sender(sender), weak)
 
     def disconnect(self, receiver: Callable[..., Any], sender: Any = ANY) -> None:
-        """As blinker's; the sender's ``str()`` counts here too."""
-        super().disconnect(receiver, sender if sender is ANY else str(sender))
+        """As blinker's; the text of the sender counts here too."""
+        super().disconnect(receiver, _sender(sender))
 
     def _clear_state(self) -> None:
         """As blinker's, which hosts' tests call: nobody is connected any more."""
@@ -113,6 +116,10 @@ class JobSignal(NamedSignal):
             if not senders:
                 self._by_receiver.pop(receiver_id, None)
                 self.receivers.pop(receiver_id, None)
+
+
+def _sender(company_id: Any) -> Any:
+    return company_id if company_id is ANY else require_company_id(company_id)
 
 
 def _refuse_coroutine(receiver: object) -> None:
@@ -139,7 +146,7 @@ content_job_retrying = _signal("content_job.retrying", "Failed or lost its worke
 assert tuple(SIGNALS) == CONTENT_JOB_EVENTS
 
 
-def subscribe(company_id: object, listener: Listener) -> Callable[[], None]:
+def subscribe(company_id: CompanyId, listener: Listener) -> Callable[[], None]:
     """Call ``listener(event)`` for every event of one company, until the function returned is called.
 
     The listener is held strongly. ``TypeError`` for a coroutine function.
@@ -201,6 +208,7 @@ def _send(event: JobEvent, before: int) -> int:
             continue
         try:
             receiver(company_id, event=event)
-        except BaseException:  # SystemExit too: one receiver must not end the thread that serves all
-            logger.exception("receiver %r failed on %s of job %s", receiver, event.type, event.job_id)
+        except BaseException as error:  # SystemExit too: one receiver must not end the thread that serves all
+            message, fields = "receiver %r failed on %s of job %s", job_fields(event.job_id, company_id)
+            logger.error(message, receiver, event.type, event.job_id, exc_info=exc_info_of(error), extra=fields)
     return called

@@ -181,6 +181,8 @@ content_jobs = sa.Table(
     sa.Column("progress_message", sa.Text),
     sa.Column("event_seq", sa.Integer, nullable=False, server_default=_ZERO),
     sa.Column("trace", JsonObject),
+    # What operators see of a failed attempt beyond error_message. No Job has it: a Job may reach users.
+    sa.Column("error_detail", sa.Text),
     sa.Index("content_jobs_company_status_idx", "company_id", "status"),
     sa.Index("content_jobs_company_created_idx", "company_id", "created_at"),
     sa.Index("content_jobs_running_idx", "id", postgresql_where=RUNNING, sqlite_where=RUNNING),
@@ -194,6 +196,9 @@ content_jobs = sa.Table(
         sqlite_where=sa.text("idempotency_key IS NOT NULL"),
     ),
 )
+
+#: The columns that a ``Job`` has, in its order.
+JOB_COLUMNS = tuple(column for column in content_jobs.columns if column.name != "error_detail")
 
 # Declared by columns, not as text: alembic cannot compare an index with text in it on SQLite.
 # Jobs that may run now, by company, so that a claim can go round the companies; and jobs that wait for a time.

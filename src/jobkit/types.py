@@ -10,6 +10,9 @@ from os import PathLike
 from typing import Any, BinaryIO
 from uuid import UUID
 
+from jobkit.base.ids import CompanyId as CompanyId  # noqa: PLC0414 - a name of the public surface
+from jobkit.base.ids import CompanyScope as CompanyScope  # noqa: PLC0414 - as above
+
 Body = bytes | bytearray | memoryview | PathLike[str] | BinaryIO | Iterable[bytes]
 """The content of a file. No ``str``, which could be text or a path."""
 
@@ -41,6 +44,41 @@ CONTENT_JOB_EVENTS = (
 )
 
 
+class _NotRead(dict[str, Any]):
+    def __missing__(self, key: str) -> Any:
+        raise KeyError(f"{key}: the input was not read, because of with_input=False")
+
+
+#: The ``input`` of jobs that were listed without it.
+NOT_READ: dict[str, Any] = _NotRead()
+
+# What the wire forms have: each field is named here, so that no later column gets out by itself.
+_JOB_WIRE = (
+    "id", "company_id", "job_type", "status", "input", "result_asset_id", "error_message", "source_task_id",
+    "started_at", "finished_at", "created_at", "updated_at", "attempt", "run_at", "priority", "cancel_requested_at",
+    "progress", "progress_message",
+)  # fmt: skip
+_ASSET_WIRE = (
+    "id", "company_id", "job_id", "position", "content_type", "byte_size", "sha256", "original_filename",
+    "created_by_agent_id", "created_by_user_id", "source_task_id", "created_at", "updated_at",
+)  # fmt: skip
+
+
+def _wire(row: object, names: tuple[str, ...]) -> dict[str, Any]:
+    return {_camel(name): _wire_value(getattr(row, name)) for name in names}
+
+
+def _camel(name: str) -> str:
+    first, *others = name.split("_")
+    return first + "".join(word.capitalize() for word in others)
+
+
+def _wire_value(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return str(value) if isinstance(value, UUID | StrEnum) else value
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A row of ``content_jobs`` as it was read."""
@@ -70,6 +108,15 @@ class Job:
     progress_message: str | None
     event_seq: int
     trace: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The wire form, for the company's own users: camelCase, ids as text, times as ISO-8601 UTC with milliseconds.
+        Nothing of the runner is in it: no fence, lease, worker, place in the log, trace or idempotency key.
+        """
+        wire = _wire(self, _JOB_WIRE)
+        if self.input is NOT_READ:
+            del wire["input"]
+        return wire
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +150,10 @@ class Asset:
     updated_at: datetime
     job_id: UUID | None
     position: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The wire form, as ``Job.to_dict``; without the storage and the key in it."""
+        return _wire(self, _ASSET_WIRE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,12 +235,11 @@ class JobEvent:
 
     def to_dict(self) -> dict[str, Any]:
         """The wire form: ``{id, companyId, type, createdAt, payload}``, the time as ISO-8601 UTC with milliseconds."""
-        created = self.created_at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         return {
             "id": self.id,
             "companyId": self.company_id,
             "type": self.type,
-            "createdAt": created,
+            "createdAt": _wire_value(self.created_at),
             "payload": dict(self.payload),
         }
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jobkit.base import ids
-from jobkit.base.ids import new_id, parse_id
+from jobkit.base.ids import new_id, parse_id, require_company_id
 
 
 def test_a_new_id_is_a_uuid_version_7_with_the_time_in_front() -> None:
@@ -94,3 +94,27 @@ def test_whatever_is_no_id_is_none(value: object) -> None:
 @given(st.text(max_size=40))
 def test_reading_an_id_never_raises(value: str) -> None:
     assert parse_id(value) is None or parse_id(value) == UUID(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("acme", "acme"), (7, "7"), (UUID(int=7), "00000000-0000-0000-0000-000000000007"), (0, "0")],
+)
+def test_a_company_is_the_text_of_whatever_the_host_calls_it(value: object, expected: str) -> None:
+    assert require_company_id(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "^company_id is missing$"),
+        ("", "^company_id is blank$"),
+        ("  ", "^company_id is blank$"),
+        ("a\0", "^company_id contains a NUL character$"),
+        ("\udfff", "^company_id contains a lone surrogate$"),
+        ("c" * 256, "^company_id has 256 characters, the limit is 255$"),
+    ],
+)
+def test_what_can_be_no_company_is_refused(value: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        require_company_id(value)

@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import re
 from typing import Any
-from uuid import UUID
 
 import pytest
 import sqlalchemy as sa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobkit.base.text import MAX_ERROR_CHARACTERS, error_message, require_company_id, sanitise, storable
+from jobkit.base.text import MAX_ERROR_CHARACTERS, error_message, sanitise, storable
 
 # Every code point, the halves of surrogate pairs too.
 ANYTHING = st.text(st.characters(exclude_categories=()), max_size=300)
@@ -49,30 +48,6 @@ def test_other_text_is_returned_unchanged(value: str) -> None:
 
 def test_blank_text_is_storable_where_blank_is_allowed() -> None:
     assert storable(" ", "name", blank=True) == " "
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [("acme", "acme"), (7, "7"), (UUID(int=7), "00000000-0000-0000-0000-000000000007"), (0, "0")],
-)
-def test_a_company_is_the_text_of_whatever_the_host_calls_it(value: object, expected: str) -> None:
-    assert require_company_id(value) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (None, "^company_id is missing$"),
-        ("", "^company_id is blank$"),
-        ("  ", "^company_id is blank$"),
-        ("a\0", "^company_id contains a NUL character$"),
-        ("\udfff", "^company_id contains a lone surrogate$"),
-        ("c" * 256, "^company_id has 256 characters, the limit is 255$"),
-    ],
-)
-def test_what_can_be_no_company_is_refused(value: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        require_company_id(value)
 
 
 class Speechless(Exception):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import pytest
 import sqlalchemy as sa
 
 import jobkit
-from jobkit import AssetStore, Job, JobStore, Runner
-from jobkit.cli import main
+from jobkit import ANY_COMPANY, AssetStore, Job, JobStore, Runner
+from jobkit.cli import main, output
+from jobkit.cli.jobs import OPEN_TO, change_matching
+from jobkit.maintenance import prune
 from jobkit.tables import content_jobs
 from tests.cli.test_commands import APP, jobkit_command
 from tests.support.databases import Database
@@ -217,3 +222,115 @@ def test_two_files_of_one_name_are_both_kept(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == {
         "a.txt": b"1", "1-a.txt": b"2", "file": b"3",
     }  # fmt: skip
+
+
+# --- all that match
+
+
+def test_all_that_match_are_counted_and_with_yes_changed(here: Run, engine: sa.Engine, create: Create) -> None:
+    kept = create(company_id="globex")
+    for _ in range(3):
+        create(job_type="bill", source_task_id="may")
+    where = ("--all", "--type", "bill", "--company", "acme", "--database", url_of(engine))
+    unsure = "3 jobs match; nothing was changed, --yes changes them\n"
+    assert here("jobs", "cancel", *where) == (0, unsure, "")
+    assert statuses(engine) == ["queued"] * 4
+    assert here("jobs", "cancel", *where, "--source-task", "june", "--yes")[1] == "0 jobs changed\n"
+    assert here("jobs", "cancel", *where, "--source-task", "may", "--yes") == (0, "3 jobs changed\n", "")
+    assert sorted(statuses(engine)) == ["cancelled", "cancelled", "cancelled", "queued"]
+    _, told, _ = here("jobs", "count", "--database", url_of(engine))
+    assert [line.split() for line in told.splitlines()][1:] == [
+        ["cancelled", "bill", "3"],
+        ["queued", kept.job_type, "1"],
+    ]
+    _, told, _ = here("jobs", "count", "--json", "--company", "acme", "--database", url_of(engine))
+    assert json.loads(told) == {"status": "cancelled", "job_type": "bill", "count": 3}
+    assert here("jobs", "retry", *where, "--until", "2020-01-01", "--yes")[1] == "0 jobs changed\n"
+    assert here("jobs", "retry", *where, "--since", "2020-01-01", "--yes")[1] == "3 jobs changed\n"
+    assert here("jobs", "delete", *where[1:], "--yes")[1] == "0 jobs changed\n"  # they wait again
+    assert here("jobs", "cancel", *where, "--yes")[1] == "3 jobs changed\n"
+    assert here("jobs", "delete", *where[1:], "--yes")[1] == "3 jobs changed\n"
+    assert statuses(engine) == ["queued"]
+
+
+@pytest.mark.parametrize("arguments", [(), ("--all", "0190"), ("--all", "--since", "soon"), ("--all", "--status", "x")])
+def test_jobs_are_named_or_all_that_match_are_meant(here: Run, engine: sa.Engine, arguments: tuple[str, ...]) -> None:
+    status, told, error = here("jobs", "retry", *arguments, "--database", url_of(engine))
+    assert (status, told) == (2, "")
+    assert "Traceback" not in error
+
+
+def test_ctrl_c_keeps_the_batches_that_were_done_and_the_same_command_goes_on(
+    here: Run, engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(5):
+        create()
+    cancel_all, calls = JobStore.cancel_all, []
+
+    def twos(jobs: JobStore, company: Any, **which: Any) -> int:
+        calls.append(1)
+        done = cancel_all(jobs, company, limit=2, **which)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return done
+
+    options = argparse.Namespace(
+        all=True, job=[], yes=True, company=ANY_COMPANY, status=None, type=None, source_task=None, since=None,
+        until=None, app=None, database=url_of(engine), schema=None, log_level=None, log_json=False,
+    )  # fmt: skip
+    monkeypatch.setitem(OPEN_TO, twos, OPEN_TO[cancel_all])
+    assert change_matching(options, twos) == 130
+    assert sorted(statuses(engine)) == ["cancelled"] * 2 + ["queued"] * 3
+    assert here("jobs", "cancel", "--all", "--yes", "--database", url_of(engine))[1] == "3 jobs changed\n"
+
+
+def test_progress_is_a_line_now_and_then_and_a_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(output, "PACE", 0.0)
+    with output.progress("jobs", 10) as advance:
+        advance(4)
+        advance(2)
+    assert capsys.readouterr().err == "jobkit: 4 of 10 jobs\njobkit: 6 of 10 jobs\n"
+    monkeypatch.setattr(output, "PACE", 3600.0)
+    with output.progress("jobs", None) as advance:
+        advance(4)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with output.progress("jobs", 10) as advance:
+        advance(10)
+    assert "100%" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_long_command_between_two_batches_with_what_was_done(
+    here: Run, engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        job = create()
+        with engine.begin() as connection:
+            JobStore(connection).cancel(job.id, company_id=job.company_id)
+    monkeypatch.setattr(prune, "BATCH", 1)
+    advances: list[int] = []
+
+    @contextmanager
+    def one(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
+        def advance(count: int) -> None:
+            advances.append(count)
+            raise KeyboardInterrupt
+
+        yield advance
+
+    options = ("prune", "--older-than", "0", "--yes", "--json", "--database", url_of(engine))
+    with monkeypatch.context() as patched:
+        patched.setattr(output, "progress", one)
+        status, _, error = here(*options)
+    assert (status, advances, error.startswith("jobkit: interrupted: ")) == (130, [1], True)
+    assert len(statuses(engine)) == 2
+    status, told, error = here(*options)
+    assert (status, error, json.loads(told)["jobs"]) == (0, "", 2)
+    assert statuses(engine) == []
+
+
+def test_a_sweep_says_what_it_did_as_json(run: Run, engine: sa.Engine) -> None:
+    status, told, _ = run("assets", "gc", "--json", "--yes")
+    assert (status, json.loads(told)["dry_run"], json.loads(told)["failed"]) == (0, False, 0)

@@ -105,7 +105,7 @@ def test_the_jobs_of_another_company_are_not_found_when_one_is_named(
     for command in ("show", "cancel", "retry"):
         assert here("jobs", command, str(other.id), *options) == (1, "", f"jobkit: no job {other.id}\n")
     assert seen(engine, other).status == "queued"
-    for unstorable in ("", "\udc80", "x" * 300):
+    for unstorable in ("\udc80", "x" * 300):
         assert here("jobs", "list", "--json", "--company", unstorable, *options[2:]) == (0, "", "")
 
 
@@ -156,7 +156,7 @@ def test_json_is_ascii_and_says_what_was_stored(here: Here, engine: sa.Engine, c
         assert told.isascii()
         assert told.rstrip("\n").isprintable()
         found = json.loads(told)
-        assert (found["input"], found["job_type"]) == ({text: text}, text)
+        assert (found.get("input"), found["job_type"]) == (None if command == ("list",) else {text: text}, text)
 
 
 def test_columns_stay_in_line_below_wide_letters(capsys: pytest.CaptureFixture[str]) -> None:

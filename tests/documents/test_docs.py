@@ -236,6 +236,15 @@ def test_every_promise_names_its_tests() -> None:
     assert [row for row in rows if not TEST.search(row)] == []
 
 
+# Calls that find a row by its id, in any company unless one is named.
+BY_ID = re.compile(r"(?:\.(?:get_by_id|list_by_job|cancel|retry|transition)|\bwatch)\([^()]*(?:\([^()]*\)[^()]*)*\)")
+
+
+@pytest.mark.parametrize("path", [*PAGES, *sorted((ROOT / "examples").rglob("*.py"))], ids=name)
+def test_every_page_and_example_names_the_company(path: Path) -> None:
+    assert [call for call in BY_ID.findall(path.read_text("utf-8")) if "company" not in call.lower()] == []
+
+
 def test_every_module_has_its_place_in_the_tour() -> None:
     tour = (ROOT / "docs/explanation/tour.md").read_text("utf-8")
     package = ROOT / "src/jobkit"

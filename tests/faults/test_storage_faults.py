@@ -349,7 +349,9 @@ import jobkit
 engine, folder = sa.create_engine(sys.argv[1]), sys.argv[2]
 if engine.dialect.name == "sqlite":
     jobkit.configure_sqlite(engine)
-renderers = jobkit.Renderers(default=lambda ctx: jobkit.Rendered("a", "text/plain", b"x" * ctx.input["size"]))
+renderers = jobkit.Renderers(
+    default=lambda ctx: jobkit.Rendered("a", "text/plain", b"x" * ctx.input["size"]), describe_error=str
+)
 resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, 8 << 20))
 print(jobkit.Runner(engine, jobkit.AssetStore(folder), renderers).run_until_idle(timeout=60))
 """

@@ -59,7 +59,7 @@ def render_one(engine: sa.Engine, folder: Path) -> jobkit.Job:
 def test_an_upgrade_makes_the_tables_and_says_at_which_revision_they_are(engine: sa.Engine) -> None:
     assert migrations.current(engine) is None
     migrations.upgrade(engine)
-    assert migrations.current(engine) == "0001"
+    assert migrations.current(engine) == "0002"
     assert tables(engine) == TABLES
 
 
@@ -135,7 +135,7 @@ def test_with_a_connection_without_a_transaction_the_upgrade_commits_one_of_its_
     with engine.connect() as connection:
         migrations.upgrade(connection)
         assert not connection.in_transaction()
-        assert migrations.current(connection) == "0001"
+        assert migrations.current(connection) == "0002"
     assert tables(engine) == TABLES
 
 
@@ -146,7 +146,7 @@ def test_in_the_callers_transaction_the_caller_decides(engine: sa.Engine, commit
         connection.exec_driver_sql("CREATE TABLE hosts (id INTEGER)" if wrote else "SELECT 1")
         migrations.upgrade(connection)
         assert connection.in_transaction()
-        assert migrations.current(connection) == "0001"
+        assert migrations.current(connection) == "0002"
         (connection.commit if commit else connection.rollback)()
     assert tables(engine) == (TABLES if commit else set()) | ({"hosts"} if wrote and commit else set())
 

@@ -42,6 +42,7 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import AssetStore, JobStore, Renderers, Runner
+from jobkit.base.text import error_message
 from jobkit.tables import asset_intents, assets, content_jobs
 from tests.support import shared as module_database
 from tests.support.recorder import Recorder
@@ -300,7 +301,7 @@ def raises(make: Callable[[], BaseException]) -> Callable[[Any], Any]:
 def test_every_failure_is_recorded_whatever_it_does_when_it_is_asked(
     engine: sa.Engine, disk: AssetStore, tmp_path: Path, recorder: Recorder
 ) -> None:
-    renderers = Renderers(default=note)
+    renderers = Renderers(default=note, describe_error=error_message)
     for name, (make, _) in FIGHTING.items():
         renderers.register(name)(raises(make))
     renderers.register("recursion")(lambda ctx: recursion())
@@ -335,7 +336,7 @@ def test_a_log_handler_that_raises_does_not_keep_a_failure_from_being_recorded(
     engine: sa.Engine, disk: AssetStore, create: Callable[..., jobkit.Job], error: type[BaseException]
 ) -> None:
     job, unstored, other = create("bad"), create("unstored"), create("healthy")
-    renderers = Renderers(default=note)
+    renderers = Renderers(default=note, describe_error=error_message)
     renderers.register("bad")(raises(lambda: ValueError("as said")))
     renderers.register("unstored")(lambda ctx: jobkit.Rendered("unstored", "text/plain", b"x"))
     publish = disk.storage.publish
@@ -347,12 +348,14 @@ def test_a_log_handler_that_raises_does_not_keep_a_failure_from_being_recorded(
 
     handler = Raising(error)
     logging.getLogger("jobkit").addHandler(handler)
+    logging.getLogger("jobkit").setLevel(logging.INFO)  # so that every end is logged
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(disk.storage, "publish", refuses)
             assert Runner(engine, disk, renderers).run_until_idle(timeout=60) == 3
     finally:
         logging.getLogger("jobkit").removeHandler(handler)
+        logging.getLogger("jobkit").setLevel(logging.NOTSET)
     assert handler.called
     assert (seen(engine, job).status, seen(engine, job).error_message) == ("failed", "as said")
     assert (seen(engine, unstored).status, seen(engine, unstored).error_message) == ("failed", "no room")
@@ -364,7 +367,7 @@ def test_an_unknown_job_type_is_one_line_in_the_log_and_a_renderers_error_has_it
 ) -> None:
     create("pdf-documnet")
     create("bad")
-    renderers = Renderers()
+    renderers = Renderers(describe_error=error_message)
     renderers.register("bad")(raises(lambda: ValueError("as said")))
     with caplog.at_level(logging.WARNING, logger="jobkit"):
         Runner(engine, disk, renderers).run_until_idle(timeout=60)

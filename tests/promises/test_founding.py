@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import AssetStore, Job, JobEvent, JobStore, Rendered, Renderers, Runner
+from jobkit.base.text import error_message
 from jobkit.tables import assets as assets_table
 from jobkit.tables import content_jobs
 from tests.support.recorder import Recorder
@@ -212,7 +213,7 @@ def test_4_5_transition_patches_only_the_seeds_columns_sets_updated_at_and_retur
         later,
         later,
     )
-    for forbidden in ("id", "company_id", "created_at", "updated_at", "fence"):
+    for forbidden in ("id", "job_type", "created_at", "updated_at", "fence"):
         with pytest.raises(TypeError, match=forbidden):
             jobs.transition(job.id, **{forbidden: "x"})
     with pytest.raises(ValueError, match="nonsense"):
@@ -288,7 +289,7 @@ def test_4_7_any_error_fails_the_job_with_its_message_and_without_a_file(
         raise KeyError("no such slide")
 
     job = create()
-    Runner(engine, assets, Renderers(default=broken)).run_until_idle(timeout=60)
+    Runner(engine, assets, Renderers(default=broken, describe_error=error_message)).run_until_idle(timeout=60)
     failed = fresh(engine, job)
     assert (failed.status, failed.error_message, failed.result_asset_id) == ("failed", "'no such slide'", None)
     assert failed.finished_at is not None

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 import jobkit
 from jobkit import AssetStore, Job, RenderContext, Rendered, Renderers
 from jobkit.base.loops import LoopThread
+from jobkit.base.text import error_message
 from jobkit.jobs.claims import Claim
 from jobkit.rendering.attempt import Attempt
 from jobkit.rendering.context import RenderEnvironment
@@ -38,7 +39,7 @@ def run(engine: sa.Engine, disk: AssetStore, create: Callable[..., Job]) -> Call
     """Run one job for each renderer, in one runner; the jobs as they then are."""
 
     def run(*renderers: Renderer, **options: Any) -> list[Job]:
-        registry = Renderers(services=options.pop("services", None))
+        registry = Renderers(services=options.pop("services", None), describe_error=error_message)
         for number, renderer in enumerate(renderers):
             registry.register(f"kind-{number}")(renderer)
         jobs = [create(f"kind-{number}", **options) for number in range(len(renderers))]

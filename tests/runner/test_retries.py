@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import Discard, JobStore, Rendered, Retry, Snooze
+from jobkit.base.text import error_message
 from jobkit.storage.local import LocalStorage
 from tests.support.invariants import violations
 from tests.support.recorder import Recorder
@@ -57,7 +58,7 @@ def run(engine: sa.Engine, disk: jobkit.AssetStore, clock: Clock) -> Callable[..
     """Run what is due with this renderer; return how many jobs ended."""
 
     def run(renderer: Any, max_attempts: int = 1) -> int:
-        renderers = jobkit.Renderers()
+        renderers = jobkit.Renderers(describe_error=error_message)
         renderers.register("note", max_attempts=max_attempts)(renderer)
         return jobkit.Runner(engine, disk, renderers, clock=clock).run_until_idle(timeout=60)
 
@@ -110,7 +111,7 @@ def test_the_last_failure_fails_the_job(
 
 def test_by_default_there_is_one_attempt(engine: sa.Engine, create: Create, disk: jobkit.AssetStore) -> None:
     jobs = [create(), create("other")]
-    renderers = jobkit.Renderers(default=Fails(ValueError("no")))
+    renderers = jobkit.Renderers(default=Fails(ValueError("no")), describe_error=error_message)
     renderers.register("other")(Fails(ValueError("no")))
     assert jobkit.Runner(engine, disk, renderers).run_until_idle(timeout=60) == 2
     assert [seen(engine, job).status for job in jobs] == ["failed", "failed"]
@@ -125,7 +126,7 @@ def test_retry_says_when(
 ) -> None:
     clock = Clock()
     job, renderer = create(), Fails(failure)
-    renderers = jobkit.Renderers()
+    renderers = jobkit.Renderers(describe_error=error_message)
     renderers.register("note", max_attempts=2)(renderer)
     runner = jobkit.Runner(engine, disk, renderers, clock=clock)
     ended = runner.run_until_idle(timeout=60)
@@ -228,7 +229,7 @@ def test_a_started_runner_takes_up_what_has_become_due(
 ) -> None:
     clock = Clock()
     renderer = Fails(Retry(3600))
-    renderers = jobkit.Renderers()
+    renderers = jobkit.Renderers(describe_error=error_message)
     renderers.register("note", max_attempts=2)(renderer)
     with jobkit.Runner(engine, disk, renderers, clock=clock, poll_interval=0.05):
         job = create()
@@ -260,7 +261,7 @@ def test_an_asynchronous_renderer_and_one_that_ends_the_interpreter_are_repeated
     engine: sa.Engine, create: Create, disk: jobkit.AssetStore
 ) -> None:
     seen_attempts: list[tuple[str, int]] = []
-    renderers = jobkit.Renderers()
+    renderers = jobkit.Renderers(describe_error=error_message)
 
     @renderers.register("async", max_attempts=2)
     async def later(ctx: jobkit.RenderContext) -> Rendered:
@@ -287,7 +288,7 @@ def test_a_memory_database_repeats_too() -> None:
     jobkit.migrations.upgrade(engine)
     with engine.begin() as connection:
         JobStore(connection).create("acme", job_type="note")
-    renderers = jobkit.Renderers()
+    renderers = jobkit.Renderers(describe_error=error_message)
     renderer = Fails(Retry(0), Snooze(0))
     renderers.register("note", max_attempts=2)(renderer)
     assert jobkit.Runner(engine, jobkit.AssetStore("memory://retries"), renderers).run_until_idle() == 1

@@ -10,6 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from jobkit import AssetStore, Job, JobStore, RenderContext, Rendered, Renderers
+from jobkit.base.text import error_message
 from jobkit.tables import asset_intents, assets, content_job_events, content_jobs
 from jobkit.testing import temporary_assets
 from tests.support.databases import Database
@@ -45,7 +46,7 @@ def create(session: Any, job_type: str = "note", **options: Any) -> Job:
 
 def only(renderer: Any, *, services: Any = None, **options: Any) -> Renderers:
     """A renderer of notes."""
-    renderers = Renderers(services=services)
+    renderers = Renderers(services=services, describe_error=error_message)
     renderers.register("note", **options)(renderer)
     return renderers
 

@@ -11,6 +11,7 @@ from uuid import UUID
 import sqlalchemy as sa
 
 import jobkit
+from jobkit.base.text import error_message
 from jobkit.tables import asset_intents, assets, content_job_events, content_jobs
 
 
@@ -27,8 +28,8 @@ def note(ctx: jobkit.RenderContext) -> jobkit.Rendered:
 
 
 def only(renderer: Any = note) -> jobkit.Renderers:
-    """Every job type is rendered by ``renderer``."""
-    return jobkit.Renderers(default=renderer)
+    """Every job type is rendered by ``renderer``. Its errors are told as they are, which hosts may choose too."""
+    return jobkit.Renderers(default=renderer, describe_error=error_message)
 
 
 class Gate:

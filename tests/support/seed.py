@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 from uuid import UUID
 
@@ -131,10 +132,20 @@ def schema_of(engine: sa.Engine, *, only: str | None = None) -> list[tuple[str, 
     with engine.connect() as connection:
         if engine.dialect.name == "sqlite":
             query = "SELECT tbl_name, type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"
-            return sorted(tuple(map(str, row)) for row in connection.exec_driver_sql(query))
+            return sorted(tuple(map(_normal, row)) for row in connection.exec_driver_sql(query))
         rows = [tuple(map(str, row)) for row in connection.exec_driver_sql(_POSTGRESQL_DUMP)]
     kept = [row for row in rows if not row[0].startswith(("pg_", "information_schema"))]
     return sorted(row for row in kept if only is None or row[0] == only)
+
+
+def _normal(definition: object) -> str:
+    """SQLite keeps the text of CREATE TABLE, to which ADD COLUMN appends: the parts of a table in a fixed order."""
+    text = str(definition)
+    head, bracket, body = text.partition("(")
+    if not text.upper().startswith("CREATE TABLE"):
+        return text
+    parts = re.split(r",\s(?![^()]*\))", body.rstrip().removesuffix(")"))
+    return f"{head}{bracket}{', '.join(sorted(part.strip() for part in parts))})"
 
 
 def rows_of(engine: sa.Engine, *, leave_out: str = "jobkit_") -> dict[str, list[Any]]:

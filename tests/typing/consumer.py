@@ -73,6 +73,12 @@ def rows(session: Session, scoped: scoped_session[Session], connection: sa.Conne
         assert_type(jobs.get_by_id(str(job.id), company_id=company), Job | None)
         assert_type(jobs.list_by_company(company, status="done", limit=10, before=job), list[Job])
         assert_type(jobs.transition(job.id, expect=["queued"], status="failed", error_message="no"), Job)
+        assert_type(jobs.cancel(job.id, company_id=jobkit.ANY_COMPANY), Job)
+
+
+def signed_in(session: Session, company: UUID | None, job_id: str) -> None:
+    JobStore(session).get_by_id(job_id, company_id=company)  # type: ignore[arg-type]  # nobody's, so everybody's?
+    JobStore(session).list_by_company(jobkit.ANY_COMPANY)  # type: ignore[arg-type]
 
 
 def files(session: Session, engine: sa.Engine) -> None:

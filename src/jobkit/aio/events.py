@@ -16,6 +16,7 @@ import sqlalchemy as sa
 
 from jobkit import signals
 from jobkit.base.clock import seconds
+from jobkit.base.ids import ANY_COMPANY, CompanyId, CompanyScope, require_company_id
 from jobkit.errors import SubscriberTooSlow
 from jobkit.events.iteration import LoopWaker, aiterate
 from jobkit.events.watch import TimedWatch, Watcher
@@ -25,7 +26,7 @@ from jobkit.types import JobEvent
 LIMIT = 1_000
 
 
-def subscribe(company_id: object, *, limit: int = LIMIT) -> Subscription:
+def subscribe(company_id: CompanyId, *, limit: int = LIMIT) -> Subscription:
     """Every event of one company that is signalled in this process from now on; use it with ``async with``.
 
     It needs a started ``Relay`` or ``Runner``, as signals do. Up to ``limit`` events wait for a slow reader; when more
@@ -42,8 +43,8 @@ class Subscription(AsyncIterator[JobEvent]):
     it any more; cancelling the task that waits for the next event, or a timeout there, loses none.
     """
 
-    def __init__(self, company_id: object, limit: int) -> None:
-        self._queue = EventQueue(str(company_id), limit)
+    def __init__(self, company_id: CompanyId, limit: int) -> None:
+        self._queue = EventQueue(require_company_id(company_id), limit)
         unsubscribe = signals.subscribe(company_id, self._queue.receive)
         self._queue.on_overflow = unsubscribe
         # The signals hold the queue, which does not hold the subscription.
@@ -114,7 +115,11 @@ class EventQueue:
 
 
 async def watch(
-    engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, timeout: timedelta | float | None = None
+    engine: sa.Engine,
+    job_id: UUID | str,
+    *,
+    company_id: CompanyScope = ANY_COMPANY,
+    timeout: timedelta | float | None = None,
 ) -> AsyncGenerator[JobEvent, None]:
     """``jobkit.watch`` as an asynchronous iterator. ``engine`` is a synchronous one.
 

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_s
 from jobkit.assets.spool import CHUNK, Spool
 from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Clock, utcnow
+from jobkit.base.ids import CompanyId
 from jobkit.base.loops import Serialized, in_thread
 from jobkit.db.sqlite import refuse_deadlock
 from jobkit.jobs.creation import MAX_INPUT_BYTES
@@ -95,9 +96,13 @@ class AsyncJobStore:
     create_many = _of_jobs(JobStore.create_many)
     get_by_id = _of_jobs(JobStore.get_by_id)
     list_by_company = _of_jobs(JobStore.list_by_company)
+    count_by_company = _of_jobs(JobStore.count_by_company)
     transition = _of_jobs(JobStore.transition)
     cancel = _of_jobs(JobStore.cancel)
     retry = _of_jobs(JobStore.retry)
+    cancel_all = _of_jobs(JobStore.cancel_all)
+    retry_all = _of_jobs(JobStore.retry_all)
+    delete = _of_jobs(JobStore.delete)
 
 
 class AsyncAssetStore:
@@ -145,7 +150,7 @@ class AsyncAssetStore:
 
     @asynccontextmanager
     async def writer(
-        self, company_id: object, *, namespace: str = "generated", original_filename: str | None, content_type: str
+        self, company_id: CompanyId, *, namespace: str = "generated", original_filename: str | None, content_type: str
     ) -> AsyncIterator[Spool]:
         """As ``AssetStore.writer``, with ``async with``. ``write`` is not awaited: it writes to a local file."""
         self._refuse_deadlock()

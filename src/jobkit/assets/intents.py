@@ -76,14 +76,18 @@ class GarbageCollector:
                         tally.failed += 1
         return tally.report(dry_run=True)
 
-    def run(self) -> GarbageReport:
-        """Visit every key that is due, in batches; remove unfinished files of dead processes from this machine."""
+    def run(self, on_batch: Callable[[GarbageReport], object] | None = None) -> GarbageReport:
+        """Visit every key that is due, in batches; remove unfinished files of dead processes from this machine.
+        ``on_batch`` is called after each with the report so far; what it raises ends the run.
+        """
         self._storage.scratch.sweep()
         tally = _Tally()
         for state in STATES:
             after: datetime | None = _START
             while after is not None:
                 after = self._batch(tally, state, after)
+                if on_batch is not None:
+                    on_batch(tally.report())
         return tally.report()
 
     def _batch(self, tally: _Tally, state: str, after: datetime) -> datetime | None:

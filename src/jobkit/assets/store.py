@@ -20,14 +20,14 @@ from jobkit.assets.limits import LIMIT_SOURCE, MAX_GENERATED_ASSET_BYTES
 from jobkit.assets.names import check_key, content_disposition
 from jobkit.assets.spool import CHUNK, Limit, Spool, StagedFile
 from jobkit.base.clock import Clock, seconds, utcnow
-from jobkit.base.ids import new_id, parse_id
-from jobkit.base.text import company_id_or_none, require_company_id, storable
-from jobkit.db.host import connection_of, of_company, page_size, sync_engine, writable
+from jobkit.base.ids import ANY_COMPANY, CompanyId, CompanyScope, company_text, new_id, parse_id, require_company_id
+from jobkit.base.text import storable
+from jobkit.db.host import connection_of, has_asset_id, in_scope, of_company, page_size, sync_engine, writable
 from jobkit.db.sqlite import refuse_deadlock
-from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError
+from jobkit.errors import AssetCorrupt, AssetError, AssetNotFound, ConfigurationError, JobNotFound
 from jobkit.storage.base import byte_range
 from jobkit.storage.opening import open_storage
-from jobkit.tables import asset_intents, assets
+from jobkit.tables import asset_intents, assets, content_jobs
 from jobkit.tables import now as database_now
 from jobkit.types import Asset, Body, GarbageReport, StoredObject
 
@@ -86,7 +86,7 @@ class AssetStore:
 
     def put_file(
         self,
-        company_id: object,
+        company_id: CompanyId,
         *,
         namespace: str = "generated",
         original_filename: str | None,
@@ -109,7 +109,7 @@ class AssetStore:
 
     @contextlib.contextmanager
     def writer(
-        self, company_id: object, *, namespace: str = "generated", original_filename: str | None, content_type: str
+        self, company_id: CompanyId, *, namespace: str = "generated", original_filename: str | None, content_type: str
     ) -> Iterator[Spool]:
         """A seekable binary file to write into. It is stored when the ``with`` block ends, and then its ``stored`` is
         the ``StoredObject``.
@@ -145,7 +145,7 @@ class AssetStore:
     def create(
         self,
         session: Host,
-        company_id: object,
+        company_id: CompanyId,
         stored: StoredObject,
         *,
         source_task_id: str | None,
@@ -156,8 +156,8 @@ class AssetStore:
     ) -> Asset:
         """Insert the row of a stored object, in the caller's transaction. An object without a row is removed later.
 
-        ``AssetKeyRefused`` for another company's key; ``AssetNotFound`` when the object was already collected as
-        garbage, or has a row.
+        ``AssetKeyRefused`` for another company's key; ``JobNotFound`` for another company's job; ``AssetNotFound`` when
+        the object was already collected as garbage, or has a row.
         """
         owner = require_company_id(company_id)
         _check_stored(stored)
@@ -170,6 +170,10 @@ class AssetStore:
         if job_id is not None and parent is None:
             raise ValueError(f"job_id is not a UUID: {job_id!r:.80}")
         connection = writable(session)
+        if parent is not None:
+            j = content_jobs.c
+            if connection.execute(sa.select(j.company_id).where(j.id == parent)).scalar() not in (None, owner):
+                raise JobNotFound(parent)
         self._take(connection, owner, stored)
         now = self._clock()
         asset = Asset(
@@ -192,26 +196,31 @@ class AssetStore:
         connection.execute(assets.insert(), {column.name: getattr(asset, column.name) for column in assets.columns})
         return asset
 
-    def get_by_id(self, session: Host, asset_id: UUID | str, *, company_id: object = None) -> Asset | None:
-        """The asset with this id, None when there is none or, with ``company_id``, when it is another company's."""
-        parsed = parse_id(asset_id)
+    def get_by_id(self, session: Host, asset_id: UUID | str, *, company_id: CompanyScope = ANY_COMPANY) -> Asset | None:
+        """The asset, or None: unknown, malformed, or not of the company that ``company_id`` names."""
+        parsed, theirs = parse_id(asset_id), in_scope(_c.company_id, company_id)
         if parsed is None:
             return None
         connection = connection_of(session)
-        query = _scoped(sa.select(assets).where(_has_id(connection, parsed)), company_id)
+        query = sa.select(assets).where(has_asset_id(connection, parsed), theirs)
         row = connection.execute(query).one_or_none()
         return None if row is None else Asset(*row)
 
-    def list_by_job(self, session: Host, job_id: UUID | str, *, company_id: object = None) -> list[Asset]:
+    def list_by_job(self, session: Host, job_id: UUID | str, *, company_id: CompanyScope = ANY_COMPANY) -> list[Asset]:
         """The files of a job, in the order its renderer gave them; the first is the job's result."""
-        parsed = parse_id(job_id)
+        parsed, theirs = parse_id(job_id), in_scope(_c.company_id, company_id)
         if parsed is None:
             return []
-        query = _scoped(sa.select(assets).where(_c.job_id == parsed), company_id).order_by(_c.position, _c.id)
+        query = sa.select(assets).where(_c.job_id == parsed, theirs).order_by(_c.position, _c.id)
         return [Asset(*row) for row in connection_of(session).execute(query)]
 
     def list_by_company(
-        self, session: Host, company_id: object, *, limit: int | None = None, before: Asset | UUID | str | None = None
+        self,
+        session: Host,
+        company_id: CompanyId,
+        *,
+        limit: int | None = None,
+        before: Asset | UUID | str | None = None,
     ) -> list[Asset]:
         """A company's assets, newest first, ties broken by id. ``before``: the last asset of the previous page."""
         connection = connection_of(session)
@@ -219,7 +228,7 @@ class AssetStore:
         query = sa.select(assets).where(of_company(_c.company_id, company_id))
         if before is not None:
             last = before if isinstance(before, Asset) else self.get_by_id(session, before, company_id=company_id)
-            if last is None or last.company_id != company_id_or_none(company_id):
+            if last is None or last.company_id != company_text(company_id):
                 raise AssetNotFound(f"no asset {last.id if last else before}")
             after = (sa.literal(last.created_at, _c.created_at.type), sa.literal(last.id, _c.id.type))
             query = query.where(sa.tuple_(*place) < sa.tuple_(*after))
@@ -273,7 +282,7 @@ class AssetStore:
         # The key comes from the row: ``asset`` may have been altered.
         gone = connection.execute(
             assets.delete()
-            .where(_has_id(connection, asset.id), of_company(_c.company_id, asset.company_id))
+            .where(has_asset_id(connection, asset.id), of_company(_c.company_id, asset.company_id))
             .returning(_c.company_id, _c.provider, _c.object_key)
         ).one_or_none()
         if gone is None:
@@ -287,6 +296,7 @@ class AssetStore:
         older_than: timedelta | float = timedelta(hours=24),
         dry_run: bool = True,
         engine: sa.Engine | None = None,
+        on_batch: Callable[[GarbageReport], object] | None = None,
     ) -> GarbageReport:
         """Remove objects without a row: those whose row was deleted, and those recorded ``older_than`` ago that never
         got one. With ``dry_run``, only report them.
@@ -297,14 +307,15 @@ class AssetStore:
         file collected before that gets no row (``create`` raises ``AssetNotFound``, a job fails). An object that cannot
         be removed is tried again later.
 
-        Unless ``dry_run``, unfinished files of dead processes are removed from this machine's disk too.
+        Unless ``dry_run``, unfinished files of dead processes are removed from this machine's disk too, and
+        ``on_batch`` is called after each batch of keys with the report so far; what it raises ends the call.
         """
         grace = seconds(older_than, "older_than", positive=False)
         chosen = self.engine if engine is None else engine
         if chosen is None:
             raise ConfigurationError(f"{self!r} has no engine: pass collect_garbage(engine=) the one with its records")
         collector = GarbageCollector(chosen, self.storage, older_than=grace)
-        return collector.preview() if dry_run else collector.run()
+        return collector.preview() if dry_run else collector.run(on_batch)
 
     def _check(self, asset: Asset) -> None:
         """``AssetError`` for an asset of another storage, ``AssetKeyRefused`` for a key that is not its company's."""
@@ -364,21 +375,10 @@ class AssetStore:
             refuse_deadlock(self.engine, "recording the file's key", before)
 
 
-def _has_id(connection: sa.Connection, asset_id: UUID) -> sa.ColumnElement[bool]:
-    if connection.dialect.name != "sqlite":
-        return _c.id == asset_id
-    # An adopted table may have ids with dashes, and rows of the host refer to them.
-    return sa.type_coerce(_c.id, sa.Text).in_([asset_id.hex, str(asset_id)])
-
-
 def _sortable_id(connection: sa.Connection) -> sa.ColumnElement[UUID]:
     if connection.dialect.name != "sqlite":
         return _c.id
     return sa.func.replace(sa.type_coerce(_c.id, sa.Text), "-", "", type_=_c.id.type)
-
-
-def _scoped(query: sa.Select[Any], company_id: object) -> sa.Select[Any]:
-    return query if company_id is None else query.where(of_company(_c.company_id, company_id))
 
 
 def _text(value: object, field: str) -> str | None:

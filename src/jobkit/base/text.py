@@ -9,6 +9,13 @@ MAX_ERROR_CHARACTERS = 2_000
 # C0 and C1 controls except tab and newline, bidirectional overrides and lone surrogates: PostgreSQL refuses NUL and
 # surrogates, terminals obey the rest.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# The password of a URL; values whose names say that they are secret, in a query, a DSN or a printed dict. Each bounded,
+# so that looking for them takes linear time.
+_SECRETS = re.compile(
+    r"(://[^\s/:@]{0,200}:)\S{1,500}(?=@)|((?:password|passwd|passphrase|secret|token|signature|credential)\w{0,40}"
+    r"(?:=|['\"]: ?)['\"]?)[^\s&'\",;)}]{1,4000}",
+    re.IGNORECASE,
+)
 # Everything that ends a line or that a terminal may obey; a file name is one line.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -36,33 +43,23 @@ def storable(value: str, field: str, *, blank: bool = False, limit: int | None =
     return value
 
 
-def require_company_id(value: object) -> str:
-    """``str(value)`` as a company id. ``ValueError`` for None, blank text, NUL and more than 255 characters."""
-    if value is None:
-        raise ValueError("company_id is missing")
-    return storable(str(value), "company_id", limit=255)
-
-
-def company_id_or_none(value: object) -> str | None:
-    """``str(value)``, or None when no row can have this company id: a query for it finds nothing.
-
-    ``ValueError`` for None, which is a forgotten argument.
-    """
+def is_storable(value: str) -> bool:
+    """Whether both databases can hold this text: a query for other text finds nothing."""
     try:
-        return require_company_id(value)
+        storable(value, "text", blank=True)
     except ValueError:
-        if value is None:
-            raise
-        return None
+        return False
+    return True
 
 
 def error_message(error: BaseException) -> str:
     """The message to store with a job that failed with ``error``: its text, or its class name when it has none.
 
-    Never raises; at most 2,000 characters; no traceback; characters unsafe for a database or terminal are replaced.
+    Never raises; at most 2,000 characters; no traceback; characters unsafe for a database or terminal are replaced, and
+    passwords left out.
     """
     try:
-        message = sanitise(str(error))
+        message = without_secrets(sanitise(str(error)))
     except BaseException:  # its __str__ raises: the failure is recorded all the same
         message = ""
     return message or sanitise(type.__dict__["__name__"].__get__(type(error)))
@@ -73,6 +70,11 @@ def sanitise(message: str) -> str:
     cut = str.__getitem__(message, slice(MAX_ERROR_CHARACTERS + 1))  # plain text, whatever its class overrides
     cleaned = _UNSAFE.sub("\ufffd", cut.replace("\r\n", "\n")).strip()
     return cleaned if len(cleaned) <= MAX_ERROR_CHARACTERS else cleaned[: MAX_ERROR_CHARACTERS - 1] + "…"
+
+
+def without_secrets(text: str) -> str:
+    """``text`` without passwords of URLs, and without what is named as a secret; ``***`` in their place."""
+    return _SECRETS.sub(lambda found: f"{found[1] or found[2]}***", text)
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
+from jobkit.base.ids import ANY_COMPANY, company_text
 from jobkit.base.text import error_message
+from jobkit.cli import logs
 from jobkit.db.host import require_schema
 from jobkit.db.sqlite import configure_sqlite, is_memory
 from jobkit.errors import ConfigurationError
@@ -32,6 +34,7 @@ _DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)([dhms]?)", re.ASCII)
 def add_app(parser: argparse.ArgumentParser, whose: str) -> None:
     """Add ``--app``, required, with ``whose`` as its help."""
     parser.add_argument("--app", required=True, metavar="MODULE:RUNNER", help=whose)
+    logs.add(parser)
 
 
 def add_source(parser: argparse.ArgumentParser, *, positional: bool = False) -> None:
@@ -44,6 +47,21 @@ def add_source(parser: argparse.ArgumentParser, *, positional: bool = False) -> 
     else:
         where.add_argument("--database", metavar="URL", help=what)
     parser.add_argument("--schema", help="the PostgreSQL schema of the tables")
+    logs.add(parser)
+
+
+def add_company(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--company``; without it, ``ANY_COMPANY``. ``what`` is limited to it."""
+    parser.add_argument(
+        "--company", type=_company, default=ANY_COMPANY, metavar="ID", help=f"only {what} of this company"
+    )
+
+
+def _company(given: str) -> str:
+    try:
+        return company_text(given)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def duration(unit: str) -> Callable[[str], timedelta]:
@@ -62,6 +80,7 @@ def duration(unit: str) -> Callable[[str], timedelta]:
 def opened(options: argparse.Namespace) -> Iterator[tuple[sa.Engine, Runner | None]]:
     """The database that ``options`` name, its schema checked, and the Runner of ``--app``. Creates no SQLite file."""
     runner = load(options.app) if options.app else None
+    logs.configure(options)
     engine = _existing(options.database or os.environ.get(URL_VARIABLE)) if runner is None else runner.engine
     if options.schema is not None:
         engine = engine.execution_options(schema_translate_map={None: options.schema})

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import logging
+import json
+from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from jobkit.base.text import printable
-from jobkit.cli.app import add_app, duration, load, migrated
-from jobkit.cli.output import sample
+from jobkit.cli import logs
+from jobkit.cli.app import add_app, add_company, duration, load, migrated
+from jobkit.cli.output import progress, sample, until_interrupted
 from jobkit.maintenance.audit import audit, elsewhere
+from jobkit.types import GarbageReport
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("assets", help="check stored files, and remove those without a row")
     own = parser.add_subparsers(required=True, metavar="COMMAND")
     verify = own.add_parser("verify", help="read every asset and compare it with its row")
-    verify.add_argument("--company", metavar="ID", help="only assets of this company")
+    add_company(verify, "assets")
     verify.set_defaults(command=_verify)
 
     gc = own.add_parser("gc", help="report objects without a row; with --yes remove them")
@@ -26,6 +30,7 @@ def add(commands: Any) -> None:
         help="how long a file may take until it has its row (default: 24)",
     )  # fmt: skip
     gc.add_argument("--yes", action="store_true", help="remove them")
+    gc.add_argument("--json", action="store_true", help="print the report as a JSON document")
     gc.set_defaults(command=_collect_garbage)
     for command in (verify, gc):
         add_app(command, "the Runner with the assets and the database")
@@ -34,9 +39,11 @@ def add(commands: Any) -> None:
 def _verify(options: argparse.Namespace) -> int:
     read = bad = 0
     runner = load(options.app)
-    with migrated(runner.engine):
+    logs.configure(options)
+    with migrated(runner.engine), progress("assets", None) as advance:
         for finding in audit(runner.engine, runner.assets, company_id=options.company):
             read += 1
+            advance(1)
             if finding.problem is not None:
                 bad += 1
                 print(f"{printable(finding.asset.object_key)}: {printable(finding.problem)}", flush=True)
@@ -48,10 +55,15 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _collect_garbage(options: argparse.Namespace) -> int:
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     runner, age = load(options.app), options.older_than
+    logs.configure(options)
     with migrated(runner.engine):
-        report = runner.assets.collect_garbage(older_than=age, dry_run=not options.yes, engine=runner.engine)
+        work = partial(runner.assets.collect_garbage, older_than=age, dry_run=not options.yes, engine=runner.engine)
+        nothing, parts = GarbageReport(not options.yes, 0, 0, 0, 0, None, ()), ("abandoned", "deleted", "settled")
+        report, interrupted = until_interrupted(lambda tell: work(on_batch=tell), nothing, "objects", *parts)
+    if options.json:
+        print(json.dumps(asdict(report)))
+        return 130 if interrupted else 1 if report.failed else 0
     size = "" if report.byte_size is None else f", {report.byte_size:,} bytes"
     print(f"objects without a row: {report.abandoned} abandoned, {report.deleted} deleted{size}")
     sample(report.sample, report.abandoned + report.deleted)
@@ -59,4 +71,4 @@ def _collect_garbage(options: argparse.Namespace) -> int:
     if report.failed:
         print(f"could not be removed: {report.failed}")
     print("removed" if options.yes else "nothing was changed; --yes removes them")
-    return 1 if report.failed else 0
+    return 130 if interrupted else 1 if report.failed else 0

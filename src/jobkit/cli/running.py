@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import signal
 import threading
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jobkit import migrations
+from jobkit.base.text import without_secrets
+from jobkit.cli import logs
 from jobkit.cli.app import add_app, add_source, engine_of, load
 from jobkit.cli.hearing import Bell, Speaker
 from jobkit.errors import ConfigurationError
@@ -67,12 +68,12 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _migrate(options: argparse.Namespace) -> int:
     engine = load(options.app).engine if options.app else engine_of(options.url)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logs.configure(options)
     before = migrations.current(engine, schema=options.schema)
     (migrations.downgrade if options.downgrade else migrations.upgrade)(engine, schema=options.schema)
     after = migrations.current(engine, schema=options.schema)
     change = ", nothing to do" if before == after else f" -> {after or 'no tables'}"
-    print(f"{engine.url.render_as_string(hide_password=True)}: {before or 'no tables'}{change}")
+    print(f"{without_secrets(engine.url.render_as_string(hide_password=True))}: {before or 'no tables'}{change}")
     return 0
 
 
@@ -80,8 +81,8 @@ def _work(options: argparse.Namespace) -> int:
     """Run jobs until SIGTERM, SIGINT or SIGHUP, then let running jobs end. A second signal puts them back into the
     queue. 0 when every job ended, ``PUT_BACK`` otherwise.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    runner, speaker = load(options.app), Speaker()
+    runner, speaker = load(options.app), Speaker()  # the app first: it may configure logging
+    logs.configure(options, plain=False)
     # Whatever blocks does so on other threads: this one hears signals.
     with closing(Bell(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)) as bell:
         started = bell.background(partial(runner.start, wait=options.wait))

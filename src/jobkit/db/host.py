@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import sqlalchemy as sa
 
-from jobkit.base.text import company_id_or_none
+from jobkit.base.ids import ANY_COMPANY, CompanyId, CompanyScope, company_text
+from jobkit.base.text import is_storable
 from jobkit.db.connections import ENOUGH, pool_limit
 from jobkit.db.sqlite import is_memory, require_configured
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
-from jobkit.tables import content_jobs, metadata
+from jobkit.tables import assets, content_jobs, metadata
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session, scoped_session
@@ -114,6 +116,14 @@ def may_notify(connection: sa.Connection) -> bool:
     return not isinstance(connection.get_transaction(), sa.TwoPhaseTransaction)
 
 
+def has_asset_id(connection: sa.Connection, asset_id: UUID) -> sa.ColumnElement[bool]:
+    """The condition for the row of this asset."""
+    if connection.dialect.name != "sqlite":
+        return assets.c.id == asset_id
+    # An adopted table may have ids with dashes, and rows of the host refer to them.
+    return sa.type_coerce(assets.c.id, sa.Text).in_([asset_id.hex, str(asset_id)])
+
+
 def page_size(limit: int | None) -> int | None:
     """``limit`` as the database takes it: None, or a number of rows from 0 on; ``ValueError`` for anything else."""
     if limit is None:
@@ -123,10 +133,15 @@ def page_size(limit: int | None) -> int | None:
     return min(limit, (1 << 63) - 1)
 
 
-def of_company(column: sa.Column[str], company_id: object) -> sa.ColumnElement[bool]:
-    """The condition for this company's rows; false for a value that cannot be a company."""
-    owner = company_id_or_none(company_id)
-    return sa.false() if owner is None else column == owner
+def of_company(column: sa.Column[str], company_id: CompanyId) -> sa.ColumnElement[bool]:
+    """The condition for this company's rows; ``ValueError`` or ``TypeError`` for what names no company."""
+    owner = company_text(company_id)
+    return column == owner if is_storable(owner) else sa.false()
+
+
+def in_scope(column: sa.Column[str], company_id: CompanyScope) -> sa.ColumnElement[bool]:
+    """As ``of_company``; true of every row for ``ANY_COMPANY``."""
+    return sa.true() if company_id is ANY_COMPANY else of_company(column, company_id)
 
 
 def log_key(engine: sa.Engine) -> str:

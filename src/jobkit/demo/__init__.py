@@ -59,8 +59,8 @@ def run(directory: Path, document: Path | None = None) -> int:
     finally:
         unsubscribe()
     with Session(engine) as session:
-        done = JobStore(session).get_by_id(job.id)
-        files = assets.list_by_job(session, job.id)
+        done = JobStore(session).get_by_id(job.id, company_id=COMPANY)
+        files = assets.list_by_job(session, job.id, company_id=COMPANY)
     engine.dispose()
     if done is None or done.status is not JobStatus.DONE:
         print(f"\nThe job failed: {done.error_message if done else 'it is gone'}")

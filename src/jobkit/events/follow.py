@@ -13,7 +13,8 @@ from typing import Self
 
 import sqlalchemy as sa
 
-from jobkit.base.text import error_message, require_company_id
+from jobkit.base.ids import CompanyId, require_company_id
+from jobkit.base.text import error_message
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import EventRow, Position, Start
 from jobkit.db.failures import may_pass
@@ -38,7 +39,7 @@ class Follower(Subscriber):
         self._missed, self._reading = True, False
 
     @classmethod
-    def after(cls, engine: sa.Engine, company_id: object, cursor: str | None, *, wake: Wake) -> Self:
+    def after(cls, engine: sa.Engine, company_id: CompanyId, cursor: str | None, *, wake: Wake) -> Self:
         """One that begins after ``cursor``, or now. Blocks on the database; ``ValueError``, ``EventsPruned``."""
         owner, statements = require_company_id(company_id), statements_for(engine)
         if cursor is None:

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 
 from jobkit import signals
 from jobkit.base.forks import reset_in_children
+from jobkit.base.logs import job_fields
 from jobkit.base.text import error_message
 from jobkit.db.failures import may_pass
 from jobkit.db.host import log_key
@@ -119,7 +120,8 @@ class Hub:
                 try:
                     subscriber.hear(event)
                 except Exception:  # what its wake raises, such as that of a closed loop, is not the others' trouble
-                    logger.exception("a watcher of job %s could not be woken", event.job_id)
+                    fields = job_fields(event.job_id, event.company_id)
+                    logger.exception("a watcher of job %s could not be woken", event.job_id, extra=fields)
 
     def poll(self, engine: sa.Engine, log: str) -> None:
         """Wake whoever missed an event of a job watched in ``log``; once in ``POLL`` s. Blocks on the database."""

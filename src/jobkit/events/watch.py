@@ -16,7 +16,8 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.base.clock import seconds
-from jobkit.base.ids import parse_id
+from jobkit.base.ids import ANY_COMPANY, CompanyScope, parse_id
+from jobkit.base.logs import job_fields
 from jobkit.base.text import error_message
 from jobkit.db.dialects import statements_for
 from jobkit.db.failures import may_pass
@@ -34,7 +35,11 @@ _e = content_job_events.c
 
 
 def watch(
-    engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, timeout: timedelta | float | None = None
+    engine: sa.Engine,
+    job_id: UUID | str,
+    *,
+    company_id: CompanyScope = ANY_COMPANY,
+    timeout: timedelta | float | None = None,
 ) -> Generator[JobEvent, None, None]:
     """The job's ``JobState`` as it is now, then each of its events as it comes, in the order of ``seq``, none missing
     and none twice, until one says that the job is done, failed or cancelled.
@@ -60,7 +65,14 @@ class Watcher(Subscriber):
     in the end. Used by one thread at a time. ``wake`` is called on the relay's thread, and must not block.
     """
 
-    def __init__(self, engine: sa.Engine, job_id: UUID | str, *, company_id: object = None, wake: Wake) -> None:
+    def __init__(
+        self,
+        engine: sa.Engine,
+        job_id: UUID | str,
+        *,
+        company_id: CompanyScope = ANY_COMPANY,
+        wake: Wake,
+    ) -> None:
         super().__init__(engine, wake=wake, job_id=parse_id(job_id))
         self._requested, self._company_id = job_id, company_id
         #: Whether the job has ended, as far as ``open`` and ``take`` have shown.
@@ -150,7 +162,8 @@ class Watcher(Subscriber):
         except Exception as error:
             if not may_pass(error):
                 raise
-            logger.warning("the log of job %s could not be read, and will be again: %s", job_id, error_message(error))
+            message, fields = "the log of job %s could not be read, and will be again: %s", job_fields(job_id)
+            logger.warning(message, job_id, error_message(error), extra=fields)
             self._mark_missed()
             return []
         if len(rows) == hub.PAGE:

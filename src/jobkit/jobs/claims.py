@@ -64,9 +64,9 @@ class Completion:
         )
 
 
-def failed(claim: Claim, message: str) -> Completion:
+def failed(claim: Claim, message: str, detail: str | None = None) -> Completion:
     """The end of an attempt that is not repeated."""
-    return Completion(claim, outcome=Outcome(JobStatus.FAILED, error=message))
+    return Completion(claim, outcome=Outcome(JobStatus.FAILED, error=message, detail=detail))
 
 
 def claim(
@@ -177,6 +177,7 @@ def _job(completion: Completion) -> dict[str, Any]:
         "status": outcome.status.value,
         "asset": completion.asset_ids[0].hex if completion.asset_ids else None,
         "error": outcome.error,
+        "detail": outcome.detail,
         "type": completion.type,
         "payload": completion.payload,
         # In UTC and of one width: SQLite stores this text without the zone, and compares texts.

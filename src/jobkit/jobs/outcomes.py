@@ -18,6 +18,7 @@ LONGEST_PAUSE = 3600.0
 def decide(
     failure: BaseException,
     message: str,
+    detail: str | None = None,
     *,
     attempt: int,
     max_attempts: int,
@@ -25,7 +26,8 @@ def decide(
     now: datetime,
     jitter: Callable[[], float] = random.random,
 ) -> Outcome:
-    """The outcome of a run whose renderer raised ``failure``, the ``attempt``-th of at most ``max_attempts``.
+    """The outcome of a run whose renderer raised ``failure``, the ``attempt``-th of at most ``max_attempts``: users are
+    told ``message``, operators also ``detail``.
 
     ``interrupted``: whether the run was asked to stop; ``JobCancelled`` raised unasked is a failure like any other.
     """
@@ -37,10 +39,10 @@ def decide(
     if isinstance(failure, Snooze):
         return Outcome(JobStatus.QUEUED, run_at=now + timedelta(seconds=failure.seconds), charged=False)
     if isinstance(failure, Discard) or attempt >= max_attempts:
-        return Outcome(JobStatus.FAILED, error=message)
+        return Outcome(JobStatus.FAILED, error=message, detail=detail)
     asked = failure.seconds if isinstance(failure, Retry) else None
     pause = pause_before(attempt + 1, jitter) if asked is None else asked
-    return Outcome(JobStatus.QUEUED, error=message, run_at=now + timedelta(seconds=pause))
+    return Outcome(JobStatus.QUEUED, error=message, detail=detail, run_at=now + timedelta(seconds=pause))
 
 
 def pause_before(attempt: int, jitter: Callable[[], float] = random.random) -> float:
@@ -56,3 +58,4 @@ class Outcome:
     error: str | None = None
     run_at: datetime | None = None
     charged: bool = True
+    detail: str | None = None

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 
 from jobkit.assets.store import AssetStore
+from jobkit.base.ids import ANY_COMPANY, CompanyScope
 from jobkit.base.text import error_message
+from jobkit.db.host import in_scope
 from jobkit.tables import assets
 from jobkit.types import Asset
 
@@ -24,7 +26,7 @@ class Finding:
     problem: str | None
 
 
-def audit(engine: sa.Engine, store: AssetStore, *, company_id: str | None = None) -> Iterator[Finding]:
+def audit(engine: sa.Engine, store: AssetStore, *, company_id: CompanyScope = ANY_COMPANY) -> Iterator[Finding]:
     """Verify every asset of ``store``, in pages. No connection is held while objects are read."""
     last: Asset | None = None
     while page := _page(engine, store.provider, company_id, last):
@@ -40,19 +42,17 @@ def audit(engine: sa.Engine, store: AssetStore, *, company_id: str | None = None
         last = page[-1]
 
 
-def elsewhere(engine: sa.Engine, store: AssetStore, *, company_id: str | None = None) -> dict[str, int]:
+def elsewhere(engine: sa.Engine, store: AssetStore, *, company_id: CompanyScope = ANY_COMPANY) -> dict[str, int]:
     """The number of assets in other storages, by provider: ``store`` cannot read those."""
-    query = sa.select(_c.provider, sa.func.count()).where(_c.provider != store.provider).group_by(_c.provider)
-    if company_id is not None:
-        query = query.where(_c.company_id == company_id)
+    others = (_c.provider != store.provider, in_scope(_c.company_id, company_id))
+    query = sa.select(_c.provider, sa.func.count()).where(*others).group_by(_c.provider)
     with engine.connect() as connection:
         return {row[0]: row[1] for row in connection.execute(query)}
 
 
-def _page(engine: sa.Engine, provider: str, company_id: str | None, last: Asset | None) -> list[Asset]:
-    query = sa.select(assets).where(_c.provider == provider).order_by(_c.company_id, _c.object_key).limit(PAGE)
-    if company_id is not None:
-        query = query.where(_c.company_id == company_id)
+def _page(engine: sa.Engine, provider: str, company_id: CompanyScope, last: Asset | None) -> list[Asset]:
+    query = sa.select(assets).where(_c.provider == provider, in_scope(_c.company_id, company_id))
+    query = query.order_by(_c.company_id, _c.object_key).limit(PAGE)
     if last is not None:
         query = query.where(sa.tuple_(_c.company_id, _c.object_key) > sa.tuple_(last.company_id, last.object_key))
     with engine.connect() as connection:

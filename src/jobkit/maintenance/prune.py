@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -19,6 +19,7 @@ import sqlalchemy as sa
 
 from jobkit.assets.store import AssetStore
 from jobkit.base.clock import CENTURY, Clock, seconds, utcnow
+from jobkit.base.logs import job_fields
 from jobkit.base.text import error_message
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import PruneCounts
@@ -54,6 +55,7 @@ def prune(
     older_than: timedelta | float,
     assets: AssetStore | None = None,
     dry_run: bool = True,
+    on_batch: Callable[[PruneReport], object] | None = None,
     clock: Clock = utcnow,
 ) -> PruneReport:
     """Delete the jobs that ended (done, failed or cancelled) at least ``older_than`` ago (seconds or timedelta), with
@@ -63,7 +65,8 @@ def prune(
     jobs are free again. Asset rows stay, with the id of the deleted job, unless ``assets`` is given: then the assets in
     that store are deleted with their job, as by ``AssetStore.delete``, and their objects by a later garbage collection.
 
-    Commits in short transactions of its own; killed at any moment, it leaves each job whole or deleted. Rows that a
+    Commits in short transactions of its own, and calls ``on_batch`` after each with the report so far; what that raises
+    ends the call between two of them. Killed at any moment, it leaves each job whole or deleted. Rows that a
     host is changing are left to the next call. A ``Relay`` raises ``EventsPruned`` for a cursor before the newest
     deleted event: let ``older_than`` exceed the time that any process lags behind. ``ConfigurationError`` when this
     thread has an SQLite transaction that has written.
@@ -75,12 +78,22 @@ def prune(
     refuse_deadlock(chosen, "prune", "call it outside")
     require_schema(chosen)
     before = clock() - timedelta(seconds=min(age, CENTURY))
-    return _Pruning(chosen, before, None if assets is None else assets.provider, dry_run=dry_run).run()
+    provider = None if assets is None else assets.provider
+    return _Pruning(chosen, before, provider, dry_run=dry_run, on_batch=on_batch).run()
 
 
 class _Pruning:
-    def __init__(self, engine: sa.Engine, before: datetime, provider: str | None, *, dry_run: bool) -> None:
+    def __init__(
+        self,
+        engine: sa.Engine,
+        before: datetime,
+        provider: str | None,
+        *,
+        dry_run: bool,
+        on_batch: Callable[[PruneReport], object] | None,
+    ) -> None:
         self._engine, self._before, self._provider, self._dry_run = engine, before, provider, dry_run
+        self._on_batch = on_batch
         self._statements = statements_for(engine)
         self._jobs = self._events = self._assets = self._refused = 0
         self._sample: list[UUID] = []
@@ -92,6 +105,11 @@ class _Pruning:
                 found, last = self._statements.ended_before(connection, before=self._before, after=last, limit=PAGE)
             for start in range(0, len(found), BATCH):
                 self._batch(found[start : start + BATCH])
+                if self._on_batch is not None:
+                    self._on_batch(self._report())
+        return self._report()
+
+    def _report(self) -> PruneReport:
         return PruneReport(self._dry_run, self._jobs, self._events, self._assets, self._refused, tuple(self._sample))
 
     def _batch(self, jobs: Sequence[UUID]) -> None:
@@ -117,7 +135,8 @@ class _Pruning:
                 self._delete(jobs[middle:])
                 return
             if not self._refused:
-                logger.warning("job %s cannot be pruned, something refers to it: %s", jobs[0], error_message(error))
+                message, fields = "job %s cannot be pruned, something refers to it: %s", job_fields(jobs[0])
+                logger.warning(message, jobs[0], error_message(error), extra=fields)
             self._refused += 1
         else:
             self._count(gone)

@@ -10,6 +10,7 @@ from datetime import datetime
 from uuid import UUID
 
 from jobkit.base.clock import Clock
+from jobkit.base.logs import job_fields
 from jobkit.base.text import error_message
 from jobkit.base.threads import Periodic
 from jobkit.db.connections import DedicatedConnection, SharedConnection
@@ -81,7 +82,7 @@ def _batch(
         if first is not None and first not in refused:
             refused.add(first)
             message = "job %s lost its worker, and the database refuses to record that; it stays as it is: %s"
-            logger.error(message, first, error_message(error))
+            logger.error(message, first, error_message(error), extra=job_fields(first))
         return [], first
 
 

@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.migrations import spelling
+from jobkit.tables import metadata
 
 # Columns of the tables that can be adopted, by kind: "?" for one that may be NULL, "*" for one that may be missing.
 SEED: dict[str, dict[str, str]] = {
@@ -85,7 +86,8 @@ def _declared(connection: sa.Connection, table: sa.Table, columns: dict[str, Any
 def _from_ours(connection: sa.Connection, found: Found) -> list[str]:
     """How the table differs from jobkit's."""
     table, columns, declared = found.table, found.columns, found.declared
-    differences = _names(columns, [column.name for column in table.columns], optional=())
+    later = set(metadata.tables[table.name].columns.keys()) - set(table.columns.keys())
+    differences = _names(columns.keys() - later, [column.name for column in table.columns], optional=())
     for column in table.columns:
         there = columns.get(column.name)
         if there is None:

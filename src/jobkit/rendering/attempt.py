@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import logging
 import math
@@ -13,10 +14,12 @@ from typing import Any, SupportsFloat
 
 from jobkit import errors
 from jobkit.assets.spool import StagedFile
+from jobkit.base.logs import exc_info_of
 from jobkit.base.text import error_message
 from jobkit.base.threads import TaskState
 from jobkit.jobs.claims import Claim, Report
 from jobkit.rendering.context import Registration, RenderContext, RenderEnvironment, report
+from jobkit.rendering.failures import Told, fields_of, tell
 from jobkit.types import Rendered, StoredObject
 
 logger = logging.getLogger("jobkit")
@@ -29,8 +32,8 @@ class Attempt:
         self.claim = claim
         self.failure: BaseException | None = None
         self.max_attempts = registration.max_attempts
-        #: When the claim's lease was last known to begin, on the monotonic clock.
-        self.renewed = time.monotonic()
+        #: When the job was claimed, and when its lease was last known to begin, on the monotonic clock.
+        self.claimed = self.renewed = time.monotonic()
         self.drafts: list[StagedFile] = []
         self.stored: tuple[StoredObject, ...] = ()
         #: The renderer's last progress report, and the one that the job's row has.
@@ -43,6 +46,8 @@ class Attempt:
         #: Shared by the thread that renders and the one that may give the attempt up.
         self.task = TaskState()
         self._registration, self._environment = registration, environment
+        self._checking_input = False
+        self._told: tuple[BaseException, Told] | None = None
         self._interruption: errors.RenderInterrupted | None = None
         self._awaited: Future[Any] | None = None
 
@@ -53,28 +58,67 @@ class Attempt:
             self.render()
         except BaseException as error:  # not even SystemExit may end the runner's thread
             self.failure = error
+            self.tell(error)
             with suppress(Exception):  # a host's log handler may raise; the failure must be recorded
                 self._log(error)
         finally:  # after logging: a handler that sends mail keeps the thread busy too
             self.took = time.monotonic() - began
 
     def render(self) -> None:
-        """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk."""
+        """As ``run``, and raises what fails the attempt. Nothing of a failed attempt is left on disk.
+
+        In an empty context of its own: what a renderer sets in a ``ContextVar`` no other attempt sees, and what it
+        starts on the runner's loop has a copy of that context.
+        """
+        contextvars.Context().run(self._render)
+
+    def tell(self, failure: BaseException) -> Told:
+        """What users and operators are told of this failure; decided once, on the thread that asks first."""
+        known = self._told  # another thread may tell of another failure
+        if known is None or known[0] is not failure:
+            describe = self._environment.describe_error
+            known = self._told = failure, tell(failure, self.claim, describe, of_input=self._checking_input)
+        return known[1]
+
+    def _render(self) -> None:
         # Not an attribute: the context knows the attempt, and a cycle would wait for the garbage collector.
         context = RenderContext(self.claim, self._environment, self)
         self.started = time.monotonic()
         try:
             self.check()  # the claim may have been lost while the attempt waited for a thread
-            context.input = self._registration.parse(self.claim.input)
-            self._read(self._registration.renderer(context), context)
-            if not self.drafts:
-                raise ValueError(f"{self._renderer} gave no file")
-            self.stored = tuple(draft.seal(recorded=True) for draft in self.drafts)
+            self._surrounded(context)
         except BaseException:
             self.discard()
             raise
         finally:
             context.clean()
+
+    def _surrounded(self, context: RenderContext) -> None:
+        """Work within the host's context manager. What that swallows fails the attempt all the same."""
+        if self._environment.around is None:
+            self._work(context)
+            return
+        failure: BaseException | None = None
+        try:
+            with self._environment.around(context):
+                try:
+                    self._work(context)
+                except BaseException as error:
+                    failure = error
+                    raise
+            if failure is not None:
+                raise failure
+        finally:
+            del failure  # its traceback has this frame
+
+    def _work(self, context: RenderContext) -> None:
+        self._checking_input = True
+        context.input = self._registration.parse(self.claim.input)
+        self._checking_input = False
+        self._read(self._registration.renderer(context), context)
+        if not self.drafts:
+            raise ValueError(f"{self._renderer} gave no file")
+        self.stored = tuple(draft.seal(recorded=True) for draft in self.drafts)
 
     # --- asked to stop: from other threads
 
@@ -146,10 +190,13 @@ class Attempt:
     def _log(self, error: BaseException) -> None:
         asked = isinstance(error, errors.RenderInterrupted | errors.Snooze | errors.Retry | errors.Discard)
         # The traceback of an unknown job type would show only jobkit.
-        traceback = None if asked or isinstance(error, errors.UnknownJobType) else error
+        traceback = None if asked or isinstance(error, errors.UnknownJobType) else exc_info_of(error)
         message = "job %s (%r) ended without files: %s" if asked else "job %s (%r) failed: %s"
         level = logging.INFO if asked else logging.WARNING
-        logger.log(level, message, self.claim.job_id, self.claim.job_type, error_message(error), exc_info=traceback)
+        fields, text = fields_of(self.claim), error_message(error)
+        if self.tell(error).detail is not None:
+            text += f" (reference {fields['reference']})"
+        logger.log(level, message, self.claim.job_id, self.claim.job_type, text, exc_info=traceback, extra=fields)
 
     def _read(self, result: Any, context: RenderContext) -> None:
         if inspect.isawaitable(result):

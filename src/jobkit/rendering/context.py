@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, SupportsFloat
 from uuid import UUID
@@ -22,6 +22,8 @@ from jobkit.types import Rendered
 
 Output = Rendered | Iterable[Rendered] | None
 Renderer = Callable[["RenderContext"], Output | Awaitable[Output] | AsyncIterator[Rendered]]
+Around = Callable[["RenderContext"], AbstractContextManager[object]]
+DescribeError = Callable[[BaseException], str | None]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class RenderEnvironment:
 
     ``loop`` runs the coroutines of renderers; ``open_asset`` opens an asset of a company, given its id, or raises
     ``AssetNotFound``; ``progressed`` is called on the renderer's thread when it has reported something new. ``lease``:
-    for how many seconds after its last renewal a claim holds.
+    for how many seconds after its last renewal a claim holds. ``around`` and ``describe_error``: see ``Renderers``.
     """
 
     assets: AssetStore
@@ -39,6 +41,8 @@ class RenderEnvironment:
     services: Any = None
     progressed: Callable[[], None] = lambda: None
     lease: float = math.inf
+    around: Around | None = None
+    describe_error: DescribeError | None = None
 
 
 class Control(Protocol):

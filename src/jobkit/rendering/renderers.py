@@ -18,7 +18,14 @@ from jobkit.errors import AssetNotFound, UnknownJobType
 from jobkit.jobs.claims import Claim
 from jobkit.jobs.creation import canonical
 from jobkit.rendering.attempt import Attempt
-from jobkit.rendering.context import Registration, RenderContext, RenderEnvironment, Renderer
+from jobkit.rendering.context import (
+    Around,
+    DescribeError,
+    Registration,
+    RenderContext,
+    RenderEnvironment,
+    Renderer,
+)
 from jobkit.types import Rendered
 
 __all__ = ["RenderContext", "Renderer", "Renderers"]
@@ -31,10 +38,30 @@ class Renderers:
 
     ``default`` renders job types that nobody registered; without one such a job fails with a message that names its
     type. ``services`` is handed to every renderer as ``ctx.services``.
+
+    ``around(ctx)`` gives a context manager in which each attempt is made, on the renderer's thread: for an app context,
+    a session to be removed, a trace. ``ctx`` tells the job, its company and the attempt (``ctx.input`` is the job's, as
+    yet unchecked). The manager sees the outcome as its ``with`` block ends: nothing when the files are complete,
+    otherwise the exception, which it cannot swallow; what it raises itself fails the attempt. A plain context manager
+    serves ``async`` renderers too.
+
+    ``describe_error(error)`` decides what users are told of a failed attempt; None leaves that to jobkit, which tells
+    the text of ``UserError``, of checks of the input and of its own errors, and of any other error a reference. It is
+    called on a runner's threads, and must be quick.
     """
 
-    def __init__(self, *, default: Renderer | None = None, services: Any = None) -> None:
-        self.services = services
+    def __init__(
+        self,
+        *,
+        default: Renderer | None = None,
+        services: Any = None,
+        around: Around | None = None,
+        describe_error: DescribeError | None = None,
+    ) -> None:
+        for name, function in (("around", around), ("describe_error", describe_error)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, not {type(function).__name__}")
+        self.services, self.around, self.describe_error = services, around, describe_error
         self._default = None if default is None else Registration(_checked(default))
         self._by_type: dict[str, Registration] = {}
 
@@ -80,7 +107,7 @@ class Renderers:
         registration = self.find(job_type)
         claim = Claim(new_id(), "render", job_type, canonical({} if input is None else input)[1], None, 1, 1)
         with closing(LoopThread()) as loop, tempfile.TemporaryDirectory(prefix="jobkit-render-") as folder:
-            environment = RenderEnvironment(AssetStore(folder), loop, _no_asset, self.services)
+            environment = RenderEnvironment(AssetStore(folder), loop, _no_asset, self.services, around=self.around)
             attempt = Attempt(claim, registration, environment)
             attempt.render()
             return [Rendered(d.filename or "file", d.content_type, d.spool.path.read_bytes()) for d in attempt.drafts]

@@ -47,9 +47,9 @@ class InFlight:
         self._attempts[attempt.claim.job_id] = attempt
         return former
 
-    def pop(self, claim: Claim) -> None:
-        """The job has ended, or is somebody else's."""
-        self._attempts.pop(claim.job_id, None)
+    def pop(self, claim: Claim) -> Attempt | None:
+        """The job has ended, or is somebody else's: its attempt."""
+        return self._attempts.pop(claim.job_id, None)
 
     def abandon(self) -> None:
         """Nothing that is rendered from now on is wanted."""

@@ -19,6 +19,7 @@ from jobkit.errors import JobCancelled, LeaseLost
 from jobkit.jobs import claims
 from jobkit.jobs.claims import OnCommit, Report
 from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.failures import fields_of
 from jobkit.runner.in_flight import InFlight
 
 logger = logging.getLogger("jobkit")
@@ -88,7 +89,8 @@ class LeaseKeeper:
     def _unrecorded(news: tuple[Attempt, Report | None], error: Exception) -> None:
         attempt, report = news
         attempt.recorded = report
-        logger.warning("job %s: its progress was not recorded: %s", attempt.claim.job_id, error_message(error))
+        message, fields = "job %s: its progress was not recorded: %s", fields_of(attempt.claim)
+        logger.warning(message, attempt.claim.job_id, error_message(error), extra=fields)
 
     def _tick(self) -> None:
         attempts = self.in_flight.attempts()
@@ -125,7 +127,8 @@ class LeaseKeeper:
             return attempts, claims.check(connection, [attempt.claim for attempt in attempts])
 
     def _unrenewed(self, attempt: Attempt, error: Exception) -> None:
-        logger.warning("job %s: its lease was not renewed: %s", attempt.claim.job_id, error_message(error))
+        message, fields = "job %s: its lease was not renewed: %s", fields_of(attempt.claim)
+        logger.warning(message, attempt.claim.job_id, error_message(error), extra=fields)
         self._interrupt_overdue([attempt])
 
     def _interrupt_overdue(self, attempts: Sequence[Attempt]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 
 from jobkit.base.clock import AdaptivePoll, Backoff
 from jobkit.base.ids import new_id
+from jobkit.base.logs import exc_info_of
 from jobkit.base.mailbox import NEVER, Mailbox
 from jobkit.base.text import error_message
 from jobkit.base.threads import Pool
@@ -24,6 +25,7 @@ from jobkit.events.log import may_run
 from jobkit.jobs.claims import RELEASED, Claim, Completion, OnCommit
 from jobkit.rendering.attempt import Attempt
 from jobkit.rendering.context import RenderEnvironment
+from jobkit.rendering.failures import fields_of, log_end
 from jobkit.runner.in_flight import InFlight
 from jobkit.runner.render_stage import RenderStage
 from jobkit.runner.settings import Settings
@@ -66,6 +68,7 @@ class Pipeline:
         #: What it has claimed and not ended.
         self.in_flight = in_flight
         worker_id = f"{socket.gethostname()}-{os.getpid()}-{new_id().hex[-8:]}"
+        self._describe_error = environment.describe_error
         self._committer = Committer(
             settings.engine, worker_id=worker_id, lease=settings.lease, clock=settings.clock, in_flight=in_flight
         )
@@ -265,14 +268,16 @@ class Pipeline:
             if job_id in locked:
                 self._postponed.locked(Turn([completion]))
                 continue
-            self.in_flight.pop(completion.claim)
+            attempt = self.in_flight.pop(completion.claim)
             if job_id in ends:
                 self.ended += not may_run(ends[job_id])
+                if attempt is not None:
+                    log_end(completion.claim, ends[job_id].type, time.monotonic() - attempt.claimed)
             elif job_id in settled:
                 self.ended += settled[job_id].terminal
             else:
                 self._rejected += 1
-                logger.warning(CLAIM_LOST, job_id)
+                logger.warning(CLAIM_LOST, job_id, extra=fields_of(completion.claim))
         for attempt in turn.rendered:
             self._postponed.settled(attempt.claim.job_id)
         self._store_stage.submit(turn.rendered)
@@ -315,13 +320,20 @@ class Pipeline:
     def _give_up(self, part: Turn, error: Exception) -> None:
         """End a job whose result the database refused for good, or leave it to its lease when it refuses that too."""
         claim = part.claim
-        logger.error("job %s could not be finished: %s", claim.job_id, error_message(error), exc_info=error)
+        message, fields = "job %s could not be finished: %s (reference %s)", fields_of(claim)
+        told = (claim.job_id, error_message(error), fields["reference"])
+        logger.error(message, *told, exc_info=exc_info_of(error), extra=fields)
         for attempt in part.rendered:
             attempt.discard()
-        instead = not_recorded(claim, error) if part.rendered else instead_of(part.completions[0], error)
+        describe = self._describe_error
+        if part.rendered:
+            instead: Completion | None = not_recorded(claim, error, describe)
+        else:
+            instead = instead_of(part.completions[0], error, describe)
         if instead is None:
             self.in_flight.pop(claim)
-            logger.error("job %s: no end can be recorded; it stays claimed until its lease runs out", claim.job_id)
+            message = "job %s: no end can be recorded; it stays claimed until its lease runs out"
+            logger.error(message, claim.job_id, extra=fields)
         else:
             self._commit(Turn([instead]))
 
@@ -335,7 +347,7 @@ class Pipeline:
     def _begin(self, claim: Claim) -> Attempt:
         attempt = self._render_stage.attempt(claim)
         if (former := self.in_flight.add(attempt)) is not None:
-            logger.warning(CLAIM_LOST, claim.job_id)
+            logger.warning(CLAIM_LOST, claim.job_id, extra=fields_of(claim))
             former.interrupt(LeaseLost(f"job {claim.job_id} was taken from this runner, and claimed again"))
         return attempt
 

@@ -18,6 +18,7 @@ from jobkit import signals
 from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Backoff, Clock, seconds, utcnow
 from jobkit.base.forks import reset_in_children
+from jobkit.base.ids import CompanyId
 from jobkit.base.text import error_message
 from jobkit.base.threads import InlinePool
 from jobkit.db.connections import DedicatedConnection, SharedConnection
@@ -104,7 +105,7 @@ class Runner:
 
     def submit(
         self,
-        company_id: object,
+        company_id: CompanyId,
         *,
         job_type: str,
         input: dict[str, Any] | None = None,

@@ -42,4 +42,7 @@ class Settings:
                 raise AssetNotFound(f"no asset {asset_id}")
             return assets.open(asset)
 
-        return RenderEnvironment(assets, LoopThread(), open_asset, self.renderers.services, progressed, self.lease)
+        made = self.renderers
+        return RenderEnvironment(
+            assets, LoopThread(), open_asset, made.services, progressed, self.lease, made.around, made.describe_error
+        )

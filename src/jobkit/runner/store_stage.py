@@ -12,10 +12,12 @@ from functools import partial
 
 from jobkit.assets.spool import publish
 from jobkit.base.clock import Backoff
+from jobkit.base.logs import exc_info_of
 from jobkit.base.mailbox import Sender
 from jobkit.base.threads import Pool, TaskState
 from jobkit.errors import AssetKeyRefused, AssetTooLarge
 from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.failures import fields_of
 
 logger = logging.getLogger("jobkit")
 # Most small jobs in one batch: more than are claimed at once.
@@ -133,7 +135,7 @@ class StoreStage:
                 self.replaced += 1
                 first, *others = batch.attempts
                 jobs = f"{first.claim.job_id} and {len(others)} more" if others else str(first.claim.job_id)
-                logger.warning("job %s: the files take long to be stored", jobs)
+                logger.warning("job %s: the files take long to be stored", jobs, extra=fields_of(first.claim))
 
     def close(self) -> None:
         """Let the threads end once what was submitted is stored. Waits for none."""
@@ -174,5 +176,7 @@ class StoreStage:
 
 
 def _log(message: str, attempt: Attempt, failure: BaseException) -> None:
+    fields = fields_of(attempt.claim)
+    told, shown = f"{message} (reference {fields['reference']})", exc_info_of(failure)
     with suppress(Exception):  # a host's log handler may raise
-        logger.warning(message, attempt.claim.job_id, exc_info=failure)
+        logger.warning(told, attempt.claim.job_id, exc_info=shown, extra=fields)

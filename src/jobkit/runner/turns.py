@@ -26,6 +26,8 @@ from jobkit.jobs import claims, outcomes
 from jobkit.jobs.claims import Claim, Completion
 from jobkit.jobs.fairness import RoundRobin
 from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import DescribeError
+from jobkit.rendering.failures import fields_of, tell
 from jobkit.runner.in_flight import InFlight
 from jobkit.tables import content_jobs
 from jobkit.types import JobStatus
@@ -80,7 +82,7 @@ def completion_of(attempt: Attempt, failure: BaseException | None, *, now: datet
         return Completion(attempt.claim, files=attempt.stored)
     outcome = outcomes.decide(
         failure,
-        error_message(failure),
+        *attempt.tell(failure),
         attempt=attempt.claim.attempt,
         max_attempts=attempt.max_attempts,
         interrupted=attempt.interrupted,
@@ -89,23 +91,28 @@ def completion_of(attempt: Attempt, failure: BaseException | None, *, now: datet
     return Completion(attempt.claim, outcome=outcome)
 
 
-def instead_of(completion: Completion, error: Exception) -> Completion | None:
+def instead_of(completion: Completion, error: Exception, describe: DescribeError | None) -> Completion | None:
     """How an attempt ends whose ``completion`` the database refused: with a message that every encoding has, or failed
     for that reason. None when nothing is left to try: its lease runs out.
     """
     outcome = completion.outcome
-    if outcome.error is not None and not outcome.error.isascii():
-        plain = outcome.error.encode("ascii", "backslashreplace").decode()
-        return Completion(completion.claim, outcome=replace(outcome, error=plain))
+    plain = replace(outcome, error=_plain(outcome.error), detail=_plain(outcome.detail))
+    if plain != outcome:
+        return Completion(completion.claim, outcome=plain)
     if outcome.status is JobStatus.DONE or (outcome.status is JobStatus.QUEUED and outcome.error is not None):
-        return not_recorded(completion.claim, error)
+        return not_recorded(completion.claim, error, describe)
     return None
 
 
-def not_recorded(claim: Claim, error: Exception) -> Completion:
+def not_recorded(claim: Claim, error: Exception, describe: DescribeError | None) -> Completion:
     """The end of an attempt whose result the database refused."""
-    message = error_message(getattr(error, "orig", None) or error)
-    return claims.failed(claim, f"the result could not be recorded: {message}")
+    message, detail = tell(getattr(error, "orig", None) or error, claim, describe)
+    return claims.failed(claim, f"the result could not be recorded: {message}", detail)
+
+
+def _plain(text: str | None) -> str | None:
+    """``text`` in ASCII."""
+    return None if text is None else text.encode("ascii", "backslashreplace").decode()
 
 
 # The longest pause between two tries of what was postponed, in seconds.
@@ -132,8 +139,8 @@ class Postponed:
     def refused(self, part: Turn, error: Exception) -> bool:
         """Try ``part`` again, for one lease since it was refused first; False when that is over."""
         if part.claim.job_id not in self._retries:
-            message = "job %s could not be recorded yet, and is tried again: %s"
-            logger.warning(message, part.claim.job_id, error_message(error))
+            message, fields = "job %s could not be recorded yet, and is tried again: %s", fields_of(part.claim)
+            logger.warning(message, part.claim.job_id, error_message(error), extra=fields)
         return self._add(part).until > time.monotonic()
 
     def locked(self, part: Turn) -> None:

@@ -16,8 +16,8 @@ import sqlalchemy as sa
 
 from jobkit.base.clock import seconds
 from jobkit.base.forks import reset_in_children
+from jobkit.base.ids import CompanyId, require_company_id
 from jobkit.base.loops import in_thread
-from jobkit.base.text import require_company_id
 from jobkit.db.host import log_key
 from jobkit.events import hub
 from jobkit.events.hub import Wake
@@ -32,7 +32,7 @@ HEADERS: Mapping[str, str] = MappingProxyType(
 
 def stream(
     engine: sa.Engine,
-    company_id: object,
+    company_id: CompanyId,
     job_id: UUID | str | None = None,
     *,
     last_event_id: str | None = None,
@@ -51,7 +51,7 @@ def stream(
 
 async def astream(
     engine: sa.Engine,
-    company_id: object,
+    company_id: CompanyId,
     job_id: UUID | str | None = None,
     *,
     last_event_id: str | None = None,
@@ -150,7 +150,7 @@ class _Session:
     def __init__(
         self,
         engine: sa.Engine,
-        company_id: object,
+        company_id: CompanyId,
         job_id: UUID | str | None,
         last_event_id: str | None,
         keep_alive: timedelta | float,

@@ -48,8 +48,9 @@ def open_storage(url: str | os.PathLike[str], options: Mapping[str, Any] | None)
 def _local_path(url: str) -> str:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
+        host = parts.netloc.rpartition("@")[2]  # without a password
         raise ConfigurationError(
-            f"file://{parts.netloc} names a host: an absolute folder has three slashes, a relative one is a plain path"
+            f"file://{host} names a host: an absolute folder has three slashes, a relative one is a plain path"
         )
     if parts.query or parts.fragment:
         raise ConfigurationError("a file:// URL must write '?' as %3F and '#' as %23")

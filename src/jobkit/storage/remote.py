@@ -81,7 +81,7 @@ class FsspecStorage:
         else:
             _send(filesystem, source, path)
         if (stored := filesystem.info(path)["size"]) != size:
-            raise AssetError(f"the storage kept {stored} of {size} bytes of {key!r}")
+            raise AssetError(f"the storage kept {stored} of {size} bytes")
 
     def open(self, key: str) -> BinaryIO:
         # Another thread may read the file than the one that opens it: it gets a connection of its own.

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from jobkit.base.text import require_company_id
+from jobkit.base.ids import ANY_COMPANY, CompanyScope, require_company_id
 from jobkit.db.host import connection_of
 from jobkit.jobs.store import job_of
-from jobkit.tables import content_jobs
+from jobkit.tables import JOB_COLUMNS, content_jobs
 from jobkit.types import Job
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ SHOWN = 20
 
 def assert_job_created(
     session: Host,
-    company_id: object = None,
+    company_id: CompanyScope = ANY_COMPANY,
     *,
     job_type: str | None = None,
     input: dict[str, Any] | None = None,
@@ -41,7 +41,7 @@ def assert_job_created(
 
 def assert_no_job_created(
     session: Host,
-    company_id: object = None,
+    company_id: CompanyScope = ANY_COMPANY,
     *,
     job_type: str | None = None,
     input: dict[str, Any] | None = None,
@@ -55,12 +55,12 @@ def assert_no_job_created(
 
 
 def _wanted(
-    company_id: object, job_type: str | None, input: dict[str, Any] | None, fields: dict[str, Any]
+    company_id: CompanyScope, job_type: str | None, input: dict[str, Any] | None, fields: dict[str, Any]
 ) -> dict[str, Any]:
-    if unknown := sorted(fields.keys() - {column.name for column in content_jobs.columns}):
+    if unknown := sorted(fields.keys() - {column.name for column in JOB_COLUMNS}):
         raise TypeError(f"a job has no {', '.join(unknown)}")
     given = {
-        "company_id": None if company_id is None else require_company_id(company_id),
+        "company_id": None if company_id is ANY_COMPANY else require_company_id(company_id),
         "job_type": job_type,
         "input": input,
     }
@@ -68,7 +68,7 @@ def _wanted(
 
 
 def _jobs(session: Host) -> list[Job]:
-    query = sa.select(content_jobs).order_by(_c.created_at.desc(), _c.id.desc())
+    query = sa.select(*JOB_COLUMNS).order_by(_c.created_at.desc(), _c.id.desc())
     return [job_of(row) for row in connection_of(session).execute(query)]
 
 

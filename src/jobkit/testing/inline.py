@@ -91,7 +91,10 @@ class _Inline:
         self._connection = writable(session)
         self.home = _Home()
         open_asset = partial(_open_asset, self.home, session, assets)
-        self._environment = RenderEnvironment(assets, LoopThread(), open_asset, renderers.services, lease=LEASE)
+        self._environment = RenderEnvironment(
+            assets, LoopThread(), open_asset, renderers.services,
+            lease=LEASE, around=renderers.around, describe_error=renderers.describe_error,
+        )  # fmt: skip
 
     def run(self) -> dict[UUID, Job]:
         with closing(self._environment.loop):

@@ -175,11 +175,12 @@ def _outcome(job: Any, evidence: Evidence, unlucky: Counter[str]) -> Iterator[st
         yield f"I2: job {job.id} was cancelled, and nobody asked for it"
     if job.status == "done" and not FILES[kind]:
         yield f"I2: job {job.id} ({kind}) is done, and always fails"
-    if job.status == "failed" and (FILES[kind] or PLANNED not in job.error_message):
-        causes = [cause for cause, pattern in UNLUCKY.items() if pattern.search(job.error_message or "")]
+    said = f"{job.error_message} {job.error_detail or ''}"
+    if job.status == "failed" and (FILES[kind] or PLANNED not in said):
+        causes = [cause for cause, pattern in UNLUCKY.items() if pattern.search(said)]
         unlucky.update(causes)
         if not causes:
-            yield f"I11: job {job.id} ({kind}) failed: {job.error_message}"
+            yield f"I11: job {job.id} ({kind}) failed: {said}"
 
 
 def _result(job: Any, files: list[Any]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 
 from jobkit import signals
 from jobkit.assets.store import AssetStore
-from jobkit.errors import InvalidTransition, JobNotFound
+from jobkit.errors import InvalidTransition, JobNotFound, UserError
 from jobkit.jobs.store import JobStore
 from jobkit.rendering.renderers import Renderers
 from jobkit.runner.runner import Runner
@@ -187,7 +187,7 @@ class JobStoreConformance:
         self, engine: sa.Engine, folder: AssetStore
     ) -> None:
         def renderer(ctx: Any) -> Rendered:
-            raise ValueError("bad \0 \ud800 " + "x" * 100_000)
+            raise UserError("bad \0 \ud800 " + "x" * 100_000)
 
         job = create(engine)
         assert Runner(engine, folder, Renderers(default=renderer)).run_until_idle(timeout=60) == 1

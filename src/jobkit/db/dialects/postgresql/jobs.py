@@ -178,8 +178,8 @@ FINISH = Sql(
     """
 WITH f AS (
     SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb))
-    AS f(job uuid, fence bigint, status text, asset uuid, error text, type text, payload jsonb, run_at timestamptz,
-         refund int)
+    AS f(job uuid, fence bigint, status text, asset uuid, error text, detail text, type text,
+         payload jsonb, run_at timestamptz, refund int)
 )"""
     + _FREE
     + """, a AS (
@@ -188,8 +188,9 @@ WITH f AS (
          filename text, task text, position int)
 ), won AS (
     UPDATE {s}content_jobs j
-    SET status = f.status, result_asset_id = f.asset, error_message = f.error, event_seq = j.event_seq + 1,
-        lease_until = NULL, worker_id = NULL, attempt = j.attempt - f.refund, updated_at = :now,
+    SET status = f.status, result_asset_id = f.asset, error_message = f.error, error_detail = f.detail,
+        event_seq = j.event_seq + 1, lease_until = NULL, worker_id = NULL, attempt = j.attempt - f.refund,
+        updated_at = :now,
         rescues = CASE f.status WHEN 'queued' THEN 0 ELSE j.rescues END,
         run_at = CASE f.status WHEN 'queued' THEN f.run_at ELSE j.run_at END,
         started_at = CASE f.status WHEN 'queued' THEN NULL ELSE j.started_at END,

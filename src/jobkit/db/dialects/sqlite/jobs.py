@@ -159,7 +159,8 @@ FINISH = Sql(
     """
 UPDATE {s}content_jobs
 SET status = json_extract(f.value, '$.status'), result_asset_id = json_extract(f.value, '$.asset'),
-    error_message = json_extract(f.value, '$.error'), event_seq = event_seq + 1, lease_until = NULL, worker_id = NULL,
+    error_message = json_extract(f.value, '$.error'), error_detail = json_extract(f.value, '$.detail'),
+    event_seq = event_seq + 1, lease_until = NULL, worker_id = NULL,
     attempt = attempt - json_extract(f.value, '$.refund'), updated_at = :now,
     rescues = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN 0 ELSE rescues END,
     run_at = CASE json_extract(f.value, '$.status') WHEN 'queued' THEN substr(json_extract(f.value, '$.run_at'), 1, 26)
