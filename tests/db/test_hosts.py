@@ -67,12 +67,12 @@ def test_whatever_commits_by_itself_is_refused_by_everything(
         ):
             with pytest.raises(ConfigurationError, match="AUTOCOMMIT"):
                 write()
-    with refused:
-        Runner(engine, right, only()).start()
+    with refused, Runner(engine, right, only()):
+        pass
     with refused:
         Runner(engine, right, only()).run_until_idle(60)
-    with refused:
-        jobkit.Relay(engine).start()
+    with refused, jobkit.Relay(engine):
+        pass
     with postgres_database.engine.connect() as connection:
         assert JobStore(connection).list_by_company("acme") == []
         assert [one.id for one in right.list_by_company(connection, "acme")] == [kept.id]
