@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import Job, JobEvent, JobNotFound, JobState, JobStore, Relay, Runner, aio, signals
+from jobkit import ANY_COMPANY, Job, JobEvent, JobNotFound, JobState, JobStore, Relay, Runner, aio, signals
 from jobkit.aio import AsyncJobStore
 from jobkit.base.clock import utcnow
 from jobkit.errors import SubscriberTooSlow
@@ -329,9 +329,11 @@ def test_an_unknown_or_foreign_job_is_not_found(engine: sa.Engine, create: Creat
     job = create()
 
     async def story() -> None:
-        for asked, company in ((uuid4(), None), ("nonsense", None), (job.id, "beta")):
+        for asked, company in ((uuid4(), ANY_COMPANY), ("nonsense", "acme"), (job.id, "beta")):
             with pytest.raises(JobNotFound):
                 await anext(aio.watch(engine, asked, company_id=company))
+        with pytest.raises(ValueError, match="company_id"):
+            await anext(aio.watch(engine, job.id, company_id=None))  # type: ignore[arg-type]
 
     run(story)
 

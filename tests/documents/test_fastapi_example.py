@@ -177,7 +177,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
             yield site
         for path in tmp_path.glob("log-*"):
             log = path.read_text()
-            assert ("Warning" in log, log.count("Traceback")) == (False, log.count(f"ValueError: {SUNK}")), log
+            assert ("Warning" in log, log.count("Traceback")) == (False, log.count(f"UserError: {SUNK}")), log
         assert violations(site.engine, site.assets) == []
     finally:
         database.close()

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from examples.fastapi_app import rendering
-from jobkit import RenderContext
+from jobkit import RenderContext, UserError
 
 FOLDER = Path(os.environ["PACE"])
 typeset = rendering.typeset
@@ -21,7 +21,7 @@ def paced(ctx: RenderContext, branch: str) -> bytes:
         ctx.check()
         time.sleep(0.01)
     if branch == "Atlantis":
-        raise ValueError("Atlantis has sunk")
+        raise UserError("Atlantis has sunk")
     return typeset(ctx, branch)
 
 
