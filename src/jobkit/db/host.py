@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
 from jobkit.base.text import company_id_or_none
-from jobkit.db.sqlite import is_memory, require_configured
+from jobkit.db.sqlite import require_configured
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.tables import content_jobs, metadata
 
@@ -98,17 +97,6 @@ def of_company(column: sa.Column[str], company_id: object) -> sa.ColumnElement[b
     """The condition for this company's rows; false for a value that cannot be a company."""
     owner = company_id_or_none(company_id)
     return sa.false() if owner is None else column == owner
-
-
-def log_key(engine: sa.Engine) -> str:
-    """A key for the event log of ``engine``'s database and schema, the same for all engines of this process on it."""
-    url, kind = engine.url, engine.dialect.name
-    schema = (engine.get_execution_options().get("schema_translate_map") or {}).get(None)
-    if is_memory(engine) or not (url.host or url.database or url.query):  # the latter: create_engine(creator=...)
-        return f"{kind}:{id(engine.dialect)}:{schema}"
-    if kind == "sqlite":
-        return f"{kind}:{os.path.realpath(url.database or '')}:{schema}"
-    return f"{kind}:{url.host}:{url.port}:{url.database}:{sorted(url.query.items())}:{schema}"
 
 
 # PostgreSQL's undefined_table, undefined_column and invalid_schema_name.

@@ -22,7 +22,8 @@ from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Clock, utcnow
 from jobkit.base.loops import LoopThread
 from jobkit.base.text import error_message
-from jobkit.db.dialects.base import EventRow, Position
+from jobkit.db.dialects.base import EventRow
+from jobkit.db.dialects.position import Position
 from jobkit.db.host import connection_of
 from jobkit.db.sqlite import require_configured
 from jobkit.errors import AssetNotFound, RenderInterrupted
