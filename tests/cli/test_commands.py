@@ -126,9 +126,9 @@ def test_migrate_brings_a_database_up_and_down_and_says_so(empty_database: str) 
     again = jobkit_command("migrate", JOBKIT_DATABASE_URL=empty_database)
     down = jobkit_command("migrate", "--downgrade", empty_database)
     assert [ran.returncode for ran in (up, again, down)] == [0, 0, 0], up.stderr + again.stderr + down.stderr
-    assert "no tables -> 0001" in up.stdout
-    assert "0001, nothing to do" in again.stdout
-    assert "0001 -> no tables" in down.stdout
+    assert "no tables -> 0002" in up.stdout
+    assert "0002, nothing to do" in again.stdout
+    assert "0002 -> no tables" in down.stdout
 
 
 def test_migrate_hides_the_password_and_says_what_is_wrong() -> None:

@@ -124,7 +124,7 @@ def test_two_schemas_and_the_default_one_live_side_by_side(postgresql: sa.Engine
         with pytest.raises(jobkit.SchemaOutOfDate):
             require_schema(engine)
         migrations.upgrade(postgresql, schema=schema)
-        assert migrations.current(postgresql, schema=schema) == "0001"
+        assert migrations.current(postgresql, schema=schema) == "0002"
     expected = ["content_job.queued", "content_job.running", "content_job.done"]
     for schema, engine in engines.items():
         require_schema(engine)
@@ -133,7 +133,7 @@ def test_two_schemas_and_the_default_one_live_side_by_side(postgresql: sa.Engine
     assert migrations.current(postgresql, schema="red") is None
     assert sa.inspect(postgresql).get_table_names(schema="red") == []
     for schema in ('Bl"ue', "public"):
-        assert migrations.current(postgresql, schema=schema) == "0001"
+        assert migrations.current(postgresql, schema=schema) == "0002"
         assert set(sa.inspect(postgresql).get_table_names(schema=schema)) >= set(metadata.tables)
 
 
@@ -149,7 +149,7 @@ def test_a_schema_is_migrated_as_the_default_one_is(postgresql: sa.Engine) -> No
 def test_an_engine_that_translates_the_schema_is_migrated_there(postgresql: sa.Engine, tmp_path: Path) -> None:
     engine = postgresql.execution_options(schema_translate_map={None: "jobs"})
     migrations.upgrade(engine)
-    assert migrations.current(engine) == migrations.current(postgresql, schema="jobs") == "0001"
+    assert migrations.current(engine) == migrations.current(postgresql, schema="jobs") == "0002"
     assert sa.inspect(postgresql).get_table_names() == []
     assert len(render_one(engine, tmp_path, "acme")) == 3
     migrations.downgrade(engine)

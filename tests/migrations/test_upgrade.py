@@ -59,7 +59,7 @@ def render_one(engine: sa.Engine, folder: Path) -> jobkit.Job:
 def test_an_upgrade_makes_the_tables_and_says_at_which_revision_they_are(engine: sa.Engine) -> None:
     assert migrations.current(engine) is None
     migrations.upgrade(engine)
-    assert migrations.current(engine) == "0001"
+    assert migrations.current(engine) == "0002"
     assert tables(engine) == TABLES
 
 
@@ -128,6 +128,55 @@ def test_a_table_of_the_hosts_that_refers_to_a_job_keeps_it_from_being_dropped(e
     assert schema_of(engine) == before
 
 
+# --- from 0.1
+
+
+@pytest.fixture
+def first(engine: sa.Engine) -> sa.Engine:
+    """A database of version 0.1, with a job."""
+    migrations._migrate(engine, None, "0001", up=True)
+    with Session(engine) as session, session.begin():
+        jobkit.JobStore(session).create("acme", job_type="note", input={"a": 1})
+    return engine
+
+
+def test_a_database_of_0_1_takes_jobs_and_says_what_it_needs_before_anything_runs(
+    first: sa.Engine, tmp_path: Path
+) -> None:
+    if first.dialect.name == "sqlite":
+        jobkit.configure_sqlite(first)
+    store, renderers = jobkit.AssetStore(tmp_path), jobkit.Renderers()
+    for call in (
+        lambda: jobkit.Runner(first, store, renderers).start(),
+        lambda: jobkit.Runner(first, store, renderers).run_until_idle(),
+        lambda: jobkit.Relay(first).start(),
+        lambda: jobkit.sse.stream(first, "acme"),
+        lambda: jobkit.prune(first, older_than=0),
+    ):
+        with pytest.raises(jobkit.SchemaOutOfDate, match=r"content_job_epochs.*run jobkit migrate"):
+            call()
+    assert migrations.current(first) == "0001"
+    with Session(first) as session, session.begin():
+        jobkit.JobStore(session).create("acme", job_type="note")
+
+
+def test_a_database_of_0_1_is_upgraded_with_its_rows_and_back(first: sa.Engine, tmp_path: Path) -> None:
+    schema, rows = schema_of(first), rows_of(first)
+    migrations.upgrade(first)
+    assert migrations.current(first) == "0002"
+    whole = schema_of(first)
+    migrations._migrate(first, None, "0001", up=False)
+    assert (schema_of(first), rows_of(first)) == (schema, rows)
+    migrations.upgrade(first)
+    assert {name: len(found) for name, found in rows_of(first).items()} == {
+        name: len(found) for name, found in rows.items()
+    } | {"content_job_epochs": 0}
+    assert render_one(first, tmp_path).status == "done"
+    migrations.downgrade(first)
+    migrations.upgrade(first)
+    assert schema_of(first) == whole
+
+
 # --- whose transaction
 
 
@@ -135,7 +184,7 @@ def test_with_a_connection_without_a_transaction_the_upgrade_commits_one_of_its_
     with engine.connect() as connection:
         migrations.upgrade(connection)
         assert not connection.in_transaction()
-        assert migrations.current(connection) == "0001"
+        assert migrations.current(connection) == "0002"
     assert tables(engine) == TABLES
 
 
@@ -146,7 +195,7 @@ def test_in_the_callers_transaction_the_caller_decides(engine: sa.Engine, commit
         connection.exec_driver_sql("CREATE TABLE hosts (id INTEGER)" if wrote else "SELECT 1")
         migrations.upgrade(connection)
         assert connection.in_transaction()
-        assert migrations.current(connection) == "0001"
+        assert migrations.current(connection) == "0002"
         (connection.commit if commit else connection.rollback)()
     assert tables(engine) == (TABLES if commit else set()) | ({"hosts"} if wrote and commit else set())
 

@@ -156,7 +156,10 @@ HOT: dict[str, Callable[[Host], object]] = {
         h.connection, *place(h), [{"job": job_id(n).hex, "seq": 3, "queued": True} for n in ENDED[-9:]]
     ),
     "of_company": lambda h: h.statements.of_company(h.connection, *place(h), "c1", 500),
-    "of_company, from afar": lambda h: h.statements.of_company(h.connection, Position(0, 0), place(h)[1], "c1", 500),
+    "of_company, from afar": lambda h: h.statements.of_company(h.connection, Position(1, 0), place(h)[1], "c1", 200),
+    "of_company, of few events": lambda h: h.statements.of_company(
+        h.connection, Position(1, 0), place(h)[1], "who has none", 500
+    ),
     "log_begins": lambda h: h.statements.log_begins(h.connection),
     "existing": lambda h: log.existing(h.connection, [(n, job_id(n)) for n in range(1, 20)]),
     "watch, state": watched,
