@@ -305,7 +305,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_the_package_without_renderers_and_tools_for_tests_has_a_size_that_can_be_read() -> None:
     counted = {name: text for name, text in sources().items() if not name.startswith(("contrib/", "testing/"))}
-    assert sum(text.count("\n") for text in counted.values()) <= 13_100
+    assert sum(text.count("\n") for text in counted.values()) <= 13_600
 
 
 def test_the_top_has_few_files_and_so_has_every_folder() -> None:

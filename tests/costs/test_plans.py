@@ -56,6 +56,7 @@ def test_no_hot_statement_reads_many_rows(taken: Taken) -> None:
 
 def test_an_index_that_is_gone_is_seen(taken: Taken, tmp_path: Path) -> None:
     host = taken.engine, AssetStore(tmp_path, engine=taken.engine)
+    taken.engine.dispose()  # SQLite keeps a plan that was explained on the same connection
     with taken.engine.connect() as connection:
         connection.exec_driver_sql("DROP INDEX content_jobs_queued_idx")
         with explained(taken.engine) as found:

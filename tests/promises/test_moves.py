@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 import jobkit
 from jobkit import AssetStore, Job, JobStore, Relay, Runner, prune, sse
+from jobkit.db.logs import log_of
 from jobkit.events import relay
 from jobkit.events.log import DeliveredEvents
 from jobkit.tables import content_job_epochs, content_job_events
@@ -132,7 +133,7 @@ def test_on_a_younger_server_nothing_is_told_again_and_nothing_is_missed(
             fresh.append(create(engine))
             recorder.wait(lambda types: len(types) == 2)
         assert heard(recorder) == queued(*fresh)
-        assert [m.type for m in streamed(engine, lambda: fresh.append(create(engine)) or fresh[-1])] == ["message"]
+        assert [m.type for m in streamed(engine, lambda: fresh.append(create(engine)) or fresh[-1])] == ["queued"]
         reborn()
         recorder.events.clear()
         with Relay(engine, after=after):  # a cursor that the new server gave, above no mark of the old one
@@ -261,7 +262,7 @@ def test_a_promoted_standby_that_lacks_the_last_events_refuses_older_cursors_and
                 with pytest.raises(jobkit.errors.EventsPruned):
                     Relay(engine, after=cursor).start()
                 again = streamed(engine, lambda: create(engine), cursor)
-                assert [message.type for message in again] == ["resync", "message"]
+                assert [message.type for message in again] == ["resync", "queued"]
             reborn()
             recorder.events.clear()
             with Relay(engine, after=after):
@@ -269,66 +270,62 @@ def test_a_promoted_standby_that_lacks_the_last_events_refuses_older_cursors_and
             assert unread.id not in {event.job_id for event in recorder.events}
 
 
+@contextmanager
+def through(proxy: Proxy, database: PostgresDatabase) -> Iterator[sa.Engine]:
+    with engine_of(sa.make_url(database.url).set(port=proxy.port).render_as_string(hide_password=False)) as engine:
+        yield engine
+
+
 def test_a_relay_that_runs_when_a_standby_takes_over_misses_nothing_there_and_repeats_nothing(
     primary: OwnServer, recorder: Recorder
 ) -> None:
-    with migrated(primary) as database, Proxy("127.0.0.1", primary.port) as proxy:
-        url = sa.make_url(database.url).set(port=proxy.port).render_as_string(hide_password=False)
-        with engine_of(url) as engine, Relay(engine):
-            feed = relay.running_feed(engine)
-            assert feed is not None
-            kept = [create(database.engine), create(database.engine)]
-            recorder.wait(lambda types: len(types) == 2)
-            standby = Standby(primary)
-            lost = []
-            for count in range(3, 23):
-                lost.append(create(database.engine))
-                recorder.wait(lambda types, count=count: len(types) == count)  # type: ignore[misc]
-            session = sse.stream(engine, "acme")
-            next(session)
-            next(session)
-            with promoted(standby), engine_of(on(standby, database.url)) as direct:
-                # In the numbers that the primary had given to what is lost.
-                fresh = [create(direct) for _ in range(3)]
-                assert numbered(standby.url) < numbered(primary.url)
-                proxy.turn("127.0.0.1", standby.port)
-                recorder.wait(lambda types: len(types) == 25)
-                cancel(direct, kept[1])
-                fresh.append(create(direct))
-                recorder.wait(lambda types: len(types) == 27)
-                assert heard(recorder) == [
-                    *queued(*kept, *lost, *fresh[:3]),
-                    (kept[1].id, "cancelled"),
-                    *queued(fresh[3]),
-                ]
-                session.close()
-                engine.dispose()
+    with migrated(primary) as database, Proxy("127.0.0.1", primary.port) as proxy, through(proxy, database) as engine:
+        running = Relay(engine).start()
+        kept = [create(database.engine), create(database.engine)]
+        recorder.wait(lambda types: len(types) == 2)
+        standby, lost = Standby(primary), []
+        for count in range(3, 23):
+            lost.append(create(database.engine))
+            recorder.wait(lambda types, count=count: len(types) == count)  # type: ignore[misc]
+        with promoted(standby), engine_of(on(standby, database.url)) as direct:
+            # In the numbers that the primary had given to what is lost.
+            fresh = [create(direct) for _ in range(3)]
+            assert numbered(standby.url) < numbered(primary.url)
+            proxy.turn("127.0.0.1", standby.port)
+            recorder.wait(lambda types: len(types) == 25)
+            cancel(direct, kept[1])
+            fresh.append(create(direct))
+            recorder.wait(lambda types: len(types) == 27)
+            running.stop()
+            engine.dispose()
+        told = [*queued(*kept, *lost, *fresh[:3]), (kept[1].id, "cancelled"), *queued(fresh[3])]
+        assert heard(recorder) == told
 
 
 def test_a_stream_that_has_to_read_on_after_a_takeover_begins_anew_and_says_so(primary: OwnServer) -> None:
-    with migrated(primary) as database, Proxy("127.0.0.1", primary.port) as proxy:
-        url = sa.make_url(database.url).set(port=proxy.port).render_as_string(hide_password=False)
-        with engine_of(url) as engine, closing(sse.stream(engine, "acme")) as stream:
-            pieces, parser = iter(stream), Parser()
-            assert list(parser.feed(next(pieces))) == []
-            create(database.engine)
-            [told] = parser.feed(next(pieces))
-            assert told.type == "message"
-            with promoted(Standby(primary)) as standby, engine_of(on(standby, database.url)) as direct:
-                follower = stream._session._source._follower  # type: ignore[union-attr]
-                follower._mark_missed()
-                proxy.turn("127.0.0.1", standby.port)
-                engine.dispose()
-                with engine_of(on(standby, database.url)) as other, Relay(other):
-                    pass  # whoever comes first writes down that the log is on another server
-                follower._wake()
-                [resync] = parser.feed(next(pieces))
-                assert (resync.type, resync.data) == ("resync", {"reason": "pruned"})
-                job = create(direct)
-                messages: list[Message] = []
-                while not messages:
-                    messages += parser.feed(next(pieces))
-                assert [str(job.id) in str(message.data) for message in messages] == [True]
+    with migrated(primary) as database, Proxy("127.0.0.1", primary.port) as proxy, through(proxy, database) as engine:
+        stream, parser = sse.stream(engine, "acme"), Parser()
+        messages = [*parser.feed(next(stream)), *parser.feed(next(stream))]
+        create(database.engine)
+        while not messages:
+            messages += parser.feed(next(stream))
+        assert [message.type for message in messages] == ["queued"]
+        with promoted(Standby(primary)) as standby, engine_of(on(standby, database.url)) as direct:
+            proxy.turn("127.0.0.1", standby.port)
+            engine.dispose()
+            log_of(direct)  # whoever comes first writes down that the log is on another server
+            stream._session._source._follower._mark_missed()  # type: ignore[union-attr]
+            messages = []
+            while not messages:
+                messages += parser.feed(next(stream))
+            assert [(message.event, message.data) for message in messages] == [("resync", {"reason": "pruned"})]
+            job = create(direct)
+            while len(messages) == 1:
+                messages += parser.feed(next(stream))
+            assert [message.type for message in messages] == ["resync", "queued"]
+            assert str(job.id) in str(messages[-1].data)
+            stream.close()
+            engine.dispose()
 
 
 # --- who may know, and who may write

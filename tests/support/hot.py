@@ -15,6 +15,7 @@ from jobkit.assets.intents import Intent
 from jobkit.base.clock import utcnow
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import ClaimTerms, Dialect, DueKey, Position, Start
+from jobkit.db.logs import log_of
 from jobkit.events import log
 from jobkit.events.hub import subscribers
 from jobkit.events.watch import Watcher
@@ -190,6 +191,7 @@ def paths(engine: sa.Engine, folder: Path) -> dict[str, Paths]:
 
 def _each(engine: sa.Engine, assets: AssetStore, *, prepared: bool = False) -> dict[str, Paths]:
     found = {}
+    log_of(engine)  # once for each engine
     for name, send in HOT.items():
         with engine.connect() as connection, explained(engine, prepared=prepared) as found[name]:
             send(Host(connection, engine, assets))

@@ -11,6 +11,7 @@ from jobkit.db.connections import DedicatedConnection
 from jobkit.db.dialects import statements_for
 from jobkit.db.host import require_schema
 from jobkit.db.sqlite import is_memory
+from jobkit.tables import content_job_epochs
 
 # By engine: its pool when it was asked, which ``dispose`` replaces, and the answer.
 _known: WeakKeyDictionary[sa.Engine, tuple[ref[sa.Pool], str]] = WeakKeyDictionary()
@@ -40,11 +41,10 @@ def _asked(engine: sa.Engine) -> str:
     with closing(DedicatedConnection(engine, autocommit=True)) as link:
         try:
             with link.use() as connection:
+                connection.execute(sa.select(content_job_epochs.c.epoch).limit(0))
                 name = statements.log_name(connection)
                 statements.note_moves(connection)
         except sa.exc.DBAPIError:
             require_schema(engine)
             raise
-    if name is None:
-        require_schema(engine)
     return name or f"{engine.dialect.name}:{id(engine.dialect)}"
