@@ -12,10 +12,11 @@ import pytest
 import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
+from alembic.script import ScriptDirectory
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import migrations
+from jobkit import migrations, sse
 from jobkit.migrations import transaction
 from jobkit.tables import metadata
 from tests.support import seed, unmigrated
@@ -150,7 +151,7 @@ def test_a_database_of_0_1_takes_jobs_and_says_what_it_needs_before_anything_run
         lambda: jobkit.Runner(first, store, renderers).start(),
         lambda: jobkit.Runner(first, store, renderers).run_until_idle(),
         lambda: jobkit.Relay(first).start(),
-        lambda: jobkit.sse.stream(first, "acme"),
+        lambda: sse.stream(first, "acme"),
         lambda: jobkit.prune(first, older_than=0),
     ):
         with pytest.raises(jobkit.SchemaOutOfDate, match=r"content_job_epochs.*run jobkit migrate"):
@@ -165,12 +166,16 @@ def test_a_database_of_0_1_is_upgraded_with_its_rows_and_back(first: sa.Engine, 
     migrations.upgrade(first)
     assert migrations.current(first) == "0002"
     whole = schema_of(first)
-    migrations._migrate(first, None, "0001", up=False)
+    second = ScriptDirectory(str(Path(migrations.__file__).parent)).get_revision("0002").module
+    with first.begin() as connection:
+        second.downgrade(connection, None)
     assert (schema_of(first), rows_of(first)) == (schema, rows)
-    migrations.upgrade(first)
-    assert {name: len(found) for name, found in rows_of(first).items()} == {
-        name: len(found) for name, found in rows.items()
-    } | {"content_job_epochs": 0}
+    with first.begin() as connection:
+        second.upgrade(connection, None)
+    assert schema_of(first) == whole
+    assert rows_of(first) == rows | {"content_job_epochs": []}
+    if first.dialect.name == "sqlite":
+        jobkit.configure_sqlite(first)
     assert render_one(first, tmp_path).status == "done"
     migrations.downgrade(first)
     migrations.upgrade(first)
