@@ -560,15 +560,15 @@ EVENTS = [
     bug(
         "a cursor that does not wait for open transactions",
         POSTGRESQL,
-        '"{which}", "xid < h.horizon"',
+        '"{which}", "e.xid < h.horizon"',
         '"{which}", "true"',
         "events/test_feed.py::test_a_scan_skips_nothing_and_repeats_nothing",
     ),
     bug(
         "a cursor of transactions that reads by id",
         POSTGRESQL,
-        "    ORDER BY xid, id LIMIT :limit\n",
-        "    ORDER BY id LIMIT :limit\n",
+        "    ORDER BY e.xid, e.id LIMIT :limit\n",
+        "    ORDER BY e.id LIMIT :limit\n",
         "events/test_feed.py::test_a_scan_skips_nothing_and_repeats_nothing",
     ),
     bug(
