@@ -1,4 +1,4 @@
-"""The four tables. ``jobkit.migrations`` creates exactly these; a test compares the two on both databases."""
+"""The five tables. ``jobkit.migrations`` creates exactly these; a test compares the two on both databases."""
 
 from __future__ import annotations
 
@@ -256,8 +256,20 @@ content_job_events = sa.Table(
     sa.Column("xid", sa.BigInteger, server_default=transaction_id),
     sa.UniqueConstraint("job_id", "seq"),
     sa.Index("content_job_events_xid_idx", "xid", "id"),
+    sa.Index("content_job_events_company_idx", "company_id", "xid", "id"),
     # An emptied table must not give an id twice: to a reader whose cursor is beyond it, the event would be lost.
     sqlite_autoincrement=True,
+)
+
+# The servers that the event log has been on, on PostgreSQL: see ``jobkit.db.dialects.postgresql.moves``.
+content_job_epochs = sa.Table(
+    "content_job_epochs",
+    metadata,
+    sa.Column("epoch", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("server", sa.Text, nullable=False),
+    sa.Column("began_at", UtcDateTime, nullable=False, server_default=now),
+    # The transaction that wrote the row here: a row that was restored has another in PostgreSQL's ``xmin``.
+    sa.Column("xid", sa.BigInteger, server_default=transaction_id),
 )
 
 asset_intents = sa.Table(

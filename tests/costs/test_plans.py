@@ -20,8 +20,6 @@ from tests.support.shared import shared_database
 PARTIAL = ("content_jobs_queued_idx", "content_jobs_scheduled_idx", "content_jobs_running_idx")
 # The most rows that one hot statement reads of a table, where the database says so.
 MOST = 300
-# A reader that comes back after long reads past what others' jobs did meanwhile.
-AFAR = ("of_company, from afar", "of_company, from afar (prepared)")
 
 
 class Taken(NamedTuple):
@@ -53,12 +51,12 @@ def test_no_hot_statement_reads_a_whole_table(taken: Taken) -> None:
 
 
 def test_no_hot_statement_reads_many_rows(taken: Taken) -> None:
-    many = {name for name, found in taken.paths.items() if max(found.values(), default=0) > MOST}
-    assert many <= set(AFAR)
+    assert {name for name, found in taken.paths.items() if max(found.values(), default=0) > MOST} == set()
 
 
 def test_an_index_that_is_gone_is_seen(taken: Taken, tmp_path: Path) -> None:
     host = taken.engine, AssetStore(tmp_path, engine=taken.engine)
+    taken.engine.dispose()  # SQLite keeps a plan that was explained on the same connection
     with taken.engine.connect() as connection:
         connection.exec_driver_sql("DROP INDEX content_jobs_queued_idx")
         with explained(taken.engine) as found:

@@ -60,8 +60,8 @@ class ById(Postgresql):
     def scan(self, connection: sa.Connection, after: Position, start: Start, limit: int) -> Any:
         found = sa.select(content_job_events).where(content_job_events.c.id > after.id)
         rows = connection.execute(found.order_by(content_job_events.c.id)).all()
-        events = [EventRow(r.id, 0, r.seq, r.company_id, r.type, r.job_id, r.created_at, r.payload) for r in rows]
-        return events, Position(0, events[-1].id) if events else after
+        events = [EventRow(r.id, 1, r.seq, r.company_id, r.type, r.job_id, r.created_at, r.payload) for r in rows]
+        return events, Position(1, events[-1].id) if events else after
 
 
 class ByIdBelowTheHorizon(ById):
@@ -76,7 +76,7 @@ class ByIdBelowTheHorizon(ById):
             connection.execute(sa.text("SELECT id, CAST(CAST(xid AS text) AS bigint) FROM content_job_events")).all()
         )
         below = [event for event in events if numbers[event.id] < horizon]
-        return below, Position(0, below[-1].id) if below else after
+        return below, Position(1, below[-1].id) if below else after
 
 
 def late_commit(engine: sa.Engine, look: Callable[[], None]) -> int:

@@ -23,7 +23,7 @@ from jobkit.events.feed import Feed
 from jobkit.events.hints import Listener
 from jobkit.events.log import DeliveredEvents
 from tests.support.databases import Database
-from tests.support.postgres import OwnServer, Server, server_programs
+from tests.support.postgres import Server, start_own_server
 from tests.support.proxy import Proxy
 from tests.support.recorder import Recorder
 from tests.support.runners import until
@@ -357,7 +357,7 @@ def test_a_listening_connection_that_is_lost_is_made_again_and_what_was_missed_i
 @pytest.fixture
 def own_server() -> Iterator[Server]:
     """A server that a test may crash."""
-    server = OwnServer(server_programs())
+    server = start_own_server()
     yield server
     server.stop()
 

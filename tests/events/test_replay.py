@@ -29,7 +29,7 @@ from tests.support.recorder import Recorder
 from tests.support.runners import until
 
 Create = Callable[..., jobkit.Job]
-BEGINNING = "0-0"
+BEGINNING = "1-0"
 
 
 @pytest.fixture

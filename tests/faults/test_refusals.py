@@ -22,7 +22,7 @@ from jobkit.db.failures import contained, is_outage, refuses_values
 from jobkit.jobs.claims import MAX_RESCUES
 from tests.support.databases import Database, PostgresDatabase, SqliteDatabase
 from tests.support.invariants import violations
-from tests.support.postgres import OwnServer, Server, server_programs
+from tests.support.postgres import OwnServer, Server, start_own_server
 from tests.support.runners import Gate, note, only, seen, statuses, until
 
 Create = Callable[..., jobkit.Job]
@@ -278,7 +278,7 @@ def test_a_connection_that_stays_read_only_is_not_used_again(postgres_database: 
 
 @pytest.fixture(scope="module")
 def own_server() -> Iterator[OwnServer]:
-    server = OwnServer(server_programs())
+    server = start_own_server()
     yield server
     server.stop()
 

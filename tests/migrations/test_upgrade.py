@@ -12,10 +12,11 @@ import pytest
 import sqlalchemy as sa
 from alembic.migration import MigrationContext
 from alembic.operations import Operations
+from alembic.script import ScriptDirectory
 from sqlalchemy.orm import Session
 
 import jobkit
-from jobkit import migrations
+from jobkit import migrations, sse
 from jobkit.migrations import transaction
 from jobkit.tables import metadata
 from tests.support import seed, unmigrated
@@ -126,6 +127,59 @@ def test_a_table_of_the_hosts_that_refers_to_a_job_keeps_it_from_being_dropped(e
     with pytest.raises(jobkit.ConfigurationError, match="invoices"):
         migrations.downgrade(engine)
     assert schema_of(engine) == before
+
+
+# --- from 0.1
+
+
+@pytest.fixture
+def first(engine: sa.Engine) -> sa.Engine:
+    """A database of version 0.1, with a job."""
+    migrations._migrate(engine, None, "0001", up=True)
+    with Session(engine) as session, session.begin():
+        jobkit.JobStore(session).create("acme", job_type="note", input={"a": 1})
+    return engine
+
+
+def test_a_database_of_0_1_takes_jobs_and_says_what_it_needs_before_anything_runs(
+    first: sa.Engine, tmp_path: Path
+) -> None:
+    if first.dialect.name == "sqlite":
+        jobkit.configure_sqlite(first)
+    store, renderers = jobkit.AssetStore(tmp_path), jobkit.Renderers()
+    for call in (
+        lambda: jobkit.Runner(first, store, renderers).start(),
+        lambda: jobkit.Runner(first, store, renderers).run_until_idle(),
+        lambda: jobkit.Relay(first).start(),
+        lambda: sse.stream(first, "acme"),
+        lambda: jobkit.prune(first, older_than=0),
+    ):
+        with pytest.raises(jobkit.SchemaOutOfDate, match=r"content_job_epochs.*run jobkit migrate"):
+            call()
+    assert migrations.current(first) == "0001"
+    with Session(first) as session, session.begin():
+        jobkit.JobStore(session).create("acme", job_type="note")
+
+
+def test_a_database_of_0_1_is_upgraded_with_its_rows_and_back(first: sa.Engine, tmp_path: Path) -> None:
+    schema, rows = schema_of(first), rows_of(first)
+    migrations.upgrade(first)
+    assert migrations.current(first) == "0002"
+    whole = schema_of(first)
+    second = ScriptDirectory(str(Path(migrations.__file__).parent)).get_revision("0002").module
+    with first.begin() as connection:
+        second.downgrade(connection, None)
+    assert (schema_of(first), rows_of(first)) == (schema, rows)
+    with first.begin() as connection:
+        second.upgrade(connection, None)
+    assert schema_of(first) == whole
+    assert rows_of(first) == rows | {"content_job_epochs": []}
+    if first.dialect.name == "sqlite":
+        jobkit.configure_sqlite(first)
+    assert render_one(first, tmp_path).status == "done"
+    migrations.downgrade(first)
+    migrations.upgrade(first)
+    assert schema_of(first) == whole
 
 
 # --- whose transaction

@@ -160,6 +160,7 @@ def test_a_job_that_is_unknown_or_anothers_is_404_and_holds_nothing(site: Site, 
 HOSTILE = [
     "x\ndata: evil\n\n", "1", "-1", "0-", "0x1-1", "1-1-1", "9" * 500, "9999999999999999999-9999999999999999999",
     "<script>", "\0", "\ud800", "٣-٣", "0190163d-8694-739b-aea5-966c26f8ad90.1", "content_job.done", " 0-0", "0-0 ",
+    "0-0",
 ]  # fmt: skip
 
 

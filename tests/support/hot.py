@@ -16,6 +16,7 @@ from jobkit.assets.intents import Intent
 from jobkit.base.clock import utcnow
 from jobkit.db.dialects import statements_for
 from jobkit.db.dialects.base import ClaimTerms, Dialect, DueKey, Position, Start
+from jobkit.db.logs import log_of
 from jobkit.events import log
 from jobkit.events.hub import subscribers
 from jobkit.events.watch import Watcher
@@ -157,7 +158,10 @@ HOT: dict[str, Callable[[Host], object]] = {
         h.connection, *place(h), [{"job": job_id(n).hex, "seq": 3, "queued": True} for n in ENDED[-9:]]
     ),
     "of_company": lambda h: h.statements.of_company(h.connection, *place(h), "c1", 500),
-    "of_company, from afar": lambda h: h.statements.of_company(h.connection, Position(0, 0), place(h)[1], "c1", 500),
+    "of_company, from afar": lambda h: h.statements.of_company(h.connection, Position(1, 0), place(h)[1], "c1", 200),
+    "of_company, of few events": lambda h: h.statements.of_company(
+        h.connection, Position(1, 0), place(h)[1], "who has none", 500
+    ),
     "log_begins": lambda h: h.statements.log_begins(h.connection),
     "existing": lambda h: log.existing(h.connection, [(n, job_id(n)) for n in range(1, 20)]),
     "watch, state": watched,
@@ -188,6 +192,7 @@ def paths(engine: sa.Engine, folder: Path) -> dict[str, Paths]:
 
 def _each(engine: sa.Engine, assets: AssetStore, *, prepared: bool = False) -> dict[str, Paths]:
     found = {}
+    log_of(engine)  # once for each engine
     for name, send in HOT.items():
         with engine.connect() as connection, explained(engine, prepared=prepared) as found[name]:
             send(Host(connection, engine, assets))

@@ -13,7 +13,8 @@ import sqlalchemy as sa
 from jobkit.tables import metadata
 from tests.support.sent import hearing
 
-TABLES = set(metadata.tables)
+# One of the tables has a row for each server that the log has been on: how that is read is no matter.
+TABLES = set(metadata.tables) - {"content_job_epochs"}
 
 
 class Paths(dict[str, float]):

@@ -76,31 +76,34 @@ class OwnServer(Server):
 
     def __init__(self, programs: Path, settings: Sequence[str] = QUICK) -> None:
         self._settings = settings
-        self._folder = Path(tempfile.mkdtemp(prefix="jobkit-postgres-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="jobkit-postgres-"))
         self._process: subprocess.Popen[bytes] | None = None
         self._as: dict[str, Any] = {}
         if os.geteuid() == 0:
             self._as = {"user": UNPRIVILEGED, "group": _group(), "extra_groups": []}
-            os.chown(self._folder, _user(), _group())
+            os.chown(self.folder, _user(), _group())
         self._data = self._data_folder()
         atexit.register(self.stop)
         self._programs = self._reachable(programs)
-        self._run("initdb", "-D", str(self._data), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale")
+        self._make_data(self._data)
         self.port = _free_port()
         super().__init__(f"postgresql+psycopg://postgres@127.0.0.1:{self.port}/postgres")
         self.start()
 
+    def _make_data(self, folder: Path) -> None:
+        self.run("initdb", "-D", str(folder), "-U", "postgres", "-A", "trust", "-E", "UTF8", "--no-locale")
+
     def start(self) -> None:
         """Start the server and wait until it answers."""
-        options = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self._folder)]
+        options = ["-p", str(self.port), "-h", "127.0.0.1", "-k", str(self.folder)]
         settings = [word for setting in (*self._settings, "max_connections=200") for word in ("-c", setting)]
-        with (self._folder / "log").open("ab") as log:
+        with (self.folder / "log").open("ab") as log:
             command = [str(self._programs / "postgres"), "-D", str(self._data), *options, *settings]
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self._folder, **self._as)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd=self.folder, **self._as)
         deadline = time.monotonic() + START_DEADLINE
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PostgreSQL did not start:\n{(self._folder / 'log').read_text()[-2000:]}")
+                raise RuntimeError(f"PostgreSQL did not start:\n{(self.folder / 'log').read_text()[-2000:]}")
             time.sleep(0.05)
 
     def crash(self) -> None:
@@ -116,7 +119,7 @@ class OwnServer(Server):
         if self._process is not None:
             super().stop()
         self._signal(signal.SIGINT)
-        for folder in (self._data, self._folder):
+        for folder in (self._data, self.folder):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _signal(self, number: int) -> None:
@@ -139,7 +142,7 @@ class OwnServer(Server):
 
     def _data_folder(self) -> Path:
         if self._settings != QUICK or not MEMORY.is_dir() or shutil.disk_usage(MEMORY).free < ROOM:
-            return self._folder / "data"
+            return self.folder / "data"
         folder = Path(tempfile.mkdtemp(prefix="jobkit-postgres-", dir=MEMORY))
         if self._as:
             os.chown(folder, _user(), _group())
@@ -151,8 +154,8 @@ class OwnServer(Server):
             return programs
         package = programs.parents[1]
         for part in (package, package.parent / f"{package.name}.libs"):
-            shutil.copytree(part, self._folder / part.name)
-        return self._folder / package.name / programs.relative_to(package)
+            shutil.copytree(part, self.folder / part.name)
+        return self.folder / package.name / programs.relative_to(package)
 
     def _succeeds(self, program: Path) -> bool:
         try:
@@ -161,11 +164,33 @@ class OwnServer(Server):
             return False
         return run.returncode == 0
 
-    def _run(self, program: str, *arguments: str) -> None:
+    def run(self, program: str, *arguments: str) -> str:
+        """What a program that comes with the server prints."""
         command = [str(self._programs / program), *arguments]
-        run = subprocess.run(command, capture_output=True, text=True, cwd=self._folder, check=False, **self._as)
+        run = subprocess.run(command, capture_output=True, text=True, cwd=self.folder, check=False, **self._as)
         if run.returncode:
             raise RuntimeError(f"{program} failed: {run.stderr.strip()}")
+        return run.stdout
+
+
+class Standby(OwnServer):
+    """A copy of another server as it is now, which only reads, and hears nothing more, until ``promote``."""
+
+    def __init__(self, primary: OwnServer) -> None:
+        self._primary = primary
+        super().__init__(primary._programs)
+
+    def _make_data(self, folder: Path) -> None:
+        origin = ["-h", "127.0.0.1", "-p", str(self._primary.port), "-U", "postgres"]
+        self.run("pg_basebackup", "-D", str(folder), *origin, "-c", "fast", "-X", "stream")
+        standby = folder / "standby.signal"
+        standby.touch()
+        if self._as:
+            os.chown(standby, _user(), _group())
+
+    def promote(self) -> None:
+        """Make it a server of its own. Returns when it writes."""
+        self._execute("SELECT pg_promote()")
 
 
 def start_server(settings: Sequence[str] = QUICK) -> Server:
@@ -181,9 +206,11 @@ def start_server(settings: Sequence[str] = QUICK) -> Server:
     raise RuntimeError(HELP + ("; ".join(tried) or "nothing was found"))
 
 
-def server_programs() -> Path:
-    """The folder of the server programs that a test may start servers of its own with."""
-    return next(iter(_found()))
+def start_own_server(settings: Sequence[str] = QUICK) -> OwnServer:
+    """As ``start_server``, one that this process starts, whatever was given."""
+    for programs in _found():
+        return OwnServer(programs, settings)
+    raise RuntimeError(HELP + "nothing was found")
 
 
 def _found() -> Iterator[Path]:

@@ -28,6 +28,11 @@ class Proxy:
             for flowing, _, _ in self._pairs:
                 flowing.clear()
 
+    def turn(self, host: str, port: int) -> None:
+        """Lead new connections to another server, and end those there are."""
+        self._target = host, port
+        self._end()
+
     def resume(self) -> None:
         """Carry what new connections send again, and what the silent ones held back."""
         with self._lock:
@@ -48,6 +53,9 @@ class Proxy:
             self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._listener.close()
         self.resume()
+        self._end()
+
+    def _end(self) -> None:
         with self._lock:
             for _, *ends in self._pairs:
                 for end in ends:

@@ -12,13 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
+
 from jobkit import migrations
 from jobkit.base.text import without_secrets
 from jobkit.cli import logs
 from jobkit.cli.app import add_app, add_source, engine_of, load
 from jobkit.cli.hearing import Bell, Speaker
+from jobkit.db.logs import log_of
 from jobkit.errors import ConfigurationError
 from jobkit.runner.runner import Runner
+from jobkit.tables import content_job_events
 
 # Exit status of a worker that left jobs to others: sysexits' EX_TEMPFAIL.
 PUT_BACK = 75
@@ -71,10 +75,22 @@ def _migrate(options: argparse.Namespace) -> int:
     logs.configure(options)
     before = migrations.current(engine, schema=options.schema)
     (migrations.downgrade if options.downgrade else migrations.upgrade)(engine, schema=options.schema)
+    if not options.downgrade:
+        _settle(engine.execution_options(schema_translate_map={None: options.schema}) if options.schema else engine)
     after = migrations.current(engine, schema=options.schema)
     change = ", nothing to do" if before == after else f" -> {after or 'no tables'}"
     print(f"{without_secrets(engine.url.render_as_string(hide_password=True))}: {before or 'no tables'}{change}")
     return 0
+
+
+def _settle(engine: sa.Engine) -> None:
+    """Write down that the event log has come from another server, before those who may not. Not of an empty log, into
+    which one may be restored yet.
+    """
+    with engine.connect() as connection:
+        if connection.execute(sa.select(content_job_events.c.id).limit(1)).first() is None:
+            return
+    log_of(engine)
 
 
 def _work(options: argparse.Namespace) -> int:

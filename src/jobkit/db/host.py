@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -12,7 +11,7 @@ import sqlalchemy as sa
 from jobkit.base.ids import ANY_COMPANY, CompanyId, CompanyScope, company_text
 from jobkit.base.text import is_storable
 from jobkit.db.connections import ENOUGH, pool_limit
-from jobkit.db.sqlite import is_memory, require_configured
+from jobkit.db.sqlite import require_configured
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.tables import assets, content_jobs, metadata
 
@@ -142,17 +141,6 @@ def of_company(column: sa.Column[str], company_id: CompanyId) -> sa.ColumnElemen
 def in_scope(column: sa.Column[str], company_id: CompanyScope) -> sa.ColumnElement[bool]:
     """As ``of_company``; true of every row for ``ANY_COMPANY``."""
     return sa.true() if company_id is ANY_COMPANY else of_company(column, company_id)
-
-
-def log_key(engine: sa.Engine) -> str:
-    """A key for the event log of ``engine``'s database and schema, the same for all engines of this process on it."""
-    url, kind = engine.url, engine.dialect.name
-    schema = (engine.get_execution_options().get("schema_translate_map") or {}).get(None)
-    if is_memory(engine) or not (url.host or url.database or url.query):  # the latter: create_engine(creator=...)
-        return f"{kind}:{id(engine.dialect)}:{schema}"
-    if kind == "sqlite":
-        return f"{kind}:{os.path.realpath(url.database or '')}:{schema}"
-    return f"{kind}:{url.host}:{url.port}:{url.database}:{sorted(url.query.items())}:{schema}"
 
 
 # PostgreSQL's undefined_table, undefined_column and invalid_schema_name.

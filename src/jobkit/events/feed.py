@@ -25,10 +25,21 @@ from jobkit.base.text import error_message
 from jobkit.base.threads import Periodic
 from jobkit.db.connections import DedicatedConnection, abort_overdue
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import EventRow, Position
+from jobkit.db.dialects.base import EventRow
+from jobkit.db.dialects.position import EPOCH, Position
 from jobkit.db.sqlite import FileWatch
 from jobkit.events.hints import Listener
-from jobkit.events.log import DeliveredEvents, FeedReader, History, Replay, event_of, in_order, may_run, safe_cursors
+from jobkit.events.log import (
+    DeliveredEvents,
+    FeedReader,
+    History,
+    Replay,
+    event_of,
+    existing,
+    in_order,
+    may_run,
+    safe_cursors,
+)
 from jobkit.events.own_events import OwnEvents
 
 logger = logging.getLogger("jobkit")
@@ -93,6 +104,8 @@ class Feed:
         self._catching_up = 0
         self._thread: threading.Thread | None = None
         self._next_scan = self._last_scan = 0.0
+        # Whether another server may have taken the place of the one that answered before.
+        self._strange = False
         polls = (ACTIVE_POLL, IDLE_POLL) if self._statements.channels else (ACTIVE_SQLITE_POLL, IDLE_SQLITE_POLL)
         self._poll = AdaptivePoll(*polls, ACTIVE_FOR)
         self._backoff = Backoff()
@@ -172,6 +185,11 @@ class Feed:
             return self._wake.wait_for(lambda: self._own.are_done(accepted) or not self._alive(), timeout)
 
     @property
+    def log(self) -> str:
+        """The identity of the log it reads."""
+        return self._reader.history.log
+
+    @property
     def cursor(self) -> Position:
         """The position below which everything was delivered."""
         return self._reader.position.cursor
@@ -225,6 +243,7 @@ class Feed:
                 done = self._deliver_own(own)
                 if closing and not left:
                     break
+                self._recognise()
                 self._replay()
                 if left or time.monotonic() >= self._next_scan:
                     complete = self._scan(forced=left > 0)
@@ -276,8 +295,26 @@ class Feed:
     def _trouble(self, error: Exception) -> None:
         if self._backoff.failed():
             logger.error("the event log could not be read; signals are late: %s", error_message(error))
-        self._version = None
+        self._version, self._strange = None, True
         self._next_scan = time.monotonic() + self._backoff.pause
+
+    def _recognise(self) -> None:
+        """After trouble, make the cursor hold on the server that answers now: it may be a copy of the one before, such
+        as a standby, that lacks its last events. The last delivered event that it has was before them.
+        """
+        if not self._strange:
+            return
+        self._ask(self._statements.note_moves)
+        begins, position = self._ask(self._statements.log_begins), self._reader.position
+        if begins.epoch > position.cursor.epoch:
+            end, there = self._ask(self._statements.start).position, self._ask(existing, list(position.samples))
+            base = end.epoch * EPOCH
+            known = max((Position(base + xid, sample[0]) for sample, xid in there.items()), default=end)
+            here = Position(base + position.cursor.xid % EPOCH, position.cursor.id)
+            position.go_on(self._statements.start_after(min(here, known, end)))
+            self._replays.clear()
+            logger.warning("a copy of the database's server has taken its place, perhaps without its last events")
+        self._strange = False
 
     # --- events of this process
 
@@ -290,6 +327,7 @@ class Feed:
         position, delivered = self._reader.position, self._reader.history.events
         fresh = [row for row in own if position.is_due(row) and row not in delivered]
         try:
+            self._recognise()
             earlier = self._reader.earlier(self._ask, fresh, queued=self._catching_up > 0)
         except Exception as error:
             self._trouble(error)

@@ -16,12 +16,14 @@ import sqlalchemy as sa
 from jobkit.base.ids import CompanyId, require_company_id
 from jobkit.base.text import error_message
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import EventRow, Position, Start
+from jobkit.db.dialects.base import EventRow, Start
+from jobkit.db.dialects.position import Position
 from jobkit.db.failures import may_pass
+from jobkit.db.logs import log_of
 from jobkit.events import hub
 from jobkit.events.hub import Subscriber, Wake
 from jobkit.events.log import Ask, LogReader, event_of, in_order, require_whole, safe_cursors
-from jobkit.events.relay import running_feed
+from jobkit.events.relay import feed_of
 from jobkit.types import JobEvent
 
 logger = logging.getLogger("jobkit")
@@ -42,12 +44,13 @@ class Follower(Subscriber):
     def after(cls, engine: sa.Engine, company_id: CompanyId, cursor: str | None, *, wake: Wake) -> Self:
         """One that begins after ``cursor``, or now. Blocks on the database; ``ValueError``, ``EventsPruned``."""
         owner, statements = require_company_id(company_id), statements_for(engine)
-        if cursor is None:
-            with engine.connect() as connection:
-                return cls(engine, owner, statements.start(connection), wake=wake)
-        position = Position.parse(cursor)
-        require_whole(engine, position)
-        return cls(engine, owner, statements.start_after(position), wake=wake)
+        log_of(engine)
+        position = None if cursor is None else Position.parse(cursor)
+        with engine.connect() as connection:
+            start = statements.start(connection)
+            if position is not None:
+                start = statements.start_after(require_whole(connection, position))
+        return cls(engine, owner, start, wake=wake)
 
     @property
     def cursor(self) -> str:
@@ -58,7 +61,8 @@ class Follower(Subscriber):
         """The next events, each with a cursor after which none is missed; ``wake`` is called when there may be more.
         Empty when there are none, or the database is away.
 
-        Blocks on the database only at first, and when more had come than are kept.
+        Blocks on the database only at first, and when more had come than are kept. ``EventsPruned`` when some may be
+        gone with the server that had them: then ``begin_anew``.
         """
         while self._behind():
             try:
@@ -76,9 +80,17 @@ class Follower(Subscriber):
             heard, self._heard = self._heard, []
         return list(self._live(heard))
 
+    def begin_anew(self) -> None:
+        """Go on from now, without what came before. Blocks on the database."""
+        with self._engine.connect() as connection:
+            start = statements_for(connection).start(connection)
+        with self._lock:
+            self._reader = CompanyReader(self._engine, start, self._company)
+            self._safe, self._missed, self._reading = start.position, True, False
+
     def advance(self) -> bool:
         """Move the cursor past events of others that were delivered meanwhile; whether it moved. Needs no database."""
-        feed = running_feed(self._engine)
+        feed = feed_of(self.log)
         if feed is None:
             return False
         cursor, before = feed.cursor, self._safe
@@ -100,6 +112,8 @@ class Follower(Subscriber):
         position = self._reader.position
         with self._engine.connect() as connection:
             batch = self._reader.read(lambda statement, *arguments: statement(connection, *arguments), hub.PAGE)
+            if batch.end.epoch > position.cursor.epoch:  # another server has taken the place of the one before
+                require_whole(connection, position.cursor)
         # Events that commit between two pages, below the position of the second, are heard, and given after the pages.
         self._horizon = horizon = self._horizon or batch.end
         due = in_order([*batch.earlier, *batch.fresh])

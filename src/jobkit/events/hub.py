@@ -15,7 +15,7 @@ from jobkit.base.forks import reset_in_children
 from jobkit.base.logs import job_fields
 from jobkit.base.text import error_message
 from jobkit.db.failures import may_pass
-from jobkit.db.host import log_key
+from jobkit.db.logs import log_of
 from jobkit.events.relay import Relay
 from jobkit.tables import content_jobs
 from jobkit.types import JobEvent, JobStatus
@@ -43,17 +43,27 @@ class Subscriber:
     def __init__(self, engine: sa.Engine, *, wake: Wake, job_id: UUID | None = None, company_id: str = "") -> None:
         """Hears of one job, or of one company."""
         self._relay, self._engine, self._wake = Relay(engine), engine, wake
-        self.log, self.job_id = log_key(engine), job_id
-        #: The events it hears of; see ``Hub``.
-        self.key = job_id or (self.log, company_id)
+        self.job_id, self._company = job_id, company_id
+        #: The identity of the log, once the database was asked.
+        self.log = ""
         self._lock = threading.Lock()
         self._heard: list[JobEvent] = []
         self._missed = False
+
+    @property
+    def key(self) -> object:
+        """The events it hears of; see ``Hub``."""
+        return self.job_id or (self.log, self._company)
+
+    def find_log(self) -> None:
+        """Ask which log this is, before its positions mean anything. Blocks on the database, the first time."""
+        self.log = self.log or log_of(self._engine)
 
     def subscribe(self) -> None:
         """Hear from now on. Blocks on the database; what it raises leaves nothing open."""
         try:
             self._relay.start()
+            self.find_log()
             subscribers.add(self)
         except BaseException:
             self.close()

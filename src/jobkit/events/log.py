@@ -12,7 +12,8 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import EventRow, Position, Start
+from jobkit.db.dialects.base import EventRow, Start
+from jobkit.db.dialects.position import EPOCH, Position
 from jobkit.errors import EventsPruned
 from jobkit.tables import content_job_events
 from jobkit.types import JobEvent
@@ -21,6 +22,8 @@ from jobkit.types import JobEvent
 REMEMBERED_JOBS = 10_000
 # ``queued`` events, and events delivered without a feed, that are remembered beyond the feed.
 REMEMBERED_EVENTS = 10_000
+# Delivered events among which a copy of the server is looked through for the last that it has.
+REMEMBERED_SAMPLES = 500
 # Ranges of ended readers, each with up to ``REMEMBERED_EVENTS`` events delivered beyond its cursor.
 REMEMBERED_RANGES = 20
 
@@ -47,7 +50,9 @@ class DeliveredRange(NamedTuple):
         if row.id in self.ahead:
             return True
         position = Position(row.xid, row.id)
-        return self.start.position < position <= self.end and not _visible(row.xid, self.start.snapshot)
+        if not self.start.position < position <= self.end:
+            return False
+        return not _visible(row.xid - self.start.position.epoch * EPOCH, self.start.snapshot)
 
 
 class DeliveredEvents:
@@ -90,8 +95,8 @@ class ReadPosition:
         self.start, self.cursor = start, start.position
         #: Ids of events delivered beyond the cursor: a scan skips them.
         self.delivered_ahead: set[int] = set()
-        #: Id and job of the last event delivered.
-        self.sample: tuple[int, UUID] | None = None
+        #: Id and job of the last events delivered.
+        self.samples: deque[tuple[int, UUID]] = deque(maxlen=REMEMBERED_SAMPLES)
         self._last: OrderedDict[UUID, int] = OrderedDict()
 
     def is_due(self, row: EventRow) -> bool:
@@ -111,7 +116,7 @@ class ReadPosition:
     def mark_delivered(self, rows: Sequence[EventRow]) -> None:
         """``rows`` are being delivered now."""
         for row in rows:
-            self.sample = row.id, row.job_id
+            self.samples.append((row.id, row.job_id))
             self._last[row.job_id] = max(row.seq, self._last.get(row.job_id, 0))
             self._last.move_to_end(row.job_id)
         while len(self._last) > REMEMBERED_JOBS:
@@ -119,10 +124,15 @@ class ReadPosition:
 
     def delivered_range(self) -> DeliveredRange | None:
         """What was delivered so far; None for nothing."""
-        if self.sample is None:
+        if not self.samples:
             return None
         ahead = frozenset(sorted(self.delivered_ahead)[-REMEMBERED_EVENTS:])
-        return DeliveredRange(self.start, self.cursor, ahead, self.sample)
+        return DeliveredRange(self.start, self.cursor, ahead, self.samples[-1])
+
+    def go_on(self, start: Start) -> None:
+        """Read on from ``start``, on a copy of the server, where other events may have the ids of delivered ones."""
+        self.start, self.cursor = start, start.position
+        self.delivered_ahead.clear()
 
 
 class Batch(NamedTuple):
@@ -292,11 +302,13 @@ def event_of(row: EventRow, cursor: Position) -> JobEvent:
     return JobEvent(row.id, row.seq, str(cursor), row.company_id, row.type, row.job_id, row.created_at, row.payload)
 
 
-def existing(connection: sa.Connection, samples: Sequence[tuple[int, UUID]]) -> set[tuple[int, UUID]]:
-    """Of these events, by id and job, those that are in the log."""
+def existing(connection: sa.Connection, samples: Sequence[tuple[int, UUID]]) -> dict[tuple[int, UUID], int]:
+    """Of these events, by id and job, those that are in the log, with the number in their row's ``xid``."""
     c = content_job_events.c
-    found = connection.execute(sa.select(c.id, c.job_id).where(c.id.in_([event_id for event_id, _ in samples])))
-    return {(row.id, row.job_id) for row in found} & set(samples)
+    ids = [event_id for event_id, _ in samples]
+    found = connection.execute(sa.select(c.id, c.job_id, c.xid).where(c.id.in_(ids)))
+    wanted = set(samples)
+    return {(row.id, row.job_id): row.xid or 0 for row in found if (row.id, row.job_id) in wanted}
 
 
 def may_run(row: EventRow) -> bool:
@@ -304,14 +316,13 @@ def may_run(row: EventRow) -> bool:
     return row.type in ("content_job.queued", "content_job.retrying")
 
 
-def require_whole(engine: sa.Engine, after: Position | None) -> None:
-    """``EventsPruned`` unless every event after this position is in the log."""
-    if after is None:
-        return
-    statements = statements_for(engine)
-    with engine.connect() as connection:
-        begins, ends = statements.log_begins(connection), statements.start(connection).position
+def require_whole(connection: sa.Connection, cursor: Position) -> Position:
+    """The position of this cursor; ``EventsPruned`` unless every event after it is in the log."""
+    statements = statements_for(connection)
+    after = statements.place(cursor)
+    begins, ends = statements.log_begins(connection), statements.start(connection).position
     if after < begins:
-        raise EventsPruned(str(after), "older ones were removed from the log")
+        raise EventsPruned(str(cursor), "older ones were removed from the log")
     if after > ends:
-        raise EventsPruned(str(after), f"the log ends at {ends}, so the cursor is another log's")
+        raise EventsPruned(str(cursor), f"the log ends at {ends}, so the cursor is another log's")
+    return after

@@ -9,8 +9,10 @@ import sqlalchemy as sa
 
 from jobkit import signals
 from jobkit.base.forks import reset_in_children
-from jobkit.db.dialects.base import EventRow, Position
-from jobkit.db.host import leave_connections, log_key, refuse_inherited, require_schema, sync_engine
+from jobkit.db.dialects.base import EventRow
+from jobkit.db.dialects.position import Position
+from jobkit.db.host import leave_connections, refuse_inherited, require_schema, sync_engine
+from jobkit.db.logs import known_log, log_of
 from jobkit.db.sqlite import is_memory
 from jobkit.errors import ConfigurationError
 from jobkit.events.feed import Feed
@@ -50,7 +52,8 @@ class Relay:
     def __init__(self, engine: sa.Engine, *, after: str | None = None) -> None:
         self.engine = sync_engine(engine)
         self._after = None if after is None else Position.parse(after)
-        self._held = self._inherited = False
+        self._feed: Feed | None = None
+        self._inherited = False
         reset_in_children(self)
 
     def start(self) -> Self:
@@ -60,22 +63,21 @@ class Relay:
         """
         refuse_inherited(self.engine, self._inherited)
         with _shared.lock:
-            if not self._held:
-                acquire(self.engine, self._after)
-                self._held = True
+            if self._feed is None:
+                self._feed = acquire(self.engine, self._after)
         return self
 
     def stop(self, timeout: float = 5.0) -> None:
         """No more signals, unless another relay or runner of this database is started. Waits for a running receiver."""
         with _shared.lock:
-            held, self._held = self._held, False
-        if held:
-            release(self.engine, timeout)
+            feed, self._feed = self._feed, None
+        if feed is not None:
+            release(feed, timeout)
 
     def _after_fork(self) -> None:
         """Be as if never started: called in a forked child, whose ``start`` then begins anew."""
         leave_connections(self.engine)
-        self._inherited, self._held = self._held or self._inherited, False
+        self._inherited, self._feed = self._feed is not None or self._inherited, None
 
     def __enter__(self) -> Self:
         return self.start()
@@ -93,30 +95,32 @@ def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
             f"{type(engine.pool).__name__} gives one connection to several users at once, who would commit each "
             "other's transactions: leave poolclass= out of create_engine"
         )
-    key = log_key(engine)
+    log = log_of(engine)
     with _shared.lock:
-        feed, count = _shared.feeds.get(key, (None, 0))
+        feed, count = _shared.feeds.get(log, (None, 0))
         if feed is None:
             require_schema(engine)
-            require_whole(engine, after)
-            feed = Feed(engine, _shared.delivered, key, after)
+        place = None
+        if after is not None:
+            with engine.connect() as connection:
+                place = require_whole(connection, after)
+        if feed is None:
+            feed = Feed(engine, _shared.delivered, log, place)
             feed.start()
-        elif after is not None:
-            require_whole(engine, after)
-            feed.replay(after)
-        _shared.feeds[key] = feed, count + 1
+        elif place is not None:
+            feed.replay(place)
+        _shared.feeds[log] = feed, count + 1
         return feed
 
 
-def release(engine: sa.Engine, timeout: float) -> None:
+def release(feed: Feed, timeout: float) -> None:
     """Count once less; the last one ends the feed. Returns when what was published is delivered, or at the timeout."""
-    key = log_key(engine)
     with _shared.lock:
-        feed, count = _shared.feeds[key]
+        _, count = _shared.feeds[feed.log]
         if count > 1:
-            _shared.feeds[key] = feed, count - 1
+            _shared.feeds[feed.log] = feed, count - 1
         else:
-            del _shared.feeds[key]
+            del _shared.feeds[feed.log]
     if count > 1:
         feed.flush(timeout)
     else:
@@ -124,12 +128,21 @@ def release(engine: sa.Engine, timeout: float) -> None:
 
 
 def running_feed(engine: sa.Engine) -> Feed | None:
-    """The feed of ``engine``'s database, when this process has one."""
+    """The feed of ``engine``'s log, when this process has one. Asks the database which log that is when it has not been
+    asked before and this process has some feed.
+    """
+    if not _shared.feeds:
+        return None
+    return feed_of(log_of(engine))
+
+
+def feed_of(log: str) -> Feed | None:
+    """The feed of this log, when this process has one. Never blocks on the database."""
     with _shared.lock:
-        found = _shared.feeds.get(log_key(engine))
+        found = _shared.feeds.get(log)
     return found[0] if found else None
 
 
 def deliver_here(engine: sa.Engine, rows: list[EventRow], cursor: Position) -> None:
     """Signals for events this process just committed while it has no feed, in the calling thread."""
-    signals.deliver((event_of(row, cursor) for row in _shared.delivered.add(rows)), log_key(engine))
+    signals.deliver((event_of(row, cursor) for row in _shared.delivered.add(rows)), known_log(engine))

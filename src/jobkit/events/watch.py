@@ -81,6 +81,7 @@ class Watcher(Subscriber):
 
     def read(self) -> JobState:
         """The state now. Blocks on the database; ``JobNotFound``."""
+        self.find_log()
         with self._engine.connect() as connection:
             cursor = str(statements_for(connection).start(connection).position)
             job = JobStore(connection).get_by_id(self._requested, company_id=self._company_id)

@@ -138,7 +138,8 @@ def _names(columns: Iterable[str], expected: Iterable[str], optional: Iterable[s
 
 def _key(inspector: sa.Inspector, table: sa.Table) -> list[str]:
     key = inspector.get_pk_constraint(table.name, schema=table.schema)
-    return [] if key["constrained_columns"] == ["id"] else ["its primary key is not id"]
+    names = [column.name for column in table.primary_key]
+    return [] if key["constrained_columns"] == names else [f"its primary key is not {', '.join(names)}"]
 
 
 def _taken(inspector: sa.Inspector, table: sa.Table) -> list[str]:

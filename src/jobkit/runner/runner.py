@@ -23,7 +23,8 @@ from jobkit.base.text import error_message
 from jobkit.base.threads import InlinePool
 from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import EventRow, Position, Start
+from jobkit.db.dialects.base import EventRow, Start
+from jobkit.db.dialects.position import Position
 from jobkit.db.failures import is_outage
 from jobkit.db.host import leave_connections, refuse_inherited, require_pool, require_schema, sync_engine
 from jobkit.db.sqlite import is_memory, refuse_deadlock
@@ -124,8 +125,11 @@ class Runner:
         refuse_deadlock(self.engine, "submit", "use JobStore(session).create in it, then dispatch after the commit")
         request = JobRequest(job_type, input, source_task_id, run_at, priority, idempotency_key)
         position = Position(0, 0)
+        feed = relay.running_feed(self.engine)
         with self.engine.begin() as connection:
-            if relay.running_feed(self.engine) is None and signals.any_receivers():
+            if feed is not None:
+                position = feed.cursor
+            elif signals.any_receivers():
                 position = statements_for(connection).start(connection).position
             store = JobStore(connection, clock=self._settings.clock)
             job, event_id = store.insert(company_id, request)
@@ -209,7 +213,7 @@ class Runner:
                     self._running, started = running, True
         finally:
             if not started:
-                relay.release(self.engine, DELIVERY_WAIT)
+                relay.release(feed, DELIVERY_WAIT)
 
     def stop(self, timeout: timedelta | float = 30.0) -> bool:
         """Claim nothing more, let the jobs in flight end, deliver their events. Not started: nothing happens.
@@ -236,7 +240,7 @@ class Runner:
             with self._lock:
                 self._ending = None
                 self._past += running.metrics()
-            relay.release(self.engine, DELIVERY_WAIT)
+            relay.release(running.feed, DELIVERY_WAIT)
 
     @property
     def failure(self) -> str | None:
@@ -292,7 +296,7 @@ class Runner:
                     with self._lock:
                         self._past += mine.metrics()
         finally:
-            relay.release(self.engine, DELIVERY_WAIT)
+            relay.release(feed, DELIVERY_WAIT)
 
     def rescue(self) -> RescueReport:
         """Take the jobs of lost workers, whose leases are over, back into the queue; blocks on the database.
@@ -305,7 +309,7 @@ class Runner:
         try:
             report = self._rescue(feed)
         finally:
-            relay.release(self.engine, DELIVERY_WAIT)
+            relay.release(feed, DELIVERY_WAIT)
         running = self._running
         if report.queued and running is not None:
             running.wake()

@@ -38,7 +38,7 @@ class Supervisor:
     def __init__(self, settings: Settings, feed: Feed) -> None:
         """``feed`` delivers what is committed here."""
         engine, lease, self._db_timeout = settings.engine, settings.lease, settings.db_timeout
-        self._settings, self._feed = settings, feed
+        self._settings, self.feed = settings, feed
         feed.hurry(self._db_timeout)
         self._past = RunnerMetrics()
         self._stopping = False
@@ -64,7 +64,7 @@ class Supervisor:
     def start(self) -> None:
         """Start every thread."""
         self._spawn(self.pipeline)
-        self._unsubscribe = self._feed.on_jobs(self.wake)
+        self._unsubscribe = self.feed.on_jobs(self.wake)
         for timer in self._timers:
             timer.start()
 
@@ -115,16 +115,16 @@ class Supervisor:
             in_flight,
             render_pool=DaemonPool(self._settings.concurrency, "jobkit-render"),
             store_pool=DaemonPool(STORE_THREADS, "jobkit-store"),
-            on_commit=self._feed.publish,
+            on_commit=self.feed.publish,
         )
 
     def _new_keeper(self, in_flight: InFlight) -> LeaseKeeper:
         engine, lease, clock = self._settings.engine, self._settings.lease, self._settings.clock
-        return LeaseKeeper(engine, lease, in_flight, clock=clock, on_commit=self._feed.publish)
+        return LeaseKeeper(engine, lease, in_flight, clock=clock, on_commit=self.feed.publish)
 
     def _new_rescuer(self) -> Rescuer:
         lease, clock = self._settings.lease, self._settings.clock
-        return Rescuer(self._shared, lease=lease, clock=clock, on_commit=self._feed.publish, wake=self.wake)
+        return Rescuer(self._shared, lease=lease, clock=clock, on_commit=self.feed.publish, wake=self.wake)
 
     @property
     def _timers(self) -> list[Periodic]:

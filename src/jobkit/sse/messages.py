@@ -111,7 +111,11 @@ class CompanyMessages:
         return self.take()
 
     def take(self) -> bytes:
-        return b"".join(_message(_wire(event), id=event.cursor) for event in self._follower.take())
+        try:
+            return b"".join(_message(_wire(event), id=event.cursor) for event in self._follower.take())
+        except EventsPruned:
+            self._follower.begin_anew()
+            return _message({"reason": "pruned"}, event="resync", id=self._follower.cursor)
 
     def keep_alive(self) -> bytes:
         return _cursor(self._follower.cursor) if self._follower.advance() else b""

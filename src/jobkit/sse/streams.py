@@ -18,7 +18,7 @@ from jobkit.base.clock import seconds
 from jobkit.base.forks import reset_in_children
 from jobkit.base.ids import CompanyId, require_company_id
 from jobkit.base.loops import in_thread
-from jobkit.db.host import log_key
+from jobkit.db.logs import log_of
 from jobkit.events import hub
 from jobkit.events.hub import Wake
 from jobkit.events.iteration import LoopWaker, ThreadWaker, aiterate, iterate
@@ -165,7 +165,7 @@ class _Session:
             self._source = CompanyMessages.seek(engine, owner, last_event_id, wake)
         else:
             self._source = JobMessages.seek(engine, owner, job_id, last_event_id, wake)
-        self._engine, self._log, self._wake = engine, log_key(engine), wake
+        self._engine, self._log, self._wake = engine, log_of(engine), wake
         self._ended = False
         self._sent = time.monotonic()
         reset_in_children(self)

@@ -22,7 +22,8 @@ from jobkit.assets.store import AssetStore
 from jobkit.base.clock import Clock, utcnow
 from jobkit.base.loops import LoopThread
 from jobkit.base.text import error_message
-from jobkit.db.dialects.base import EventRow, Held, Position
+from jobkit.db.dialects.base import EventRow, Held
+from jobkit.db.dialects.position import Position
 from jobkit.db.host import writable
 from jobkit.errors import AssetNotFound, RenderInterrupted
 from jobkit.events.log import event_of

@@ -7,7 +7,6 @@ document, which both databases read as rows, with any driver.
 from __future__ import annotations
 
 import json
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -18,30 +17,13 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
+from jobkit.db.dialects.position import Position
 from jobkit.db.dialects.sql import Sql
 
 Document = list[dict[str, Any]]
-_CURSOR = re.compile(r"([0-9]{1,19})-([0-9]{1,19})", re.ASCII)
 # The row of the event log, of no job, that says up to where events were removed. No scan gives it.
 MARK = UUID(int=0)
 PRUNED = "pruned"
-
-
-class Position(NamedTuple):
-    """A place in the event log: everything at or below it has been read. ``xid`` is 0 on SQLite."""
-
-    xid: int
-    id: int
-
-    def __str__(self) -> str:
-        return f"{self.xid}-{self.id}"
-
-    @classmethod
-    def parse(cls, cursor: str) -> Position:
-        """The position that ``str()`` gave; ``ValueError`` for anything else."""
-        if not isinstance(cursor, str) or not (found := _CURSOR.fullmatch(cursor)):
-            raise ValueError(f"not a cursor of an event: {cursor!r:.80}")
-        return cls(int(found[1]), int(found[2]))
 
 
 class Start(NamedTuple):
@@ -306,8 +288,6 @@ class Events(ABC):
     #: A snapshot that no event of the log is visible in.
     nothing_visible = ""
 
-    _earlier: Sql
-
     @abstractmethod
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
         """Append one event; its id. ``notify``: hint at it when the transaction commits, where there is NOTIFY."""
@@ -316,9 +296,17 @@ class Events(ABC):
     def version(self, connection: sa.Connection) -> int:
         """Changes with every commit of others; while it is the same, a scan would find nothing. Cheaper than one."""
 
-    def log_file(self, connection: sa.Connection) -> str | None:
-        """The file that every commit writes to, if there is one."""
-        return None
+    @abstractmethod
+    def log_name(self, connection: sa.Connection) -> str | None:
+        """The identity of the log, the same through whichever engine; None when there is none, or it is in memory."""
+
+    @abstractmethod
+    def note_moves(self, connection: sa.Connection) -> None:
+        """Make positions hold although the log has come to another server since it was read last."""
+
+    @abstractmethod
+    def place(self, cursor: Position) -> Position:
+        """The position that a client means by a cursor."""
 
     @abstractmethod
     def start(self, connection: sa.Connection) -> Start:
@@ -346,12 +334,11 @@ class Events(ABC):
         position up to which no later commit can.
         """
 
+    @abstractmethod
     def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
         """Events of each job before its ``seq`` that lie beyond ``after``; with ``queued`` also the one just before, if
         that is ``queued``.
         """
-        values = {"jobs": json.dumps(jobs), "xid": after.xid, "id": after.id, "snapshot": start.snapshot}
-        return [EventRow(*row) for row in connection.execute(self._earlier(connection), values)]
 
 
 class Intents(ABC):

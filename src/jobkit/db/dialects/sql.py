@@ -25,7 +25,7 @@ class _Seconds(sa.types.TypeDecorator[float]):
 
 # The type of a parameter by its name; the others are text.
 _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
-    **dict.fromkeys(("id", "xid"), sa.BigInteger()),
+    **dict.fromkeys(("began", "epoch", "id", "upto", "xid"), sa.BigInteger()),
     **dict.fromkeys(("each", "limit", "max_rescues", "priority", "seq", "window"), sa.Integer()),
     **dict.fromkeys(("after", "before", "now", "run_at"), UtcDateTime()),
     **dict.fromkeys(("early", "grace", "hold", "lease"), _Seconds()),

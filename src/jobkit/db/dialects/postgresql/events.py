@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import MARK, EventRow, Position, Start
+from jobkit.db.dialects.base import MARK, Document, EventRow, Start
+from jobkit.db.dialects.position import EPOCH, Position
+from jobkit.db.dialects.postgresql import moves
+from jobkit.db.dialects.postgresql.moves import BASE
 from jobkit.db.dialects.sql import EVENT, Sql
 
 # Channels of NOTIFY, without payload: there may be jobs to run; the log has grown.
@@ -30,31 +34,40 @@ INSERT_EVENT_NOTIFY = Sql(
 FROM told"""
 )
 
-START = Sql("SELECT CAST(CAST(pg_snapshot_xmin(s) AS text) AS bigint), CAST(s AS text) FROM pg_current_snapshot() AS s")
+START = Sql(
+    f"SELECT CAST(CAST(pg_snapshot_xmin(s) AS text) AS bigint) + {BASE}, CAST(s AS text) FROM pg_current_snapshot() s"
+)
 # A scan reads the events below this transaction id; while it stays the same, there is nothing new.
 _HORIZON = "CAST(CAST(pg_snapshot_xmin(pg_current_snapshot()) AS text) AS bigint)"
-_SINCE_START = "NOT pg_visible_in_snapshot(CAST(CAST(xid AS text) AS xid8), CAST(:snapshot AS pg_snapshot))"
+_HERE = f"(SELECT {_HORIZON} AS horizon, {BASE} AS base) h"
+# Whether an event was not in the snapshot with which the reader began, in the epoch whose numbers begin at ``:began``.
+_SINCE_START = """CASE WHEN e.xid + h.base - :began < 3 THEN :snapshot = '1:1:'
+    ELSE NOT pg_visible_in_snapshot(
+        CAST(CAST(e.xid + h.base - :began AS text) AS xid8), CAST(:snapshot AS pg_snapshot)) END"""
+_EVENT = """e.id, e.xid + h.base AS xid, e.seq, e.company_id, e.type, e.job_id, e.created_at,
+    CAST(e.payload AS text) AS payload"""
 
 # Ids become visible out of order; below the oldest running transaction no event can appear: (xid, id) skips none.
 _NEXT = f"""
-SELECT h.horizon, e.* FROM (SELECT {_HORIZON} AS horizon) h LEFT JOIN LATERAL (
-    SELECT id, xid, seq, company_id, type, job_id, created_at, CAST(payload AS text) FROM {{s}}content_job_events
-    WHERE (xid, id) > (:xid, :id) AND {{which}} AND seq > 0 AND {_SINCE_START}
-    ORDER BY xid, id LIMIT :limit
+SELECT h.horizon + h.base, e.* FROM {_HERE} LEFT JOIN LATERAL (
+    SELECT {_EVENT} FROM {{s}}content_job_events e
+    WHERE (e.xid, e.id) > (:xid - h.base, :id) AND {{which}} AND e.seq > 0 AND {_SINCE_START}
+    ORDER BY e.xid, e.id LIMIT :limit
 ) e ON true
 ORDER BY e.xid, e.id
 """
 _NEXT_COLUMNS = (sa.column("horizon", sa.BigInteger()), *EVENT)
-SCAN = Sql(_NEXT.replace("{which}", "xid < h.horizon"), *_NEXT_COLUMNS)
-OF_COMPANY = Sql(_NEXT.replace("{which}", "company_id = :company"), *_NEXT_COLUMNS, company=sa.Text())
+SCAN = Sql(_NEXT.replace("{which}", "e.xid < h.horizon"), *_NEXT_COLUMNS)
+OF_COMPANY = Sql(_NEXT.replace("{which}", "e.company_id = :company"), *_NEXT_COLUMNS)
 
 # A job's row lock orders its transactions, so all events below a committed one are committed too.
 EARLIER = Sql(
     f"""
-SELECT e.id, e.xid, e.seq, e.company_id, e.type, e.job_id, e.created_at, CAST(e.payload AS text)
+SELECT {_EVENT}
 FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, seq int, queued boolean)
 JOIN {{s}}content_job_events e ON e.job_id = f.job AND e.seq < f.seq
-WHERE (e.xid, e.id) > (:xid, :id) AND {_SINCE_START}
+CROSS JOIN {_HERE}
+WHERE (e.xid, e.id) > (:xid - h.base, :id) AND {_SINCE_START}
     OR f.queued AND e.seq = f.seq - 1 AND e.type = 'content_job.queued'
 ORDER BY e.job_id, e.seq
 """,
@@ -78,8 +91,6 @@ class Events(base.Events):
     # No transaction has a number below 3.
     nothing_visible = "1:1:"
 
-    _earlier = EARLIER
-
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
         statement = INSERT_EVENT_NOTIFY if notify else INSERT_EVENT
         return int(connection.execute(statement(connection), values).scalar_one())
@@ -90,6 +101,15 @@ class Events(base.Events):
             cursor.execute(f"SELECT {_HORIZON}")
             found: Any = cursor.fetchone()
             return int(found[0])
+
+    def log_name(self, connection: sa.Connection) -> str | None:
+        return moves.log_name(connection)
+
+    def note_moves(self, connection: sa.Connection) -> None:
+        moves.note(connection)
+
+    def place(self, cursor: Position) -> Position:
+        return cursor
 
     def start(self, connection: sa.Connection) -> Start:
         xmin, snapshot = connection.execute(START(connection)).one()
@@ -102,8 +122,7 @@ class Events(base.Events):
     def scan(
         self, connection: sa.Connection, after: Position, start: Start, limit: int
     ) -> tuple[list[EventRow], Position]:
-        values = {"xid": after.xid, "id": after.id, "snapshot": start.snapshot, "limit": limit}
-        rows = connection.execute(SCAN(connection), values).all()
+        rows = connection.execute(SCAN(connection), {**_place(after, start), "limit": limit}).all()
         events = [EventRow(*row[1:]) for row in rows if row[1] is not None]
         if len(events) == limit:
             return events, Position(events[-1].xid, events[-1].id)
@@ -112,7 +131,16 @@ class Events(base.Events):
     def of_company(
         self, connection: sa.Connection, after: Position, start: Start, company_id: str, limit: int
     ) -> tuple[list[EventRow], Position]:
-        values = {"xid": after.xid, "id": after.id, "snapshot": start.snapshot, "company": company_id, "limit": limit}
+        values = {**_place(after, start), "company": company_id, "limit": limit}
         rows = connection.execute(OF_COMPANY(connection), values).all()
         events = [EventRow(*row[1:]) for row in rows if row[1] is not None]
         return events, Position(rows[0].horizon, 0)
+
+    def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
+        values = {**_place(after, start), "jobs": json.dumps(jobs)}
+        return [EventRow(*row) for row in connection.execute(EARLIER(connection), values)]
+
+
+def _place(after: Position, start: Start) -> dict[str, Any]:
+    """The parameters of a statement that reads on from ``after`` for a reader that began at ``start``."""
+    return {**after._asdict(), "snapshot": start.snapshot, "began": start.position.epoch * EPOCH}

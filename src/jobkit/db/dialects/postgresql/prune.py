@@ -9,7 +9,9 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, these
+from jobkit.db.dialects.base import MARK, PRUNED, PruneCounts, these
+from jobkit.db.dialects.position import Position
+from jobkit.db.dialects.postgresql.moves import BASE
 from jobkit.db.dialects.sql import OVER, Sql
 
 _JOBS = "ANY (ARRAY(SELECT CAST(jsonb_array_elements_text(CAST(:jobs AS jsonb)) AS uuid)))"
@@ -55,7 +57,7 @@ DELETE = Sql(
 WITH gone AS (
     DELETE FROM {{s}}content_jobs WHERE id = {_JOBS}
 ), told AS (
-    DELETE FROM {{s}}content_job_events WHERE job_id = {_JOBS} RETURNING COALESCE(xid, 0) AS xid, id
+    DELETE FROM {{s}}content_job_events WHERE job_id = {_JOBS} RETURNING COALESCE(xid, 0) + {BASE} AS xid, id
 ), files AS (
     DELETE FROM {{s}}assets WHERE job_id = {_JOBS} AND provider = :provider
     RETURNING company_id, provider, object_key

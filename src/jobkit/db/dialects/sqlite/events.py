@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import MARK, AppendedEvent, Document, EventRow, Position, Start
+from jobkit.db.dialects.base import MARK, AppendedEvent, Document, EventRow, Start
+from jobkit.db.dialects.position import Position
 from jobkit.db.dialects.sql import APPENDED, EVENT, Sql
 
 INSERT_EVENT = Sql(
@@ -33,7 +35,9 @@ RETURNING job_id, id, seq
 )
 
 START = Sql("SELECT COALESCE((SELECT seq FROM {s}sqlite_sequence WHERE name = 'content_job_events'), 0)")
-_COLUMNS = "id, 0 AS xid, seq, company_id, type, job_id, created_at, payload"
+# An id alone orders events, as one transaction writes at a time.
+XID = 1
+_COLUMNS = f"id, {XID} AS xid, seq, company_id, type, job_id, created_at, payload"
 
 SCAN = Sql(
     f"SELECT {_COLUMNS} FROM {{s}}content_job_events WHERE id > :id AND seq > 0 ORDER BY id LIMIT :limit", *EVENT
@@ -42,16 +46,16 @@ SCAN = Sql(
 OF_COMPANY = Sql(
     f"""
 SELECT {_COLUMNS} FROM {{s}}content_job_events
-WHERE id > :id AND company_id = :company AND seq > 0 ORDER BY id LIMIT :limit
+WHERE id > :id AND company_id = :company AND xid IS NULL AND seq > 0 ORDER BY id LIMIT :limit
 """,
     *EVENT,
 )
 
 EARLIER = Sql(
-    """
-SELECT e.id, 0 AS xid, e.seq, e.company_id, e.type, e.job_id, e.created_at, e.payload
+    f"""
+SELECT e.id, {XID} AS xid, e.seq, e.company_id, e.type, e.job_id, e.created_at, e.payload
 FROM json_each(:jobs) AS f
-JOIN {s}content_job_events e ON e.job_id = json_extract(f.value, '$.job') AND e.seq < json_extract(f.value, '$.seq')
+JOIN {{s}}content_job_events e ON e.job_id = json_extract(f.value, '$.job') AND e.seq < json_extract(f.value, '$.seq')
 WHERE e.id > :id
     OR json_extract(f.value, '$.queued') AND e.type = 'content_job.queued'
         AND e.seq = json_extract(f.value, '$.seq') - 1
@@ -72,8 +76,6 @@ WHERE job_id = '{MARK.hex}' AND seq = 0
 class Events(base.Events):
     """The event log on SQLite."""
 
-    _earlier = EARLIER
-
     def append_event(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int:
         return insert_event(connection, values)
 
@@ -82,24 +84,37 @@ class Events(base.Events):
         driver: Any = connection.connection.driver_connection
         return int(driver.execute("PRAGMA data_version").fetchone()[0])
 
-    def log_file(self, connection: sa.Connection) -> str | None:
+    def log_name(self, connection: sa.Connection) -> str | None:
         # The file as SQLite opened it, whatever the URL and the working directory are now.
+        schema = (connection.get_execution_options().get("schema_translate_map") or {}).get(None) or "main"
         driver: Any = connection.connection.driver_connection
-        files = {name: file for _, name, file in driver.execute("PRAGMA database_list")}
-        return f"{files['main']}-wal" if files.get("main") else None
+        file = {name: file for _, name, file in driver.execute("PRAGMA database_list")}.get(schema)
+        if not file:
+            return None
+        try:
+            found = os.stat(file)
+        except OSError:  # a virtual file system of the host's keeps it elsewhere
+            return f"sqlite:{file}"
+        return f"sqlite:{found.st_dev}:{found.st_ino}"
+
+    def note_moves(self, connection: sa.Connection) -> None:
+        """A file's positions are its ids, wherever it is."""
+
+    def place(self, cursor: Position) -> Position:
+        return Position(XID, cursor.id)
 
     def start(self, connection: sa.Connection) -> Start:
-        return Start(Position(0, connection.execute(START(connection)).scalar_one()), self.nothing_visible)
+        return Start(Position(XID, connection.execute(START(connection)).scalar_one()), self.nothing_visible)
 
     def log_begins(self, connection: sa.Connection) -> Position:
         row = connection.execute(LOG_BEGINS(connection)).one_or_none()
-        return Position(0, 0) if row is None else Position(0, row.id)
+        return Position(0, 0) if row is None else Position(XID, row.id)
 
     def scan(
         self, connection: sa.Connection, after: Position, start: Start, limit: int
     ) -> tuple[list[EventRow], Position]:
         events = [EventRow(*row) for row in connection.execute(SCAN(connection), {"id": after.id, "limit": limit})]
-        return events, Position(0, events[-1].id) if events else after
+        return events, Position(XID, events[-1].id) if events else after
 
     def of_company(
         self, connection: sa.Connection, after: Position, start: Start, company_id: str, limit: int
@@ -107,6 +122,10 @@ class Events(base.Events):
         values = {"id": after.id, "company": company_id, "limit": limit}
         horizon = self.start(connection).position
         return [EventRow(*row) for row in connection.execute(OF_COMPANY(connection), values)], horizon
+
+    def earlier(self, connection: sa.Connection, after: Position, start: Start, jobs: Document) -> Sequence[EventRow]:
+        values = {"id": after.id, "jobs": json.dumps(jobs)}
+        return [EventRow(*row) for row in connection.execute(EARLIER(connection), values)]
 
 
 def insert_event(connection: sa.Connection, values: Mapping[str, Any]) -> int:

@@ -9,7 +9,8 @@ from uuid import UUID
 import sqlalchemy as sa
 
 from jobkit.db.dialects import base
-from jobkit.db.dialects.base import MARK, PRUNED, Position, PruneCounts, these
+from jobkit.db.dialects.base import MARK, PRUNED, PruneCounts, these
+from jobkit.db.dialects.position import Position
 from jobkit.db.dialects.sql import OVER, Sql
 from jobkit.tables import SQLITE_NOW
 
