@@ -201,7 +201,8 @@ content_jobs = sa.Table(
 JOB_COLUMNS = tuple(column for column in content_jobs.columns if column.name != "error_detail")
 
 # Declared by columns, not as text: alembic cannot compare an index with text in it on SQLite.
-# Jobs that may run now, by company, so that a claim can go round the companies; and jobs that wait for a time.
+# Jobs that may run now and jobs that wait for a time, by company, so that a claim can go round the companies; and the
+# latter by time, to see whether one is due.
 sa.Index(
     "content_jobs_queued_idx",
     content_jobs.c.company_id,
@@ -213,9 +214,17 @@ sa.Index(
 )
 sa.Index(
     "content_jobs_scheduled_idx",
+    content_jobs.c.company_id,
     content_jobs.c.priority.desc(),
     content_jobs.c.run_at,
     content_jobs.c.id,
+    postgresql_where=SCHEDULED,
+    sqlite_where=SCHEDULED,
+)
+sa.Index(
+    "content_jobs_due_idx",
+    content_jobs.c.run_at,
+    content_jobs.c.company_id,
     postgresql_where=SCHEDULED,
     sqlite_where=SCHEDULED,
 )

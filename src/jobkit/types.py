@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 from os import PathLike
@@ -195,14 +195,23 @@ class RunnerMetrics:
     ``ended``: attempts that ended a job. ``rejected``: results that were not written because this runner had lost the
     job, after a lost lease or a cancel. ``replaced``: threads given up, blocked by a renderer beyond its ``timeout``, a
     slow storage, or a database that never answers.
+
+    ``left_behind`` is no count: so many threads are kept, now or when it was stopped, by renderers beyond their
+    ``timeout``. With 16 of them, or four for each slot if that is more, the runner claims nothing until some end.
     """
 
     ended: int = 0
     rejected: int = 0
     replaced: int = 0
+    left_behind: int = field(default=0, compare=False)
 
-    def __add__(self, other: RunnerMetrics) -> RunnerMetrics:
-        return RunnerMetrics(self.ended + other.ended, self.rejected + other.rejected, self.replaced + other.replaced)
+    def __add__(self, later: RunnerMetrics) -> RunnerMetrics:
+        ended, rejected, replaced = (
+            self.ended + later.ended,
+            self.rejected + later.rejected,
+            self.replaced + later.replaced,
+        )
+        return RunnerMetrics(ended, rejected, replaced, later.left_behind)
 
 
 @dataclass(frozen=True, slots=True)

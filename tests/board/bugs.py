@@ -54,7 +54,7 @@ CLAIMS = [
     bug(
         "rescue that acts on what it read",
         POSTGRESQL,
-        "ORDER BY id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED",
+        "ORDER BY id LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED",
         "ORDER BY id LIMIT :limit",
         INTERLEAVINGS,
         only="postgresql",
@@ -62,8 +62,8 @@ CLAIMS = [
     bug(
         "rescue of leases that are not over",
         SQLITE,
-        " AND lease_until < {SQLITE_NOW} AND id > :after\n    ORDER BY",
-        " AND id > :after\n    ORDER BY",
+        " AND lease_until < {SQLITE_NOW} AND id > :after AND",
+        " AND id > :after AND",
         "runner/test_leases.py::test_what_is_claimed_by_hand_or_still_leased_is_never_rescued",
         MACHINE,
         only="sqlite",
@@ -71,8 +71,8 @@ CLAIMS = [
     bug(
         "rescue by the host's clock",
         POSTGRESQL,
-        "lease_until < clock_timestamp() AND id > :after\n    ORDER BY",
-        "lease_until < CAST(:now AS timestamptz) AND id > :after\n    ORDER BY",
+        "    WHERE status = 'running' AND lease_until < clock_timestamp() AND id > :after\n",
+        "    WHERE status = 'running' AND lease_until < CAST(:now AS timestamptz) AND id > :after\n",
         "runner/test_leases.py::test_a_host_whose_clock_is_wrong_rescues_just_what_is_lost",
         only="postgresql",
     ),
@@ -596,8 +596,8 @@ EVENTS = [
     bug(
         "signals before their commit",
         "maintenance/rescue.py",
-        "        events, after = _batch(link, after, clock(), refused)\n        if events:\n"
-        "            on_commit(events)\n",
+        "        events, after = _batch(link, after, clock(), limits)\n"
+        "        limits = replace(limits, patience=math.inf)\n        if events:\n            on_commit(events)\n",
         "        with link.use() as c, c.begin():\n            events = claims.rescue(c, limit=BATCH, now=clock())\n"
         "            on_commit(events)\n        after = None\n",
         "runner/test_leases.py::test_a_rescue_is_told_after_its_commit",
@@ -904,8 +904,8 @@ SURROUNDINGS = [
     bug(
         "host: events decoded by the host",
         POSTGRESQL,
-        "created_at, CAST(payload AS text) FROM",
-        "created_at, payload FROM",
+        '    CAST(e.payload AS text) AS payload"""\n',
+        '    e.payload"""\n',
         LENT + "jobkits_json_is_its_own_whatever_the_host_decodes_by",
         only="postgresql",
     ),
@@ -1148,4 +1148,106 @@ PRIVACY = [
     ),
 ]
 
-BUGS = [*CLAIMS, *HOSTS, *ATTEMPTS, *FILES, *EVENTS, *REFUSALS, *SURROUNDINGS, *PRIVACY]
+LEASES = [
+    bug(
+        "renewal at the end of the lease",
+        "runner/leases.py",
+        "RENEWALS = 3",
+        "RENEWALS = 1 / 0.95",
+        "runner/test_leases.py::test_one_lost_renewal_costs_no_claim",
+    ),
+    bug(
+        "renewal of what no thread will take",
+        "runner/leases.py",
+        "attempts = self.in_flight.living()",
+        "attempts = self.in_flight.attempts()",
+        "runner/test_leases.py::test_what_was_taken_back_from_its_thread_is_not_renewed",
+    ),
+    bug(
+        "a lease that somebody shortened waits for its turn",
+        "runner/leases.py",
+        "if one.ending}",
+        "if False}",
+        "runner/test_leases.py::test_a_lease_that_is_shorter_than_it_should_be_is_renewed_at_the_next_look",
+    ),
+    bug(
+        "rescue of one's own living jobs",
+        "maintenance/rescue.py",
+        "self._mine(),",
+        "(),",
+        "runner/test_leases.py::test_no_runner_rescues_what_it_is_working_on",
+    ),
+    bug(
+        "rescue as soon as the database answers again",
+        "maintenance/rescue.py",
+        "        if away or jumped:\n",
+        "        if jumped:\n",
+        "runner/test_leases.py::test_after_a_failure_of_its_own_a_rescuer_waits_once",
+        "runner/test_leases.py::test_whoever_was_frozen_does_not_rescue_before_its_keeper_could_renew",
+    ),
+    bug(
+        "rescue after a jump of the clock",
+        "maintenance/rescue.py",
+        "        if away or jumped:\n",
+        "        if away:\n",
+        "runner/test_leases.py::test_after_a_jump_of_the_databases_clock_a_rescuer_waits_once",
+    ),
+    bug(
+        "rescue of leases that ended long ago at first sight",
+        "maintenance/rescue.py",
+        "if waited else (fresh, OVERSLEPT)",
+        "if waited else (CENTURY, OVERSLEPT)",
+        "runner/test_leases.py::test_leases_that_ended_long_ago_are_looked_at_twice_and_others_are_not",
+    ),
+    bug(
+        "a lease of a wrong clock is waited for",
+        "maintenance/rescue.py",
+        "FAR, FAR_LEASES = 600.0, 3",
+        "FAR, FAR_LEASES = 6e20, 3",
+        "runner/test_leases.py::test_a_lease_far_in_the_future_is_cut",
+    ),
+    bug(
+        "a suspect runs beside others",
+        "jobs/fairness.py",
+        "if not job.suspect)",
+        "if True)",
+        "runner/test_suspects.py::test_a_suspect_waits_for_an_idle_runner_and_then_has_it_for_itself",
+    ),
+    bug(
+        "others run beside a suspect",
+        "runner/turns.py",
+        "isolated is not None and self._in_flight.holds(isolated)",
+        "False",
+        "runner/test_suspects.py::test_a_runner_renders_nothing_beside_a_suspect",
+    ),
+    bug(
+        "claims without threads",
+        "runner/pipeline.py",
+        " or self._render_stage.blocked or",
+        " or",
+        "runner/test_timeouts.py::test_with_too_many_threads_left_behind_a_runner_claims_nothing_says_so_and_goes_on_when_some_end",
+    ),
+    bug(
+        "each listing begins anew",
+        "jobs/fairness.py",
+        "self._beyond(connection, self._last, size, terms.by)",
+        'self._beyond(connection, "", size, terms.by)',
+        "jobs/test_fairness.py::test_ten_thousand_companies_with_backlogs_have_their_first_job_within_one_round",
+    ),
+    bug(
+        "many due jobs hide other companies'",
+        "jobs/fairness.py",
+        "        if self._many_due:\n            return self._statements.all",
+        "        if False:\n            return self._statements.all",
+        "jobs/test_fairness.py::test_two_hundred_thousand_due_jobs_of_one_company_hold_up_no_other",
+    ),
+    bug(
+        "run_at by the worker's clock",
+        "jobs/fairness.py",
+        "return None if self._wall_clock else now",
+        "return now",
+        "jobs/test_fairness.py::test_a_runner_whose_clock_is_ahead_starts_no_job_before_its_time",
+    ),
+]
+
+BUGS = [*CLAIMS, *LEASES, *HOSTS, *ATTEMPTS, *FILES, *EVENTS, *REFUSALS, *SURROUNDINGS, *PRIVACY]

@@ -17,7 +17,9 @@ from tests.support.plans import Paths, explained
 from tests.support.shared import shared_database
 
 # Indexes of what waits and what runs only: to read one from an end reads nothing of what is over.
-PARTIAL = ("content_jobs_queued_idx", "content_jobs_scheduled_idx", "content_jobs_running_idx")
+PARTIAL = (
+    "content_jobs_queued_idx", "content_jobs_scheduled_idx", "content_jobs_due_idx", "content_jobs_running_idx",
+)  # fmt: skip
 # The most rows that one hot statement reads of a table, where the database says so.
 MOST = 300
 

@@ -153,7 +153,7 @@ def test_silence_costs_a_look_each(
     monkeypatch.setattr(feed_module, "STALE", math.inf)
     shared = SharedConnection(story.engine, 60.0)
     with story.costs_of("it looks for lost workers"):
-        rescue(shared, clock=utcnow, on_commit=nothing, refused=set())
+        rescue(shared, clock=utcnow, on_commit=nothing)
     feed = Feed(story.engine, DeliveredEvents(), "log")
     with horizon_held(database.engine):
         feed._scan()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
@@ -11,10 +12,12 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import JobRequest, JobStore
+from jobkit.base.clock import utcnow
 from jobkit.jobs import claims
 from jobkit.jobs.claims import Claim
 from jobkit.jobs.fairness import RoundRobin
 from tests.support.databases import Database
+from tests.support.filled import Spelling, insert
 from tests.support.plans import explained
 from tests.support.runners import note, only, seen
 
@@ -55,6 +58,17 @@ def test_a_job_is_not_started_before_its_time(engine: sa.Engine, disk: jobkit.As
     times[0] = hours(1)
     assert runner.run_until_idle(timeout=60) == 1
     assert seen(engine, job).started_at == hours(1)
+
+
+def test_a_runner_whose_clock_is_ahead_starts_no_job_before_its_time(engine: sa.Engine) -> None:
+    ahead = utcnow() + timedelta(hours=1)
+    with engine.begin() as connection:
+        early = JobStore(connection).create("acme", job_type="note", run_at=ahead - timedelta(minutes=30))
+        due = JobStore(connection).create("acme", job_type="note", run_at=utcnow() - timedelta(seconds=1))
+    found = take(engine, RoundRobin(engine, wall_clock=True), 9, now=ahead)
+    assert [claim.job_id for claim in found] == [due.id]
+    found = take(engine, RoundRobin(engine), 9, now=ahead)  # a clock of tests decides by itself
+    assert [claim.job_id for claim in found] == [early.id]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +205,77 @@ def test_a_run_with_both_kinds_and_the_future(engine: sa.Engine, disk: jobkit.As
     assert len(order) == 80
 
 
+# --- any number of companies and jobs
+
+
+def fill_many(engine: sa.Engine, company: str, numbers: range, **columns: str) -> None:
+    """A queued job for each number ``i``, of the company that ``company`` says as SQL; ``run_at`` as minutes."""
+    spelled = Spelling(engine.dialect.name)
+    values = {"id": spelled.id("i"), "job_type": "'note'", "company_id": company, "event_seq": "1", **columns}
+    if "run_at" in columns:
+        values["run_at"] = spelled.time(columns["run_at"])
+    with engine.begin() as connection:
+        insert(connection, "content_jobs", numbers, **values)
+
+
+def gather(engine: sa.Engine) -> None:
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql("ANALYZE")
+
+
+@pytest.mark.parametrize("kind", ["plain", "due", "both"])
+def test_ten_thousand_companies_with_backlogs_have_their_first_job_within_one_round(
+    kind: str, engine: sa.Engine
+) -> None:
+    due = {"run_at": "-1"}
+    fill_many(engine, "'c' || (i % 10000)", range(1, 20_001), **(due if kind == "due" else {}))
+    if kind == "both":
+        fill_many(engine, "'c' || (i % 10000)", range(20_001, 30_001), **due)
+    gather(engine)
+    rotation = RoundRobin(engine)
+    take(engine, rotation)  # the first claim of a runner cannot know that more jobs wait than it takes
+    round_ = Counter(claim.company_id for _ in range(100) for claim in take(engine, rotation, 100))
+    assert (len(round_), sum(round_.values())) == (10_000, 10_000)
+
+
+@pytest.mark.parametrize("others", ["plain", "due", "not yet due"])
+def test_two_hundred_thousand_due_jobs_of_one_company_hold_up_no_other(others: str, engine: sa.Engine) -> None:
+    fill_many(engine, "'m'", range(1, 200_001), run_at="-100", priority="i % 5")
+    waits = {"plain": {}, "due": {"run_at": "-1"}, "not yet due": {"run_at": "1000000 + i"}}[others]
+    fill_many(engine, "'c' || i", range(1_000_000, 1_003_000), **waits)
+    fill(engine, "z", 2, run_at=hours(-1), priority=-9)
+    fill(engine, "a", 2, priority=-9)
+    gather(engine)
+    rotation, order = RoundRobin(engine), list[Claim]()
+    round_ = 3 if others == "not yet due" else 3_003
+    while len(order) < round_:
+        order += take(engine, rotation, min(20, round_ - len(order)))
+    by_company = Counter(claim.company_id for claim in order)
+    assert len(by_company) == round_
+    assert by_company["m"] == by_company["z"] == by_company["a"] == 1
+    assert seen(engine, next(claim.job_id for claim in order if claim.company_id == "m")).priority == 4
+
+
+def test_a_company_that_comes_while_a_round_goes_on_has_its_turn_within_the_next(engine: sa.Engine) -> None:
+    fill_many(engine, "'c' || (i % 3000)", range(1, 9_001))
+    rotation = RoundRobin(engine)
+    order = [claim.company_id for _ in range(10) for claim in take(engine, rotation, 100)]
+    fill(engine, "a late one", 1)
+    order = [claim.company_id for _ in range(31) for claim in take(engine, rotation, 100)]
+    assert "a late one" in order
+
+
+def test_priority_decides_within_a_company_only(engine: sa.Engine) -> None:
+    fill(engine, "a", 50, priority=100)
+    fill(engine, "b", 50, priority=100, run_at=hours(-1))
+    fill(engine, "c", 1, priority=-100)
+    fill(engine, "c", 1, priority=5, run_at=hours(-1))
+    rotation = RoundRobin(engine)
+    order = [claim for _ in range(2) for claim in take(engine, rotation, 3)]
+    assert Counter(claim.company_id for claim in order) == {"a": 2, "b": 2, "c": 2}
+    assert [seen(engine, claim.job_id).priority for claim in order if claim.company_id == "c"] == [5, -100]
+
+
 # --- what it costs
 
 
@@ -211,7 +296,7 @@ def test_a_hundred_thousand_scheduled_jobs_are_never_read_or_sorted_by_a_claim(d
     with explained(engine) as found:
         companies = [claim.company_id for _ in range(3) for claim in take(engine, rotation, 4)]
     assert set(companies) == ({"c3", "c4"} if due else {"c3"})
-    assert "content_jobs: from one end of index content_jobs_scheduled_idx" in found
+    assert "content_jobs: index content_jobs_due_idx" in found
     assert "content_jobs: all" not in found
     steps = count_rows_read(engine, rotation)
     assert steps < 2_000

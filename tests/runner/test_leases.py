@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -16,9 +21,15 @@ from jobkit.base.clock import utcnow
 from jobkit.db.connections import DedicatedConnection, SharedConnection
 from jobkit.jobs import claims
 from jobkit.jobs.claims import RELEASED
+from jobkit.jobs.fairness import RoundRobin
 from jobkit.jobs.outcomes import Outcome
-from jobkit.maintenance.rescue import Rescuer
+from jobkit.maintenance.rescue import RescueLimits, Rescuer, TooLate
 from jobkit.maintenance.rescue import rescue as look
+from jobkit.rendering.attempt import Attempt
+from jobkit.rendering.context import Registration
+from jobkit.runner import leases
+from jobkit.runner.in_flight import InFlight
+from jobkit.runner.leases import LeaseKeeper
 from jobkit.tables import content_jobs
 from jobkit.types import JobStatus
 from tests.support.invariants import violations
@@ -30,7 +41,8 @@ c = content_jobs.c
 
 def claim_one(engine: sa.Engine, worker: str) -> claims.Claim:
     with engine.begin() as connection:
-        (claim,), _ = claims.claim(connection, limit=1, worker_id=worker, lease=60.0, now=utcnow())
+        pick = partial(RoundRobin(engine).claim, check_scheduled=True)
+        (claim,), _ = claims.claim(connection, limit=1, worker_id=worker, lease=60.0, now=utcnow(), pick=pick)
     return claim
 
 
@@ -84,6 +96,116 @@ def test_whoever_was_frozen_does_not_rescue_before_its_keeper_could_renew(
     assert (woken, fresh(engine, job).status) == ([], "running")
     rescuer._tick()
     assert (woken, fresh(engine, job).status) == ([True], "queued")
+
+
+def rescuing(engine: sa.Engine, mine: Sequence[claims.Claim] = (), lease: float = 10) -> Rescuer:
+    return Rescuer(
+        SharedConnection(engine, 1), lease=lease, clock=utcnow, on_commit=lambda rows: None, wake=lambda: None,
+        mine=lambda: mine,
+    )  # fmt: skip
+
+
+def test_no_runner_rescues_what_it_is_working_on(engine: sa.Engine, disk: AssetStore, create: Create) -> None:
+    mine, lost = create(), create()
+    claim = claim_one(engine, "me")
+    claim_one(engine, "dead")
+    for job in (mine, lost):
+        expire(engine, job)
+    rescuer = rescuing(engine, [claim])
+    rescuer._tick()
+    rescuer._tick()
+    assert (fresh(engine, mine).status, fresh(engine, lost).status) == ("running", "queued")
+    old = dataclasses.replace(claim, fence=claim.fence - 1)  # what it has lost since is nobody's
+    rescuer = rescuing(engine, [old])
+    rescuer._tick()
+    rescuer._tick()
+    assert fresh(engine, mine).status == "queued"
+
+
+def test_leases_that_ended_long_ago_are_looked_at_twice_and_others_are_not(engine: sa.Engine, create: Create) -> None:
+    """The clock was set, or a machine slept: whoever lives renews before the second look."""
+    alive, dead, just_lost = create(), create(), create()
+    claim = claim_one(engine, "alive")
+    claim_one(engine, "dead")
+    claim_one(engine, "just lost")
+    expire(engine, alive)
+    expire(engine, dead)
+    with engine.begin() as connection:
+        soon = utcnow() - timedelta(milliseconds=1)
+        connection.execute(sa.update(content_jobs).where(c.id == just_lost.id).values(lease_until=soon))
+    rescuer = rescuing(engine)
+    rescuer._tick()
+    assert [fresh(engine, job).status for job in (alive, dead, just_lost)] == ["running", "running", "queued"]
+    assert rescuer.timer.interval == 2.0
+    with engine.begin() as connection:
+        claims.renew(connection, [claim], lease=60.0)
+    rescuer._tick()
+    assert [fresh(engine, job).status for job in (alive, dead)] == ["running", "queued"]
+    assert rescuer.timer.interval == 1.0
+
+
+def test_after_a_failure_of_its_own_a_rescuer_waits_once(
+    engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = create()
+    claim_one(engine, "alive")
+    expire(engine, job)
+    rescuer = rescuing(engine)
+    rescuer._waited = True  # it would rescue now
+
+    def away(*_: object) -> None:
+        raise sa.exc.OperationalError("", None, OSError("away"))
+
+    sa.event.listen(engine, "before_cursor_execute", away)
+    with pytest.raises(sa.exc.OperationalError):
+        rescuer._tick()
+    sa.event.remove(engine, "before_cursor_execute", away)
+    rescuer._tick()
+    assert fresh(engine, job).status == "running"
+    rescuer._tick()
+    assert fresh(engine, job).status == "queued"
+
+
+def test_after_a_jump_of_the_databases_clock_a_rescuer_waits_once(engine: sa.Engine, create: Create) -> None:
+    rescuer = rescuing(engine)
+    rescuer._tick()
+    rescuer._ahead -= 3600  # as if the clock had been set an hour ahead since
+    job = create()
+    claim_one(engine, "alive")
+    with engine.begin() as connection:
+        soon = utcnow() - timedelta(milliseconds=1)
+        connection.execute(sa.update(content_jobs).values(lease_until=soon))
+    rescuer._tick()
+    assert fresh(engine, job).status == "running"
+    rescuer._tick()
+    assert fresh(engine, job).status == "queued"
+
+
+def test_a_rescue_that_had_to_wait_writes_nothing(engine: sa.Engine, create: Create) -> None:
+    job = create()
+    claim_one(engine, "alive")
+    expire(engine, job)
+    link = DedicatedConnection(engine)
+    with pytest.raises(TooLate):
+        look(link, clock=utcnow, on_commit=lambda rows: None, limits=RescueLimits(patience=0.0))
+    assert fresh(engine, job).status == "running"
+    assert look(link, clock=utcnow, on_commit=lambda rows: None, limits=RescueLimits(patience=60.0)) == RescueReport(
+        queued=1
+    )
+    link.close()
+
+
+@pytest.mark.parametrize(("ahead", "capped"), [(timedelta(days=3650), True), (timedelta(hours=1), True),
+                                               (timedelta(seconds=590), False)])  # fmt: skip
+def test_a_lease_far_in_the_future_is_cut(engine: sa.Engine, create: Create, ahead: timedelta, capped: bool) -> None:
+    job = create()
+    claim_one(engine, "under a wrong clock")
+    with engine.begin() as connection:
+        connection.execute(sa.update(content_jobs).values(lease_until=utcnow() + ahead))
+    rescuing(engine)._tick()
+    left = fresh(engine, job).lease_until
+    assert left is not None
+    assert (left - utcnow() < timedelta(seconds=11)) is capped
 
 
 def test_a_lost_workers_job_runs_again_with_a_higher_fence_and_the_attempt_not_charged(
@@ -171,7 +293,7 @@ def test_a_rescue_is_told_after_its_commit(engine: sa.Engine, create: Create) ->
     expire(engine, job)
     told: list[str] = []
     link = DedicatedConnection(engine)
-    look(link, clock=utcnow, on_commit=lambda rows: told.append(fresh(engine, job).status), refused=set())
+    look(link, clock=utcnow, on_commit=lambda rows: told.append(fresh(engine, job).status))
     link.close()
     assert told == ["queued"]
 
@@ -252,6 +374,69 @@ def test_a_renewal_of_an_old_claim_changes_nothing(engine: sa.Engine, create: Cr
 
 
 # --- renewal
+
+
+def keeping(engine: sa.Engine, create: Create, lease: float) -> tuple[LeaseKeeper, Attempt]:
+    """A keeper of one claimed job."""
+    create()
+    never: Any = None
+    attempt = Attempt(claim_one(engine, "me"), Registration(never), never)
+    in_flight = InFlight()
+    in_flight.add(attempt)
+    return LeaseKeeper(engine, lease, in_flight, clock=utcnow, on_commit=lambda rows: None), attempt
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_one_lost_renewal_costs_no_claim(
+    engine: sa.Engine, create: Create, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
+    """Whichever it is. The keeper's pauses are stepped through on a clock of its own."""
+    now, lease, renewals = [1000.0], 60.0, [0]
+    monkeypatch.setattr(leases, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    keeper, attempt = keeping(engine, create, lease)
+    attempt.renewed = now[0]
+
+    def lose(connection: object, cursor: object, statement: str, *_: object) -> None:
+        if statement.lstrip().startswith("UPDATE"):
+            renewals[0] += 1
+            if renewals[0] == lost + 1:
+                raise sa.exc.OperationalError("", None, OSError("lost"))
+
+    sa.event.listen(engine, "before_cursor_execute", lose)
+    while renewals[0] < 6:
+        now[0] += 1.1 * keeper.timer.interval
+        with suppress(sa.exc.OperationalError):
+            keeper._tick()
+        assert now[0] - attempt.renewed < 0.75 * lease
+    assert not attempt.interrupted
+    keeper.link.close()
+
+
+def test_a_lease_that_is_shorter_than_it_should_be_is_renewed_at_the_next_look(
+    engine: sa.Engine, create: Create
+) -> None:
+    keeper, attempt = keeping(engine, create, 60.0)
+    with engine.begin() as connection:
+        connection.execute(sa.update(content_jobs).values(lease_until=utcnow() - timedelta(hours=1)))
+    keeper._tick()
+    with engine.connect() as connection:
+        [held] = claims.check(connection, [attempt.claim], within=30.0)
+    assert not held.ending
+    keeper.link.close()
+
+
+def test_what_was_taken_back_from_its_thread_is_not_renewed(engine: sa.Engine, create: Create) -> None:
+    keeper, attempt = keeping(engine, create, 60.0)
+    assert attempt.task.cancel()
+    with engine.begin() as connection:
+        connection.execute(sa.update(content_jobs).values(lease_until=utcnow() - timedelta(hours=1)))
+    keeper._renew_at = 0.0
+    attempt.renewed = -1000.0
+    keeper._tick()
+    with engine.connect() as connection:
+        [held] = claims.check(connection, [attempt.claim], within=0.0)
+    assert held.ending
+    keeper.link.close()
 
 
 def test_a_job_that_renders_for_several_leases_keeps_its_claim(

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 
 import jobkit
 from jobkit import AssetStore, JobTimeout, Rendered, Renderers, Runner, RunnerMetrics
-from jobkit.runner import store_stage
+from jobkit.runner import pipeline, render_stage, store_stage
 from jobkit.testing import Fault, FaultPlan, faulty_filesystem
 from tests.support.invariants import spooled, violations
 from tests.support.recorder import Recorder
@@ -201,3 +201,25 @@ def test_no_turn_waits_for_an_upload_that_takes_long(
             answers.set()
             until(lambda: seen(engine, job).status == "done")
     assert expected == 0
+
+
+def test_with_too_many_threads_left_behind_a_runner_claims_nothing_says_so_and_goes_on_when_some_end(
+    engine: sa.Engine, disk: AssetStore, create: Create, hanging: Hanging, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(render_stage, "LEFT_BEHIND", 2)
+    monkeypatch.setattr(render_stage, "LEFT_BEHIND_PER_SLOT", 1)
+    monkeypatch.setattr(pipeline, "FULL_PAUSE", 0.05)
+    slow_ones = [create("slow") for _ in range(2)]
+    with Runner(engine, disk, slow(hanging), concurrency=1, poll_interval=0.05) as runner:
+        until(lambda: runner.metrics().left_behind == 2)
+        until(lambda: all(seen(engine, job).status == "failed" for job in slow_ones))
+        until(lambda: "nothing more is claimed" in caplog.text)
+        innocent = create()
+        runner.dispatch(innocent)
+        assert Runner(engine, disk, only(note)).run_until_idle(timeout=60) == 1  # another has it at once
+        waiting = create()
+        hanging.let_go.set()
+        until(lambda: seen(engine, waiting).status == "done")
+        assert "jobs are claimed again" in caplog.text
+    assert seen(engine, innocent).fence == 1

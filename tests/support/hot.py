@@ -22,7 +22,7 @@ from jobkit.events.hub import subscribers
 from jobkit.events.watch import Watcher
 from jobkit.jobs import claims
 from jobkit.jobs.claims import Completion, Report
-from jobkit.jobs.fairness import DUE, DUE_WINDOW
+from jobkit.jobs.fairness import DUE
 from jobkit.runner.in_flight import InFlight
 from jobkit.runner.turns import Committer, Turn
 from jobkit.types import StoredObject
@@ -123,13 +123,14 @@ HOT: dict[str, Callable[[Host], object]] = {
     ),
     "AssetStore.delete": lambda h: h.assets.delete(h.connection, h.assets.get_by_id(h.connection, SOME)),
     # what a runner does
-    "has_queued": lambda h: h.statements.has_queued(h.connection, now=utcnow()),
+    "has_queued": lambda h: h.statements.has_queued(h.connection, by=None),
     "claim": lambda h: h.statements.claim(h.connection, terms=terms()),
     "claim_of": lambda h: h.statements.claim_of(h.connection, COMPANIES, 2, terms=terms()),
     "claim_these": lambda h: h.statements.claim_these(h.connection, [job_id(n) for n in QUEUED[:9]], terms=terms()),
-    "due": lambda h: h.statements.due(h.connection, window=DUE_WINDOW, limit=DUE, now=utcnow()),
-    "first_queued": lambda h: h.statements.first_queued(h.connection, COMPANIES, 8),
-    "companies": lambda h: h.statements.companies(h.connection, limit=1_000),
+    "companies_due": lambda h: h.statements.companies_due(h.connection, limit=DUE, by=None),
+    "first_queued": lambda h: h.statements.first_queued(h.connection, COMPANIES, 8, suspect=2, by=None),
+    "companies": lambda h: h.statements.companies(h.connection, COMPANIES, beyond="c5", limit=200),
+    "all_companies": lambda h: h.statements.all_companies(h.connection, beyond="c5", limit=200, by=None),
     "record_intents": lambda h: intents.record_intents(h.connection, [Intent("c1", "local_disk", "c1/x/new")]),
     "finish": finish,
     "renew": lambda h: claims.renew(h.connection, HELD, lease=60.0),
@@ -139,6 +140,8 @@ HOT: dict[str, Callable[[Host], object]] = {
     ),
     "rescue": lambda h: claims.rescue(h.connection, limit=100, now=utcnow()),
     "first_expired": lambda h: h.statements.first_expired(h.connection, after=UUID(int=0)),
+    "leases": lambda h: h.statements.leases(h.connection),
+    "cap_leases": lambda h: h.statements.cap_leases(h.connection, far=600.0, lease=60.0),
     "what a lost reply committed": settled,
     "what a lost reply claimed": lambda h: h.committer()._unknown(h.connection),
     # what a sweep does

@@ -35,6 +35,20 @@ class DaemonPool:
         self._idle = threading.Semaphore(0)
         self._resize = threading.Lock()
         self._count = 0
+        #: How many threads were replaced and have not come back.
+        self.left_behind = 0
+        self._refused = False
+
+    @property
+    def stuck(self) -> bool:
+        """Whether every thread was left behind and no other can be started. Tries to, so that this may end."""
+        with self._resize:
+            if not self._refused or not self.left_behind or len(self._threads) > self.left_behind:
+                return False
+            started = self._start_thread()
+            if started and self._tasks.empty():
+                self._idle.release()
+            return not started
 
     def submit(self, task: Task) -> None:
         """Run ``task`` on a thread, or at once in the calling one when no thread can be started.
@@ -44,7 +58,7 @@ class DaemonPool:
         with self._resize:
             if not self._idle.acquire(blocking=False) and len(self._threads) < self._size:
                 self._start_thread()
-            has_threads = bool(self._threads)
+            has_threads = bool(self._threads)  # those left behind may come back; nothing may block the caller
         if has_threads:
             self._tasks.put(task)
         else:
@@ -57,6 +71,7 @@ class DaemonPool:
         """
         with self._resize:
             self._size += 1
+            self.left_behind += 1
             if not self._tasks.empty():
                 self._start_thread()
 
@@ -65,21 +80,26 @@ class DaemonPool:
         for _ in list(self._threads):
             self._tasks.put(None)
 
-    def _start_thread(self) -> None:
+    def _start_thread(self) -> bool:
         thread = threading.Thread(target=self._work, name=f"{self._name}-{self._count}", daemon=True)
         try:
             thread.start()
         except RuntimeError as error:  # too many threads, or Python 3.12 is exiting
-            logger.warning("%s goes on with %d threads: %s", self._name, len(self._threads), error)
+            if not self._refused:
+                logger.warning("%s goes on with %d threads: %s", self._name, len(self._threads), error)
+            self._refused = True
         else:
+            self._refused = False
             self._threads.append(thread)
             self._count += 1
+        return not self._refused
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             if self._run(task):
                 with self._resize:
                     self._size -= 1
+                    self.left_behind -= 1
                     self._threads.remove(threading.current_thread())
                 break
             self._idle.release()
@@ -97,6 +117,7 @@ class InlinePool:
     """Runs each task at once in the thread that submits it: for databases that only one thread can use."""
 
     waits = False
+    left_behind, stuck = 0, False
 
     def submit(self, task: Task) -> None:
         task()
@@ -186,6 +207,11 @@ class TaskState:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._started = self._running = self._unwanted = False
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was kept from starting."""
+        return self._unwanted and not self._started
 
     def start(self) -> bool:
         """The task is about to run. False when it was cancelled: then it must not."""

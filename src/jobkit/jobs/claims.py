@@ -6,6 +6,7 @@ changes nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,9 +15,19 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
+from jobkit.base.clock import CENTURY
 from jobkit.base.ids import new_id
 from jobkit.db.dialects import statements_for
-from jobkit.db.dialects.base import AppendedEvent, ClaimedRow, ClaimTerms, EventRow, Held, RescueTerms, event_payload
+from jobkit.db.dialects.base import (
+    SUSPECT_AFTER,
+    AppendedEvent,
+    ClaimedRow,
+    ClaimTerms,
+    EventRow,
+    Held,
+    RescueTerms,
+    event_payload,
+)
 from jobkit.db.dialects.base import Claim as Claim  # noqa: PLC0414 - the name of this module's users
 from jobkit.errors import AssetNotFound
 from jobkit.jobs.outcomes import Outcome
@@ -134,9 +145,9 @@ def renew(connection: sa.Connection, claims: Sequence[Claim], *, lease: float) -
     return statements_for(connection).renew(connection, _tokens(claims), lease=lease)
 
 
-def check(connection: sa.Connection, claims: Sequence[Claim]) -> list[Held]:
-    """As ``renew``, but writes nothing."""
-    return statements_for(connection).held(connection, _tokens(claims))
+def check(connection: sa.Connection, claims: Sequence[Claim], *, within: float = 0.0) -> list[Held]:
+    """As ``renew``, but writes nothing; ``ending`` are those whose lease ends within so many seconds."""
+    return statements_for(connection).held(connection, _tokens(claims), within=within)
 
 
 def update_progress(
@@ -150,12 +161,23 @@ def update_progress(
     return statements_for(connection).update_progress(connection, jobs, lease=lease, now=now)
 
 
-def rescue(connection: sa.Connection, *, limit: int, now: datetime, after: UUID = UUID(int=0)) -> list[EventRow]:
-    """Take up to ``limit`` jobs by id, beyond ``after``, whose lease is over from their lost workers: queued again, the
-    attempt not charged; cancelled when asked to stop; failed after ``MAX_RESCUES`` rescues. Returns their events.
+def rescue(
+    connection: sa.Connection,
+    *,
+    limit: int,
+    now: datetime,
+    after: UUID = UUID(int=0),
+    age: float = CENTURY,
+    mine: Sequence[Claim] = (),
+) -> list[EventRow]:
+    """Take up to ``limit`` jobs by id, beyond ``after``, whose lease ended in the last ``age`` seconds, but none of
+    ``mine``, from their lost workers: queued again, the attempt not charged; cancelled when asked to stop; failed after
+    ``MAX_RESCUES`` rescues. Returns their events.
     """
     stopped = f"its worker was lost {MAX_RESCUES + 1} times in a row; perhaps this job is what kills it"
-    terms = RescueTerms(limit, MAX_RESCUES, "the worker was lost", stopped, now, after)
+    terms = RescueTerms(
+        limit, MAX_RESCUES, SUSPECT_AFTER, "the worker was lost", stopped, now, -age, json.dumps(_tokens(mine)), after
+    )
     return statements_for(connection).rescue(connection, terms=terms)
 
 

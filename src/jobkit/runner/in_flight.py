@@ -32,6 +32,10 @@ class InFlight:
         """All of them, as they are now."""
         return list(self._attempts.values())
 
+    def living(self) -> list[Attempt]:
+        """Those that have begun, or wait for a thread: the others are about to be released."""
+        return [attempt for attempt in self.attempts() if not attempt.task.cancelled]
+
     def holds(self, claim: Claim) -> bool:
         """Whether ``claim`` is its job's last: this runner may have lost the job, and claimed it again."""
         attempt = self._attempts.get(claim.job_id)

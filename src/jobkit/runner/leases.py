@@ -32,6 +32,8 @@ LOOK_PER_JOB = 0.002
 # Seconds between two records of progress, and seconds per job in them, if that is more: at most 200 events a second.
 RECORD = 0.5
 RECORD_PER_JOB = 0.005
+# Renewals in a lease: one that is lost costs no claim.
+RENEWALS = 3
 
 
 def look_every(jobs: int) -> float:
@@ -56,10 +58,10 @@ class LeaseKeeper:
         #: Another one, with the same event, when the pipeline is replaced.
         self.in_flight = in_flight
         self._lease, self._clock, self._on_commit = lease, clock, on_commit
-        self._renew_at, self._look_at = time.monotonic() + lease / 3, 0.0
+        self._renew_at, self._look_at = time.monotonic() + lease / RENEWALS, 0.0
         # AUTOCOMMIT: one statement is the whole step. On SQLite recording progress takes two.
         self.link = DedicatedConnection(engine, autocommit=not statements_for(engine).claim_locks)
-        pause = min(LOOK, lease / 3)
+        pause = min(LOOK, lease / RENEWALS)
         self.timer = Periodic("jobkit-leases", pause, self._tick, self.link.close, woken=in_flight.reported)
 
     def record(self) -> None:
@@ -93,7 +95,7 @@ class LeaseKeeper:
         logger.warning(message, attempt.claim.job_id, error_message(error), extra=fields)
 
     def _tick(self) -> None:
-        attempts = self.in_flight.attempts()
+        attempts = self.in_flight.living()
         if not attempts:
             return
         try:
@@ -104,19 +106,25 @@ class LeaseKeeper:
             raise
 
     def _keep(self, attempts: list[Attempt]) -> None:
-        """Renew the older claims when it is time for that; else check all of them when it is time for that."""
+        """Renew the older claims when it is time for that; else check all of them when it is time for that, and renew
+        those whose leases are not what they should be: the database's clock was set, or somebody has changed them.
+        """
         sent = time.monotonic()
         renewing = sent >= self._renew_at
         if not renewing and sent < self._look_at:
             return
         old = [attempt for attempt in attempts if renewing and sent - attempt.renewed >= self._lease / 6]
         if renewing:
-            self._renew_at = sent + self._lease / 3
+            self._renew_at = sent + self._lease / RENEWALS
         else:
             self._look_at = sent + look_every(len(attempts)) - 0.2  # the timer's pauses vary by a tenth
         step = self._renew if old else self._check
         for kept, held in contained(old or attempts, step, self._unrenewed):
             self._after(kept, held, renewed=sent if old else None)
+            if not old and (ending := {one.job_id for one in held if one.ending}):
+                ended = [attempt for attempt in kept if attempt.claim.job_id in ending]
+                for again, renewed in contained(ended, self._renew, self._unrenewed):
+                    self._after(again, renewed, renewed=sent)
 
     def _renew(self, attempts: Sequence[Attempt]) -> tuple[Sequence[Attempt], list[Held]]:
         with self.link.use() as connection, connection.begin():
@@ -124,7 +132,8 @@ class LeaseKeeper:
 
     def _check(self, attempts: Sequence[Attempt]) -> tuple[Sequence[Attempt], list[Held]]:
         with self.link.use() as connection, connection.begin():
-            return attempts, claims.check(connection, [attempt.claim for attempt in attempts])
+            within = self._lease / 2
+            return attempts, claims.check(connection, [attempt.claim for attempt in attempts], within=within)
 
     def _unrenewed(self, attempt: Attempt, error: Exception) -> None:
         message, fields = "job %s: its lease was not renewed: %s", fields_of(attempt.claim)

@@ -111,7 +111,8 @@ class Pipeline:
 
     def metrics(self) -> RunnerMetrics:
         """What this pipeline counted."""
-        return RunnerMetrics(self.ended, self._rejected, self._render_stage.replaced + self._store_stage.replaced)
+        replaced = self._render_stage.replaced + self._store_stage.replaced
+        return RunnerMetrics(self.ended, self._rejected, replaced, self._render_stage.left_behind)
 
     def wait_ended(self, timeout: float) -> bool:
         """Wait until ``run`` has returned; False after ``timeout`` seconds."""
@@ -225,11 +226,11 @@ class Pipeline:
 
     def _free(self) -> int:
         """How many jobs may be claimed; not above 0 when none."""
-        if self._stopping:
-            return 0
-        room = self._concurrency + self._render_stage.ahead
         # The jobs that this turn finishes make room for those it claims.
         unfinished = len(self.in_flight) - len(self._turn.completions)
+        if self._stopping or self._render_stage.blocked or (unfinished > 0 and self._committer.exclusive):
+            return 0
+        room = self._concurrency + self._render_stage.ahead
         return room - max(len(self._render_stage.rendering), unfinished - BACKLOG)
 
     def _plan(self) -> Turn:

@@ -26,6 +26,8 @@ AHEAD = 32
 # Release jobs claimed ahead once every slot has been busy this long (s). Above QUICK, else they are claimed again at
 # once; above the usual pause of a process.
 STUCK = 1.0
+# With so many threads left behind by renderers beyond their timeout, and so many for each slot, nothing is claimed.
+LEFT_BEHIND, LEFT_BEHIND_PER_SLOT = 16, 4
 
 
 class RenderStage:
@@ -41,13 +43,15 @@ class RenderStage:
     ) -> None:
         self._renderers, self._environment = settings.renderers, environment
         self._concurrency, self._may_wait = settings.concurrency, pool.waits
-        self._slots = Slots(pool, self._concurrency, self._render)
+        self._pool, self._slots = pool, Slots(pool, self._concurrency, self._render)
         self._in_flight, self._mailbox = in_flight, mailbox
         #: The attempts that were submitted and are not finished, in that order.
         self.rendering: dict[Attempt, None] = {}
         self._times = RenderTimes(self.rendering)
         #: How many threads were replaced.
         self.replaced = 0
+        #: Whether nothing more is to be claimed, for want of threads, since the last ``grow``.
+        self.blocked = False
 
     def attempt(self, claim: Claim) -> Attempt:
         """An attempt at a claimed job."""
@@ -62,6 +66,17 @@ class RenderStage:
     def grow(self) -> None:
         """Use as many threads as the waiting attempts are worth. To be called again after ``next_deadline_in``."""
         self._slots.grow(self._times.threads(len(self._slots), self._slots.active_threads))
+        blocked = self.left_behind >= max(LEFT_BEHIND, LEFT_BEHIND_PER_SLOT * self._concurrency) or self._pool.stuck
+        if blocked != self.blocked:
+            self.blocked = blocked
+            message = "nothing more is claimed" if blocked else "jobs are claimed again"
+            level = logging.ERROR if blocked else logging.WARNING
+            logger.log(level, "%d renderers beyond their timeout keep their threads: %s", self.left_behind, message)
+
+    @property
+    def left_behind(self) -> int:
+        """How many threads are kept by renderers that were given up."""
+        return self._pool.left_behind
 
     def finished(self, attempt: Attempt) -> None:
         """The pipeline has got ``attempt`` from the mailbox."""
@@ -94,8 +109,8 @@ class RenderStage:
         return given_up
 
     def stalled(self) -> list[Attempt]:
-        """Take back the attempts that wait while slower ones keep every slot."""
-        if self._stalled_in() > 0:
+        """Take back the attempts that wait while slower ones keep every slot, or no thread will come."""
+        if not self.blocked and self._stalled_in() > 0:
             return []
         cancelled = [attempt for attempt in self.rendering if attempt.task.cancel()]
         for attempt in cancelled:

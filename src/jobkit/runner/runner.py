@@ -33,7 +33,7 @@ from jobkit.events import relay
 from jobkit.events.feed import Feed
 from jobkit.jobs import outbox
 from jobkit.jobs.store import JobStore
-from jobkit.maintenance.rescue import RescueReport, rescue
+from jobkit.maintenance.rescue import RescueLimits, RescueReport, rescue
 from jobkit.rendering.renderers import Renderers
 from jobkit.runner.in_flight import InFlight
 from jobkit.runner.leases import LeaseKeeper
@@ -316,8 +316,10 @@ class Runner:
         return report
 
     def _rescue(self, feed: Feed) -> RescueReport:
+        running = self._running
+        mine = [] if running is None else running.held()
         with closing(DedicatedConnection(self.engine)) as link:
-            return rescue(link, clock=self._settings.clock, on_commit=feed.publish, refused=set())
+            return rescue(link, clock=self._settings.clock, on_commit=feed.publish, limits=RescueLimits(mine=mine))
 
     def _run_here(self) -> int:
         """Everything in this thread, one job at a time: a database in memory has one connection, for one thread."""

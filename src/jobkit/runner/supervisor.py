@@ -14,6 +14,7 @@ from jobkit.db.connections import GIVE_UP, SharedConnection, abort_overdue
 from jobkit.db.dialects import statements_for
 from jobkit.db.sqlite import FileWatch
 from jobkit.events.feed import Feed
+from jobkit.jobs.claims import Claim
 from jobkit.maintenance.rescue import Rescuer
 from jobkit.runner.in_flight import InFlight
 from jobkit.runner.leases import LeaseKeeper
@@ -108,6 +109,10 @@ class Supervisor:
         """Counts since ``start``."""
         return self._past + self.pipeline.metrics()
 
+    def held(self) -> list[Claim]:
+        """The claims of this runner's jobs that are alive."""
+        return [attempt.claim for attempt in self.pipeline.in_flight.living()]
+
     def _new_pipeline(self, in_flight: InFlight) -> Pipeline:
         return Pipeline(
             self._settings,
@@ -124,7 +129,9 @@ class Supervisor:
 
     def _new_rescuer(self) -> Rescuer:
         lease, clock = self._settings.lease, self._settings.clock
-        return Rescuer(self._shared, lease=lease, clock=clock, on_commit=self.feed.publish, wake=self.wake)
+        return Rescuer(
+            self._shared, lease=lease, clock=clock, on_commit=self.feed.publish, wake=self.wake, mine=self.held
+        )
 
     @property
     def _timers(self) -> list[Periodic]:

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from jobkit.assets import intents
 from jobkit.assets.intents import Intent
-from jobkit.base.clock import Backoff, Clock
+from jobkit.base.clock import Backoff, Clock, utcnow
 from jobkit.base.text import error_message
 from jobkit.db.connections import DedicatedConnection, autocommitting
 from jobkit.db.dialects import statements_for
@@ -212,7 +212,7 @@ class Committer:
         self.link = DedicatedConnection(engine)
         self._worker_id, self._lease, self._clock, self._in_flight = worker_id, lease, clock, in_flight
         self._statements = statements_for(engine)
-        self._rotation = RoundRobin(engine)
+        self._rotation = RoundRobin(engine, wall_clock=clock is utcnow, patience=lease)
         # A claim whose connection was cut while it waited for a lock may still commit: PostgreSQL notices a lost client
         # only when it replies. Until this time.
         self._unsure_until = -math.inf
@@ -226,6 +226,12 @@ class Committer:
     def more_waiting(self) -> bool:
         """Whether more jobs wait than the last claim took."""
         return self._rotation.more_waiting
+
+    @property
+    def exclusive(self) -> bool:
+        """Whether nothing is to be claimed while something is in flight: that runs alone, or what waits has to."""
+        isolated = self._rotation.isolated
+        return self._rotation.draining or (isolated is not None and self._in_flight.holds(isolated))
 
     def commit(self, turn: Turn) -> Committed:
         """Do ``turn`` in a transaction; nothing of it, when this raises."""
@@ -257,7 +263,7 @@ class Committer:
         if turn.limit and self.unsure:
             events += claims.release(connection, self._unknown(connection), now=now)
         if turn.limit:
-            running, claimed = self._claim(connection, turn.limit, now, check_scheduled=turn.check_scheduled)
+            running, claimed = self._claim(connection, turn, now, check_scheduled=turn.check_scheduled)
             events += running
         return Applied(events, claimed, locked)
 
@@ -273,23 +279,25 @@ class Committer:
         now, check_scheduled = self._clock(), turn.check_scheduled
         if self._statements.claim_locks:
             with connection.begin():
-                if not self._statements.has_queued(connection, now=now):
+                if not self._statements.has_queued(connection, by=now):
                     return Applied([], [])
         else:
             with autocommitting(connection), connection.begin():
                 self._rotation.find_due(connection, now, check_scheduled=check_scheduled)
                 check_scheduled = False  # just done
                 if not self.more_waiting:
-                    return Applied(*self._claim(connection, turn.limit, now, check_scheduled=check_scheduled))
+                    return Applied(*self._claim(connection, turn, now, check_scheduled=check_scheduled))
         with connection.begin():
-            return Applied(*self._claim(connection, turn.limit, now, check_scheduled=check_scheduled))
+            return Applied(*self._claim(connection, turn, now, check_scheduled=check_scheduled))
 
     def _claim(
-        self, connection: sa.Connection, limit: int, now: datetime, *, check_scheduled: bool
+        self, connection: sa.Connection, turn: Turn, now: datetime, *, check_scheduled: bool
     ) -> tuple[list[EventRow], list[Claim]]:
-        pick = partial(self._rotation.claim, check_scheduled=check_scheduled)
-        worker_id, lease = self._worker_id, self._lease
-        claimed, events = claims.claim(connection, limit=limit, worker_id=worker_id, lease=lease, now=now, pick=pick)
+        alone = len(self._in_flight) <= len(turn.completions)
+        pick = partial(self._rotation.claim, check_scheduled=check_scheduled, alone=alone)
+        claimed, events = claims.claim(
+            connection, limit=turn.limit, worker_id=self._worker_id, lease=self._lease, now=now, pick=pick
+        )
         return events, claimed
 
     def release(self, held: Sequence[Claim]) -> list[EventRow]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +17,8 @@ from uuid import UUID
 
 import sqlalchemy as sa
 
+from jobkit.db.dialects.keys import DueKey as DueKey  # noqa: PLC0414 - with the other rows
+from jobkit.db.dialects.keys import Intents as Intents  # noqa: PLC0414
 from jobkit.db.dialects.position import Position
 from jobkit.db.dialects.sql import Sql
 
@@ -24,6 +26,8 @@ Document = list[dict[str, Any]]
 # The row of the event log, of no job, that says up to where events were removed. No scan gives it.
 MARK = UUID(int=0)
 PRUNED = "pruned"
+# A job that lost so many workers in a row is a suspect, and runs alone in its runner: then a loss is its own doing.
+SUSPECT_AFTER = 2
 
 
 class Start(NamedTuple):
@@ -61,46 +65,68 @@ class ClaimedRow(NamedTuple):
 
 
 class ClaimTerms(NamedTuple):
-    """At most ``limit`` jobs for ``worker_id``, leased for ``lease`` seconds of the database's clock."""
+    """At most ``limit`` jobs for ``worker_id``, leased for ``lease`` seconds of the database's clock.
+
+    ``by`` is the time up to which a ``run_at`` has come; None: the database's clock says so.
+    """
 
     limit: int
     worker_id: str
     lease: float
     now: datetime
+    by: datetime | None = None
 
 
 class QueuedJob(NamedTuple):
     """A queued job that may run now, with its place within its company: by ``priority``, then by ``at``, which is its
-    ``run_at`` or, without one, its ``created_at``.
+    ``run_at`` if it is ``scheduled``, else its ``created_at``. ``suspect``: it has lost so many workers that it has to
+    run alone.
     """
 
     job_id: UUID
     company_id: str
     priority: int
     at: datetime
+    scheduled: bool
+    suspect: bool
 
 
 class RescueTerms(NamedTuple):
     """At most ``limit`` jobs by id, beyond ``after``; the error message ``reason`` for those that are queued again,
-    ``stopped`` for those that were rescued ``max_rescues`` times already, which fail.
+    ``stopped`` for those that were rescued ``max_rescues`` times already, which fail. From the ``suspect``-th rescue on
+    a job has a ``run_at``, the time of its creation: claims look at those one by one.
+
+    Only leases that ended after ``since`` seconds from now, which is negative; none of the claims of ``mine``, JSON.
     """
 
     limit: int
     max_rescues: int
+    suspect: int
     reason: str
     stopped: str
     now: datetime
+    since: float
+    mine: str
     after: UUID = MARK
 
 
 class Held(NamedTuple):
     """A claim that still holds, and whether its job was asked to stop. ``locked``: another transaction has locked the
-    row, which was left as it is.
+    row, which was left as it is. ``ending``: its lease ends soon.
     """
 
     job_id: UUID
     cancelled: bool
     locked: bool = False
+    ending: bool = False
+
+
+class Leases(NamedTuple):
+    """The database's clock, and when the first and the last lease of a running job end, in seconds since 1970."""
+
+    clock: float
+    first: float | None
+    last: float | None
 
 
 class AppendedEvent(NamedTuple):
@@ -132,14 +158,6 @@ class EventRow(NamedTuple):
     job_id: UUID
     created_at: datetime
     payload: dict[str, Any]
-
-
-class DueKey(NamedTuple):
-    """A recorded object key that a sweep may visit from ``not_before`` on."""
-
-    company_id: str
-    object_key: str
-    not_before: datetime
 
 
 class PruneCounts(NamedTuple):
@@ -185,9 +203,10 @@ class Jobs(ABC):
     #: Whether a claim that finds nothing still takes the database's write lock, so that a poll should look first.
     claim_locks: bool
 
-    _due: Sql
-    _first_queued: Sql
+    _companies_due: Sql
     _companies: Sql
+    _all_companies: Sql
+    _first_queued: Sql
     _has_queued: Sql
     _claim: Sql
     _claim_of: Sql
@@ -195,6 +214,8 @@ class Jobs(ABC):
     _renew: Sql
     _held: Sql
     _first_expired: Sql
+    _leases: Sql
+    _cap_leases: Sql
 
     @abstractmethod
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
@@ -206,25 +227,38 @@ class Jobs(ABC):
         run_at, priority}``. How many are there: a trigger may leave some out.
         """
 
-    def due(self, connection: sa.Connection, *, window: int, limit: int, now: datetime) -> list[QueuedJob]:
-        """Jobs whose ``run_at`` has come: the first ``limit``, companies in turn, among the first ``window`` of each
-        priority. Locks nothing.
+    def companies_due(self, connection: sa.Connection, *, limit: int, by: datetime | None) -> list[str]:
+        """The companies of the first ``limit`` jobs by ``run_at`` of those that are due, one for each job. ``by`` as in
+        ``ClaimTerms``. Locks nothing.
         """
-        values = {"window": window, "limit": limit, "now": now}
-        return [QueuedJob(*row) for row in connection.execute(self._due(connection), values)]
+        return list(connection.execute(self._companies_due(connection), {"limit": limit, "by": by}).scalars())
 
-    def first_queued(self, connection: sa.Connection, companies: Sequence[str], each: int) -> list[QueuedJob]:
-        """The first ``each`` jobs without ``run_at`` of each of these companies. Locks nothing."""
-        values = {"companies": json.dumps(companies), "each": each}
+    def companies(self, connection: sa.Connection, due: Sequence[str], *, beyond: str, limit: int) -> list[str]:
+        """The first ``limit`` companies, in order, after ``beyond`` that have queued jobs without ``run_at`` or are in
+        ``due``. Locks nothing.
+        """
+        values = {"due": json.dumps(due), "beyond": beyond, "limit": limit}
+        return list(connection.execute(self._companies(connection), values).scalars())
+
+    def all_companies(self, connection: sa.Connection, *, beyond: str, limit: int, by: datetime | None) -> list[str]:
+        """As ``companies``, with all that have a job which is due: reads an entry of every company that has scheduled
+        jobs.
+        """
+        values = {"beyond": beyond, "limit": limit, "by": by}
+        return list(connection.execute(self._all_companies(connection), values).scalars())
+
+    def first_queued(
+        self, connection: sa.Connection, companies: Sequence[str], each: int, *, suspect: int, by: datetime | None
+    ) -> list[QueuedJob]:
+        """Of each of these companies its first ``each`` jobs without ``run_at``, and its first ``each`` that are due;
+        ``suspect`` from so many lost workers on. Locks nothing.
+        """
+        values = {"companies": json.dumps(companies), "each": each, "suspect": suspect, "by": by}
         return [QueuedJob(*row) for row in connection.execute(self._first_queued(connection), values)]
 
-    def companies(self, connection: sa.Connection, *, limit: int) -> list[str]:
-        """The first ``limit`` companies, in order, that have queued jobs without ``run_at``. Locks nothing."""
-        return list(connection.execute(self._companies(connection), {"limit": limit}).scalars())
-
-    def has_queued(self, connection: sa.Connection, *, now: datetime) -> bool:
+    def has_queued(self, connection: sa.Connection, *, by: datetime | None) -> bool:
         """Whether a claim would find a job. Locks nothing, so the answer is only a hint."""
-        return bool(connection.execute(self._has_queued(connection), {"now": now}).scalar())
+        return bool(connection.execute(self._has_queued(connection), {"by": by}).scalar())
 
     def claim(self, connection: sa.Connection, *, terms: ClaimTerms) -> list[ClaimedRow]:
         """Claim queued jobs without ``run_at``, by company, then priority and creation: running, fence + 1, leased,
@@ -258,9 +292,11 @@ class Jobs(ABC):
         values = {"jobs": json.dumps(jobs), "lease": lease}
         return [Held(*row) for row in connection.execute(self._renew(connection), values)]
 
-    def held(self, connection: sa.Connection, jobs: Document) -> list[Held]:
-        """The claims that still hold. Writes nothing."""
-        return [Held(*row) for row in connection.execute(self._held(connection), {"jobs": json.dumps(jobs)})]
+    def held(self, connection: sa.Connection, jobs: Document, *, within: float) -> list[Held]:
+        """The claims that still hold; ``ending`` are those whose lease ends within so many seconds. Writes nothing."""
+        values = {"jobs": json.dumps(jobs), "within": within}
+        rows = connection.execute(self._held(connection), values)
+        return [Held(row.id, row.cancelled, ending=row.ending) for row in rows]
 
     @abstractmethod
     def update_progress(
@@ -278,6 +314,14 @@ class Jobs(ABC):
         """The first job beyond ``after`` that a rescue would find. Locks nothing, so the answer is only a hint."""
         found: UUID | None = connection.execute(self._first_expired(connection), {"after": after}).scalar()
         return found
+
+    def leases(self, connection: sa.Connection) -> Leases:
+        """When leases end. Locks nothing, so the answer is only a hint."""
+        return Leases(*connection.execute(self._leases(connection)).one())
+
+    def cap_leases(self, connection: sa.Connection, *, far: float, lease: float) -> None:
+        """Let leases that end more than ``far`` seconds from now end in ``lease`` seconds."""
+        connection.execute(self._cap_leases(connection), {"far": far, "lease": lease})
 
 
 class Events(ABC):
@@ -339,49 +383,6 @@ class Events(ABC):
         """Events of each job before its ``seq`` that lie beyond ``after``; with ``queued`` also the one just before, if
         that is ``queued``.
         """
-
-
-class Intents(ABC):
-    """Keys recorded before an object exists: they may hold one without a live row."""
-
-    _insert_intents: Sql
-    _due_intents: Sql
-    _claim_intents: Sql
-    _drop_intents: Sql
-    _postpone_intents: Sql
-
-    def record_intents(self, connection: sa.Connection, intents: Document, *, grace: float) -> None:
-        """Record each key; nothing sweeps it for ``grace`` seconds of the database's clock."""
-        connection.execute(self._insert_intents(connection), {"intents": json.dumps(intents), "grace": grace})
-
-    def due_intents(
-        self, connection: sa.Connection, *, provider: str, state: str, early: float, after: datetime, limit: int
-    ) -> Iterator[DueKey]:
-        """Keys of ``state`` without a live row that are due, or will be within ``early`` seconds of the database's
-        clock; the longest due first, from ``after`` on. A hint: only ``claim_intents`` decides.
-        """
-        values = {"provider": provider, "state": state, "early": early, "after": after, "limit": limit}
-        for row in connection.execute(self._due_intents(connection), values):
-            yield DueKey(*row)
-
-    def claim_intents(
-        self, connection: sa.Connection, keys: Sequence[str], *, provider: str, state: str, early: float, hold: float
-    ) -> list[str]:
-        """Make those of ``keys`` that still are due ``collected``, due again in ``hold`` seconds; return them."""
-        values = {"keys": json.dumps(keys), "provider": provider, "state": state, "early": early, "hold": hold}
-        return list(connection.execute(self._claim_intents(connection), values).scalars())
-
-    def drop_intents(self, connection: sa.Connection, keys: Sequence[str], *, provider: str) -> None:
-        """Delete the records of collected keys."""
-        connection.execute(self._drop_intents(connection), {"keys": json.dumps(keys), "provider": provider})
-
-    def postpone_intents(self, connection: sa.Connection, failures: Document, *, provider: str) -> None:
-        """Make collected keys tombstones again, each with its ``error``, due after a pause that doubles with every
-        failure.
-        """
-        keys = json.dumps([failure["key"] for failure in failures])
-        values = {"failures": json.dumps(failures), "keys": keys, "provider": provider}
-        connection.execute(self._postpone_intents(connection), values)
 
 
 class Prune(ABC):

@@ -26,9 +26,9 @@ class _Seconds(sa.types.TypeDecorator[float]):
 # The type of a parameter by its name; the others are text.
 _TYPES: dict[str, sa.types.TypeEngine[Any]] = {
     **dict.fromkeys(("began", "epoch", "id", "upto", "xid"), sa.BigInteger()),
-    **dict.fromkeys(("each", "limit", "max_rescues", "priority", "seq", "window"), sa.Integer()),
-    **dict.fromkeys(("after", "before", "now", "run_at"), UtcDateTime()),
-    **dict.fromkeys(("early", "grace", "hold", "lease"), _Seconds()),
+    **dict.fromkeys(("each", "limit", "max_rescues", "priority", "seq", "suspect"), sa.Integer()),
+    **dict.fromkeys(("after", "before", "by", "now", "run_at"), UtcDateTime()),
+    **dict.fromkeys(("early", "far", "grace", "hold", "lease", "since", "within"), _Seconds()),
     "job_id": sa.Uuid(),
 }
 
@@ -74,8 +74,12 @@ QUEUED_JOB = (
     sa.column("company_id", sa.Text()),
     sa.column("priority", sa.Integer()),
     sa.column("at", UtcDateTime()),
+    sa.column("scheduled", sa.Boolean()),
+    sa.column("suspect", sa.Boolean()),
 )
 HELD = (sa.column("id", sa.Uuid()), sa.column("cancelled", sa.Boolean()))
+ENDING = sa.column("ending", sa.Boolean())
+LEASES = (sa.column("clock", sa.Float()), sa.column("first", sa.Float()), sa.column("last", sa.Float()))
 APPENDED = (sa.column("job_id", sa.Uuid()), sa.column("id", sa.BigInteger()), sa.column("seq", sa.Integer()))
 EVENT = (
     sa.column("id", sa.BigInteger()),
@@ -89,25 +93,49 @@ EVENT = (
 )
 DUE = (sa.column("company_id", sa.Text()), sa.column("object_key", sa.Text()), sa.column("not_before", UtcDateTime()))
 
-# Both databases go from one company, or one priority, to the next by index; they begin the recursion differently.
-NEXT_COMPANIES = """  UNION ALL
+# ``{by}`` is the time that decides whether a job is due: ``:by``, or the database's own when that is NULL.
+SELECT_COMPANIES_DUE = """
+SELECT company_id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL AND run_at <= {by}
+ORDER BY run_at, company_id LIMIT :limit
+"""
+SELECT_HAS_QUEUED = """
+SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
+    OR COALESCE((SELECT run_at FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
+        ORDER BY run_at, company_id LIMIT 1) <= {by}, false)
+"""
+# Both databases go from one company, or one priority of a company, to the next by index, however many jobs are between.
+COMPANIES_BEYOND = """
+WITH RECURSIVE c(company_id, n) AS (
+    SELECT (SELECT company_id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL AND company_id > :beyond
+        ORDER BY company_id LIMIT 1), 1
+  UNION ALL
     SELECT (SELECT company_id FROM {s}content_jobs
         WHERE status = 'queued' AND run_at IS NULL AND company_id > c.company_id ORDER BY company_id LIMIT 1), c.n + 1
     FROM c WHERE c.company_id IS NOT NULL AND c.n < :limit
-)
-SELECT company_id FROM c WHERE company_id IS NOT NULL
-"""
-NEXT_LEVELS = """
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority < level.priority
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-    FROM level WHERE level.priority IS NOT NULL
 )"""
-HAS_QUEUED_BELOW = """
-SELECT EXISTS (SELECT 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL)
-    OR EXISTS (SELECT 1 FROM level WHERE EXISTS (
-        SELECT 1 FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now))
+COMPANIES_OF_BOTH = """
+SELECT company_id FROM (SELECT company_id FROM c WHERE company_id IS NOT NULL UNION {due}) x
+ORDER BY company_id LIMIT :limit
 """
+# The priorities of each company's scheduled jobs, as many as it takes to find ``each`` jobs that are due. Every look
+# has the order of the index and LIMIT 1: for EXISTS, PostgreSQL may read the table.
+LEVELS_OF = """
+WITH RECURSIVE level(company_id, priority, n) AS (
+    SELECT c.value, (SELECT priority FROM {s}content_jobs j
+        WHERE status = 'queued' AND run_at IS NOT NULL AND j.company_id = c.value
+        ORDER BY company_id, priority DESC, run_at, id LIMIT 1), 0
+    FROM {companies}
+  UNION ALL
+    SELECT level.company_id, (SELECT priority FROM {s}content_jobs j
+        WHERE status = 'queued' AND run_at IS NOT NULL AND j.company_id = level.company_id
+            AND j.priority < level.priority
+        ORDER BY company_id, priority DESC, run_at, id LIMIT 1),
+        level.n + CASE WHEN (SELECT run_at FROM {s}content_jobs j
+            WHERE status = 'queued' AND run_at IS NOT NULL AND j.company_id = level.company_id
+                AND j.priority = level.priority
+            ORDER BY company_id, priority DESC, run_at, id LIMIT 1) <= {by} THEN 1 ELSE 0 END
+    FROM level WHERE level.priority IS NOT NULL AND level.n < :each
+)"""
 SELECT_DUE = """
 SELECT i.company_id, i.object_key, i.not_before FROM {s}asset_intents i
 WHERE i.not_before >= :after AND {sweepable}

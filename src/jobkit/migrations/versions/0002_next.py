@@ -14,19 +14,25 @@ from jobkit.tables import UtcDateTime, now, transaction_id
 revision = "0002"
 down_revision = "0001"
 
-
 # What operators see of a failed attempt, beside ``error_message``, which users see.
-_NEW_COLUMNS = {"content_jobs": {"error_detail": "TEXT"}}
+_COLUMNS = {"content_jobs": {"error_detail": "TEXT"}}
+# Of the jobs that wait for a time an index by company, as there is of other queued jobs, and one by time.
+_SCHEDULED = "WHERE status = 'queued' AND run_at IS NOT NULL"
+_INDEXES_BEFORE = {"content_jobs_scheduled_idx": "priority DESC, run_at, id"}
+_INDEXES = {
+    "content_jobs_scheduled_idx": "company_id, priority DESC, run_at, id",
+    "content_jobs_due_idx": "run_at, company_id",
+}
 
 
 def upgrade(connection: sa.Connection, schema: str | None) -> None:
-    for table_name, columns in _NEW_COLUMNS.items():
+    for table_name, columns in _COLUMNS.items():
         there = {column["name"] for column in sa.inspect(connection).get_columns(table_name, schema=schema)}
         for name, kind in columns.items():
             if name not in there:
-                connection.exec_driver_sql(
-                    f"ALTER TABLE {_named(connection, table_name, schema)} ADD COLUMN {name} {kind}"
-                )
+                named = _named(connection, table_name, schema)
+                connection.exec_driver_sql(f"ALTER TABLE {named} ADD COLUMN {name} {kind}")
+    _replace_indexes(connection, schema, _INDEXES)
     for table in _new_tables(schema):
         if examine(connection, table) is None:
             table.create(connection)
@@ -39,13 +45,24 @@ def downgrade(connection: sa.Connection, schema: str | None) -> None:
         index.drop(connection, checkfirst=True)
     for table in reversed(_new_tables(schema)):
         adoption.drop(connection, table)
-    for table_name, columns in _NEW_COLUMNS.items():
+    _replace_indexes(connection, schema, _INDEXES_BEFORE)
+    for table_name, columns in _COLUMNS.items():
         for name in columns:
             connection.exec_driver_sql(f"ALTER TABLE {_named(connection, table_name, schema)} DROP COLUMN {name}")
 
 
 def _named(connection: sa.Connection, table: str, schema: str | None) -> str:
     return connection.dialect.identifier_preparer.format_table(sa.table(table, schema=schema))
+
+
+def _replace_indexes(connection: sa.Connection, schema: str | None, indexes: dict[str, str]) -> None:
+    # SQLite names the schema with the index, PostgreSQL with the table.
+    prefix = "" if schema is None else connection.dialect.identifier_preparer.quote_schema(schema) + "."
+    of_index, of_table = (prefix, "") if connection.dialect.name == "sqlite" else ("", prefix)
+    for name in {**_INDEXES, **_INDEXES_BEFORE}:
+        connection.exec_driver_sql(f"DROP INDEX IF EXISTS {prefix}{name}")
+    for name, columns in indexes.items():
+        connection.exec_driver_sql(f"CREATE INDEX {of_index}{name} ON {of_table}content_jobs ({columns}) {_SCHEDULED}")
 
 
 def _new_tables(schema: str | None) -> list[sa.Table]:

@@ -16,12 +16,16 @@ from jobkit.db.dialects.base import AppendedEvent, Document, EventRow, Finished,
 from jobkit.db.dialects.sql import (
     APPENDED,
     CLAIMED,
+    COMPANIES_BEYOND,
+    COMPANIES_OF_BOTH,
+    ENDING,
     EVENT,
-    HAS_QUEUED_BELOW,
     HELD,
-    NEXT_COMPANIES,
-    NEXT_LEVELS,
+    LEASES,
+    LEVELS_OF,
     QUEUED_JOB,
+    SELECT_COMPANIES_DUE,
+    SELECT_HAS_QUEUED,
     Sql,
 )
 
@@ -69,52 +73,62 @@ WITH r AS (
 INSERT_JOBS_NOTIFY = Sql(_INSERT_JOBS + "SELECT count(*), pg_notify('jobkit', '') FROM job")
 INSERT_JOBS = Sql(_INSERT_JOBS + "SELECT count(*) FROM job")
 
-# One index lookup for each priority, however many jobs wait for a later time.
-_LEVELS = (
-    """
-WITH RECURSIVE level(priority) AS (
-    (SELECT priority FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NOT NULL
-        ORDER BY priority DESC, run_at, id LIMIT 1)
-  UNION ALL
-    SELECT (SELECT priority FROM {s}content_jobs"""
-    + NEXT_LEVELS
-)
+# Not clock_timestamp(): no index can be searched for what changes within a statement.
+_BY = "COALESCE(CAST(:by AS timestamptz), statement_timestamp())"
+_EACH_COMPANY = "jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(value)"
 
-DUE_JOBS = Sql(
-    _LEVELS
-    + """, turn AS (
-    SELECT x.*, row_number() OVER (PARTITION BY x.company_id ORDER BY x.priority DESC, x.run_at, x.id) AS n
-    FROM level CROSS JOIN LATERAL (
-        SELECT id, company_id, priority, run_at FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now
-        ORDER BY priority DESC, run_at, id LIMIT :window
-    ) x
-)
-SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run_at, id LIMIT :limit
-""",
-    *QUEUED_JOB,
-)
+COMPANIES_DUE = Sql(SELECT_COMPANIES_DUE.replace("{by}", _BY))
+HAS_QUEUED = Sql(SELECT_HAS_QUEUED.replace("{by}", _BY))
 
 FIRST_QUEUED = Sql(
-    """
-SELECT x.* FROM jsonb_array_elements_text(CAST(:companies AS jsonb)) AS c(company) CROSS JOIN LATERAL (
-    SELECT id, company_id, priority, created_at FROM {s}content_jobs
-    WHERE status = 'queued' AND run_at IS NULL AND company_id = c.company
+    LEVELS_OF.replace("{by}", _BY).replace("{companies}", _EACH_COMPANY)
+    + f"""
+SELECT x.* FROM {_EACH_COMPANY} CROSS JOIN LATERAL (
+    SELECT id, company_id, priority, created_at, false, rescues >= :suspect FROM {{s}}content_jobs
+    WHERE status = 'queued' AND run_at IS NULL AND company_id = c.value
     ORDER BY company_id, priority DESC, created_at, id LIMIT :each
+) x
+UNION ALL
+SELECT x.* FROM level CROSS JOIN LATERAL (
+    SELECT id, company_id, priority, run_at, true, rescues >= :suspect FROM {{s}}content_jobs
+    WHERE status = 'queued' AND run_at IS NOT NULL AND company_id = level.company_id AND priority = level.priority
+        AND run_at <= {_BY}
+    ORDER BY company_id, priority DESC, run_at, id LIMIT :each
 ) x
 """,
     *QUEUED_JOB,
 )
 
 COMPANIES = Sql(
-    """
-WITH RECURSIVE c(company_id, n) AS (
-    (SELECT company_id, 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL ORDER BY company_id LIMIT 1)
-"""
-    + NEXT_COMPANIES
+    COMPANIES_BEYOND
+    + COMPANIES_OF_BOTH.replace(
+        "{due}",
+        "SELECT value FROM jsonb_array_elements_text(CAST(:due AS jsonb)) AS d(value) WHERE value > :beyond",
+    )
 )
 
-HAS_QUEUED = Sql(_LEVELS + HAS_QUEUED_BELOW)
+# One index lookup for each company with scheduled jobs, and for each of its priorities down to one that is due.
+ALL_COMPANIES = Sql(
+    COMPANIES_BEYOND
+    + f""", d(company_id, priority, run_at, n) AS (
+    (SELECT company_id, priority, run_at, 0 FROM {{s}}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND company_id > :beyond
+        ORDER BY company_id, priority DESC, run_at, id LIMIT 1)
+  UNION ALL
+    SELECT x.*, d.n + CASE WHEN d.run_at <= {_BY} THEN 1 ELSE 0 END FROM d CROSS JOIN LATERAL (
+        (SELECT company_id, priority, run_at FROM {{s}}content_jobs
+            WHERE status = 'queued' AND run_at IS NOT NULL AND company_id = d.company_id AND priority < d.priority
+                AND d.run_at > {_BY}
+            ORDER BY company_id, priority DESC, run_at, id LIMIT 1)
+      UNION ALL
+        (SELECT company_id, priority, run_at FROM {{s}}content_jobs
+            WHERE status = 'queued' AND run_at IS NOT NULL AND company_id > d.company_id
+            ORDER BY company_id, priority DESC, run_at, id LIMIT 1)
+      LIMIT 1
+    ) x WHERE d.n < :limit
+)"""
+    + COMPANIES_OF_BOTH.replace("{due}", f"SELECT company_id FROM d WHERE run_at <= {_BY}")
+)
 
 # The end of every claim. MATERIALIZED fixes the candidates: as a plain subquery, one plan claims more rows than LIMIT
 # says.
@@ -160,7 +174,9 @@ CLAIM_THESE = Sql(
 WITH picked AS MATERIALIZED (
     SELECT j.id FROM jsonb_array_elements_text(CAST(:ids AS jsonb)) WITH ORDINALITY AS w(id, n)
     JOIN {s}content_jobs j ON j.id = CAST(w.id AS uuid)
-    WHERE j.status = 'queued' AND (j.run_at IS NULL OR j.run_at <= :now)
+    WHERE j.status = 'queued' AND (j.run_at IS NULL OR j.run_at <= """
+    + _BY
+    + """)
     ORDER BY w.n LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 )"""
     + _CLAIM,
@@ -243,11 +259,13 @@ LEFT JOIN renewed ON renewed.id = j.id
 
 SELECT_HELD = Sql(
     """
-SELECT j.id, j.cancel_requested_at IS NOT NULL
+SELECT j.id, j.cancel_requested_at IS NOT NULL,
+    COALESCE(j.lease_until < clock_timestamp() + make_interval(secs => :within), false)
 FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS f(job uuid, fence bigint)
 JOIN {s}content_jobs j ON j.id = f.job AND j.status = 'running' AND j.fence = f.fence
 """,
     *HELD,
+    ENDING,
 )
 
 UPDATE_PROGRESS = Sql(
@@ -281,8 +299,12 @@ LEFT JOIN told ON told.job_id = j.id
 RESCUE = Sql(
     """
 WITH lost AS MATERIALIZED (
-    SELECT id, attempt FROM {s}content_jobs WHERE status = 'running' AND lease_until < clock_timestamp() AND id > :after
-    ORDER BY id LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+    SELECT id, attempt FROM {s}content_jobs j
+    WHERE status = 'running' AND lease_until < clock_timestamp() AND id > :after
+        AND lease_until > clock_timestamp() + make_interval(secs => :since)
+        AND NOT EXISTS (SELECT FROM jsonb_to_recordset(CAST(:mine AS jsonb)) AS m(job uuid, fence bigint)
+            WHERE m.job = j.id AND m.fence = j.fence)
+    ORDER BY id LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 ), freed AS (
     UPDATE {s}content_jobs j
     SET status = CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled'
@@ -295,8 +317,9 @@ WITH lost AS MATERIALIZED (
             ELSE CAST(:now AS timestamptz) END,
         error_message = CASE WHEN j.cancel_requested_at IS NOT NULL THEN NULL
             WHEN j.rescues >= :max_rescues THEN CAST(:stopped AS text) ELSE CAST(:reason AS text) END,
-        rescues = j.rescues + 1, event_seq = j.event_seq + 1, run_at = NULL, lease_until = NULL, worker_id = NULL,
-        updated_at = :now
+        run_at = CASE WHEN j.cancel_requested_at IS NULL AND j.rescues < :max_rescues AND j.rescues + 1 >= :suspect
+            THEN LEAST(j.created_at, :now) END,
+        rescues = j.rescues + 1, event_seq = j.event_seq + 1, lease_until = NULL, worker_id = NULL, updated_at = :now
     FROM lost WHERE j.id = lost.id
     RETURNING j.id, j.company_id, j.event_seq, j.status, j.error_message, lost.attempt
 ), told AS (
@@ -327,15 +350,36 @@ ORDER BY id LIMIT 1
     after=sa.Uuid(),
 )
 
+LEASES_OF_RUNNING = Sql(
+    """
+SELECT CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS float8), CAST(EXTRACT(EPOCH FROM min(lease_until)) AS float8),
+    CAST(EXTRACT(EPOCH FROM max(lease_until)) AS float8)
+FROM {s}content_jobs WHERE status = 'running'
+""",
+    *LEASES,
+)
+
+CAP_LEASES = Sql(
+    """
+UPDATE {s}content_jobs SET lease_until = clock_timestamp() + make_interval(secs => :lease) WHERE id IN (
+    SELECT id FROM {s}content_jobs
+    WHERE status = 'running' AND lease_until > clock_timestamp() + make_interval(secs => :far)
+    ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
+)
+"""
+)
+
 
 class Jobs(base.Jobs):
     """Jobs on PostgreSQL."""
 
     claim_locks = False
 
-    _due, _first_queued, _companies, _has_queued = DUE_JOBS, FIRST_QUEUED, COMPANIES, HAS_QUEUED
+    _companies_due, _companies, _all_companies = COMPANIES_DUE, COMPANIES, ALL_COMPANIES
+    _first_queued, _has_queued = FIRST_QUEUED, HAS_QUEUED
     _claim, _claim_of, _claim_these = CLAIM, CLAIM_OF, CLAIM_THESE
     _renew, _held, _first_expired = RENEW, SELECT_HELD, FIRST_EXPIRED
+    _leases, _cap_leases = LEASES_OF_RUNNING, CAP_LEASES
 
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
         plain, once = (INSERT_JOB_NOTIFY, INSERT_JOB_ONCE_NOTIFY) if notify else (INSERT_JOB, INSERT_JOB_ONCE)

@@ -23,7 +23,19 @@ from jobkit.db.dialects.base import (
     RescueTerms,
     event_payload,
 )
-from jobkit.db.dialects.sql import CLAIMED, HAS_QUEUED_BELOW, HELD, NEXT_COMPANIES, NEXT_LEVELS, QUEUED_JOB, Sql
+from jobkit.db.dialects.sql import (
+    CLAIMED,
+    COMPANIES_BEYOND,
+    COMPANIES_OF_BOTH,
+    ENDING,
+    HELD,
+    LEASES,
+    LEVELS_OF,
+    QUEUED_JOB,
+    SELECT_COMPANIES_DUE,
+    SELECT_HAS_QUEUED,
+    Sql,
+)
 from jobkit.db.dialects.sqlite.events import insert_event, insert_events
 from jobkit.tables import SQLITE_NOW, sqlite_in
 
@@ -61,54 +73,56 @@ WHERE EXISTS (SELECT 1 FROM {s}content_jobs WHERE id = replace(json_extract(valu
 """
 )
 
-# One index lookup for each priority, however many jobs wait for a later time. After ANALYZE the planner would sort.
-_LEVELS = (
-    """
-WITH RECURSIVE level(priority) AS (
-    SELECT * FROM (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx
-        WHERE status = 'queued' AND run_at IS NOT NULL ORDER BY priority DESC, run_at, id LIMIT 1)
-  UNION ALL
-    SELECT (SELECT priority FROM {s}content_jobs INDEXED BY content_jobs_scheduled_idx"""
-    + NEXT_LEVELS
-)
+_BY = f"COALESCE(:by, {SQLITE_NOW})"
 
-DUE_JOBS = Sql(
-    _LEVELS
-    + """, turn AS (
-    SELECT j.id, j.company_id, j.priority, j.run_at,
-        row_number() OVER (PARTITION BY j.company_id ORDER BY j.priority DESC, j.run_at, j.id) AS n
-    FROM level CROSS JOIN {s}content_jobs AS j ON j.id IN (
-        SELECT id FROM {s}content_jobs
-        WHERE status = 'queued' AND run_at IS NOT NULL AND priority = level.priority AND run_at <= :now
-        ORDER BY priority DESC, run_at, id LIMIT :window
-    )
-)
-SELECT id, company_id, priority, run_at FROM turn ORDER BY n, priority DESC, run_at, id LIMIT :limit
-""",
-    *QUEUED_JOB,
-)
+COMPANIES_DUE = Sql(SELECT_COMPANIES_DUE.replace("{by}", _BY))
+HAS_QUEUED = Sql(SELECT_HAS_QUEUED.replace("{by}", _BY))
 
 FIRST_QUEUED = Sql(
-    """
-SELECT j.id, j.company_id, j.priority, j.created_at
-FROM json_each(:companies) AS c CROSS JOIN {s}content_jobs AS j ON j.id IN (
-    SELECT id FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL AND company_id = c.value
+    LEVELS_OF.replace("{by}", _BY).replace("{companies}", "json_each(:companies) AS c")
+    + f"""
+SELECT j.id, j.company_id, j.priority, j.created_at, 0, j.rescues >= :suspect
+FROM json_each(:companies) AS c CROSS JOIN {{s}}content_jobs AS j ON j.id IN (
+    SELECT id FROM {{s}}content_jobs WHERE status = 'queued' AND run_at IS NULL AND company_id = c.value
     ORDER BY company_id, priority DESC, created_at, id LIMIT :each
+)
+UNION ALL
+SELECT j.id, j.company_id, j.priority, j.run_at, 1, j.rescues >= :suspect
+FROM level CROSS JOIN {{s}}content_jobs AS j ON j.id IN (
+    SELECT id FROM {{s}}content_jobs
+    WHERE status = 'queued' AND run_at IS NOT NULL AND company_id = level.company_id AND priority = level.priority
+        AND run_at <= {_BY}
+    ORDER BY company_id, priority DESC, run_at, id LIMIT :each
 )
 """,
     *QUEUED_JOB,
 )
 
 COMPANIES = Sql(
-    """
-WITH RECURSIVE c(company_id, n) AS (
-    SELECT * FROM (SELECT company_id, 1 FROM {s}content_jobs WHERE status = 'queued' AND run_at IS NULL
-        ORDER BY company_id LIMIT 1)
-"""
-    + NEXT_COMPANIES
+    COMPANIES_BEYOND + COMPANIES_OF_BOTH.replace("{due}", "SELECT value FROM json_each(:due) WHERE value > :beyond")
 )
 
-HAS_QUEUED = Sql(_LEVELS + HAS_QUEUED_BELOW)
+# One index lookup for each company with scheduled jobs, and for each of its priorities down to one that is due.
+ALL_COMPANIES = Sql(
+    COMPANIES_BEYOND
+    + f""", d(company_id, priority, run_at, n) AS (
+    SELECT * FROM (SELECT company_id, priority, run_at, 0 FROM {{s}}content_jobs
+        WHERE status = 'queued' AND run_at IS NOT NULL AND company_id > :beyond
+        ORDER BY company_id, priority DESC, run_at, id LIMIT 1)
+  UNION ALL
+    SELECT j.company_id, j.priority, j.run_at, d.n + (d.run_at <= {_BY})
+    FROM d CROSS JOIN {{s}}content_jobs AS j ON j.id = COALESCE(
+        CASE WHEN d.run_at > {_BY} THEN (SELECT id FROM {{s}}content_jobs
+            WHERE status = 'queued' AND run_at IS NOT NULL AND company_id = d.company_id AND priority < d.priority
+            ORDER BY company_id, priority DESC, run_at, id LIMIT 1) END,
+        (SELECT id FROM {{s}}content_jobs
+            WHERE status = 'queued' AND run_at IS NOT NULL AND company_id > d.company_id
+            ORDER BY company_id, priority DESC, run_at, id LIMIT 1)
+    )
+    WHERE d.n < :limit
+)"""
+    + COMPANIES_OF_BOTH.replace("{due}", f"SELECT company_id FROM d WHERE run_at <= {_BY}")
+)
 
 # The end of every claim.
 _CLAIM = f"""
@@ -148,7 +162,9 @@ CLAIM_THESE = Sql(
         "{picked}",
         """
     SELECT j.id FROM json_each(:ids) AS w CROSS JOIN {s}content_jobs AS j ON j.id = w.value
-    WHERE j.status = 'queued' AND (j.run_at IS NULL OR j.run_at <= :now)
+    WHERE j.status = 'queued' AND (j.run_at IS NULL OR j.run_at <= """
+        + _BY
+        + """)
     ORDER BY w.key LIMIT :limit
 """,
     ),
@@ -214,10 +230,11 @@ RETURNING id, COALESCE(cancel_requested_at, '') <> ''
 
 SELECT_HELD = Sql(
     f"""
-SELECT {{s}}content_jobs.id, cancel_requested_at IS NOT NULL
+SELECT {{s}}content_jobs.id, cancel_requested_at IS NOT NULL, COALESCE(lease_until < {sqlite_in(":within")}, 0)
 FROM json_each(:jobs) AS f JOIN {{s}}content_jobs ON {_HOLDS}
 """,
     *HELD,
+    ENDING,
 )
 
 UPDATE_PROGRESS = Sql(
@@ -245,10 +262,14 @@ SET status = CASE WHEN cancel_requested_at IS NOT NULL THEN 'cancelled'
     finished_at = CASE WHEN cancel_requested_at IS NULL AND rescues < :max_rescues THEN NULL ELSE :now END,
     error_message = CASE WHEN cancel_requested_at IS NOT NULL THEN NULL
         WHEN rescues >= :max_rescues THEN :stopped ELSE :reason END,
-    rescues = rescues + 1, event_seq = event_seq + 1, run_at = NULL, lease_until = NULL, worker_id = NULL,
-    updated_at = :now
+    run_at = CASE WHEN cancel_requested_at IS NULL AND rescues < :max_rescues AND rescues + 1 >= :suspect
+        THEN min(created_at, :now) END,
+    rescues = rescues + 1, event_seq = event_seq + 1, lease_until = NULL, worker_id = NULL, updated_at = :now
 WHERE id IN (
-    SELECT id FROM {{s}}content_jobs WHERE status = 'running' AND lease_until < {SQLITE_NOW} AND id > :after
+    SELECT id FROM {{s}}content_jobs AS j
+    WHERE status = 'running' AND lease_until < {SQLITE_NOW} AND id > :after AND lease_until > {sqlite_in(":since")}
+        AND NOT EXISTS (SELECT 1 FROM json_each(:mine) AS m
+            WHERE json_extract(m.value, '$.job') = j.id AND json_extract(m.value, '$.fence') = j.fence)
     ORDER BY id LIMIT :limit
 )
 RETURNING id, company_id, event_seq, status, attempt
@@ -268,15 +289,35 @@ ORDER BY id LIMIT 1
     after=sa.Uuid(),
 )
 
+# From the number of days that julianday() gives.
+_SECONDS = "(julianday({}) - 2440587.5) * 86400.0"
+
+LEASES_OF_RUNNING = Sql(
+    f"""
+SELECT {_SECONDS.format("'now'")}, {_SECONDS.format("min(lease_until)")}, {_SECONDS.format("max(lease_until)")}
+FROM {{s}}content_jobs WHERE status = 'running'
+""",
+    *LEASES,
+)
+
+CAP_LEASES = Sql(
+    f"""
+UPDATE {{s}}content_jobs SET lease_until = {sqlite_in(":lease")}
+WHERE status = 'running' AND lease_until > {sqlite_in(":far")}
+"""
+)
+
 
 class Jobs(base.Jobs):
     """Jobs on SQLite."""
 
     claim_locks = True
 
-    _due, _first_queued, _companies, _has_queued = DUE_JOBS, FIRST_QUEUED, COMPANIES, HAS_QUEUED
     _claim, _claim_of, _claim_these = CLAIM, CLAIM_OF, CLAIM_THESE
     _renew, _held, _first_expired = RENEW, SELECT_HELD, FIRST_EXPIRED
+    _leases, _cap_leases = LEASES_OF_RUNNING, CAP_LEASES
+    _companies_due, _companies, _all_companies = COMPANIES_DUE, COMPANIES, ALL_COMPANIES
+    _first_queued, _has_queued = FIRST_QUEUED, HAS_QUEUED
 
     def insert_job(self, connection: sa.Connection, values: Mapping[str, Any], *, notify: bool) -> int | None:
         if connection.execute(INSERT_JOB(connection), values).rowcount == 0:
