@@ -129,10 +129,15 @@ def spelled(database: Database, engine_on: Engine, tmp_path: Path) -> list[sa.En
     if url.drivername == "sqlite":
         file = Path(url.database or "")
         (tmp_path / "link.db").symlink_to(file)
+        import sqlite3
+
         return [
             engine_on(f"sqlite:///{tmp_path / 'link.db'}"),
             engine_on(f"sqlite:///{os.path.relpath(file)}"),
             engine_on(f"sqlite:///file:{file}?uri=true"),
+            engine_on(
+                "sqlite://", creator=lambda: sqlite3.connect(file, check_same_thread=False), poolclass=sa.QueuePool
+            ),
         ]
     import psycopg
 

@@ -13,8 +13,8 @@ from jobkit.db.host import require_schema
 from jobkit.db.sqlite import is_memory
 from jobkit.tables import content_job_epochs
 
-# By engine: its pool when it was asked, which ``dispose`` replaces, and the answer.
-_known: WeakKeyDictionary[sa.Engine, tuple[ref[sa.Pool], str]] = WeakKeyDictionary()
+# By engine: its pool when it was asked, which ``dispose`` replaces, or None to ask again; and the answer.
+_known: WeakKeyDictionary[sa.Engine, tuple[ref[sa.Pool] | None, str]] = WeakKeyDictionary()
 
 
 def log_of(engine: sa.Engine) -> str:
@@ -24,8 +24,8 @@ def log_of(engine: sa.Engine) -> str:
     """
     pool, name = _known.get(engine, (None, ""))
     if pool is None or pool() is not engine.pool:
-        name = _asked(engine)
-        _known[engine] = ref(engine.pool), name
+        name, settled = _asked(engine)
+        _known[engine] = (ref(engine.pool) if settled else None), name
     return name
 
 
@@ -34,9 +34,10 @@ def known_log(engine: sa.Engine) -> str:
     return _known.get(engine, (None, ""))[1]
 
 
-def _asked(engine: sa.Engine) -> str:
+def _asked(engine: sa.Engine) -> tuple[str, bool]:
+    other = f"{engine.dialect.name}:{id(engine.dialect)}"
     if is_memory(engine):
-        return f"sqlite:{id(engine.dialect)}"
+        return other, True
     statements = statements_for(engine)
     # On SQLite as it comes: what is changed of it would hide a hook of the host that jobkit refuses.
     with closing(DedicatedConnection(engine, autocommit=engine.dialect.name == "postgresql")) as link:
@@ -44,8 +45,8 @@ def _asked(engine: sa.Engine) -> str:
             with link.use() as connection:
                 connection.execute(sa.select(content_job_epochs.c.epoch).limit(0))
                 name = statements.log_name(connection)
-                statements.note_moves(connection)
+                settled = statements.note_moves(connection)
         except sa.exc.DBAPIError:
             require_schema(engine)
             raise
-    return name or f"{engine.dialect.name}:{id(engine.dialect)}"
+    return name or other, settled

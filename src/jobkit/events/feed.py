@@ -304,7 +304,7 @@ class Feed:
         """
         if not self._strange:
             return
-        self._ask(self._statements.note_moves)
+        settled = self._ask(self._statements.note_moves)
         begins, position = self._ask(self._statements.log_begins), self._reader.position
         if begins.epoch > position.cursor.epoch:
             end, there = self._ask(self._statements.start).position, self._ask(existing, list(position.samples))
@@ -314,7 +314,7 @@ class Feed:
             position.go_on(self._statements.start_after(min(here, known, end)))
             self._replays.clear()
             logger.warning("a copy of the database's server has taken its place, perhaps without its last events")
-        self._strange = False
+        self._strange = not settled
 
     # --- events of this process
 

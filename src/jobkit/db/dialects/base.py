@@ -345,8 +345,10 @@ class Events(ABC):
         """The identity of the log, the same through whichever engine; None when there is none, or it is in memory."""
 
     @abstractmethod
-    def note_moves(self, connection: sa.Connection) -> None:
-        """Make positions hold although the log has come to another server since it was read last."""
+    def note_moves(self, connection: sa.Connection) -> bool:
+        """Make positions hold although the log has come to another server since it was read last. False when that has
+        to be done again, because this server may yet become another: a standby.
+        """
 
     @abstractmethod
     def place(self, cursor: Position) -> Position:

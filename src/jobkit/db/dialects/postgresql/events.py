@@ -45,7 +45,7 @@ _SINCE_START = """CASE WHEN e.xid + h.base - :began < 3 THEN :snapshot = '1:1:'
     ELSE NOT pg_visible_in_snapshot(
         CAST(CAST(e.xid + h.base - :began AS text) AS xid8), CAST(:snapshot AS pg_snapshot)) END"""
 _EVENT = """e.id, e.xid + h.base AS xid, e.seq, e.company_id, e.type, e.job_id, e.created_at,
-    CAST(e.payload AS text) AS payload"""
+        CAST(e.payload AS text) AS payload"""
 
 # Ids become visible out of order; below the oldest running transaction no event can appear: (xid, id) skips none.
 _NEXT = f"""
@@ -105,8 +105,8 @@ class Events(base.Events):
     def log_name(self, connection: sa.Connection) -> str | None:
         return moves.log_name(connection)
 
-    def note_moves(self, connection: sa.Connection) -> None:
-        moves.note(connection)
+    def note_moves(self, connection: sa.Connection) -> bool:
+        return moves.note(connection)
 
     def place(self, cursor: Position) -> Position:
         return cursor

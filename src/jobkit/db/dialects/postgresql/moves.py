@@ -27,7 +27,9 @@ BASE = f"COALESCE((SELECT max(epoch) FROM {{s}}content_job_epochs), 0) * {EPOCH}
 # A cluster keeps its identifier when it is copied; the copy's timeline is another once it is promoted. Any role may
 # read both, unless somebody has revoked that.
 CLUSTER = Sql("SELECT CAST(system_identifier AS text) FROM pg_control_system()")
-TIMELINE = Sql("SELECT CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END")
+TIMELINE = Sql(
+    "SELECT CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) ELSE '' END"
+)
 IN_CLUSTER = Sql("SELECT d.oid, CAST(to_regclass(:name) AS oid) FROM pg_database d WHERE datname = current_database()")
 
 _NEXT_XID = "CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS text) AS bigint)"
@@ -81,22 +83,23 @@ def log_name(connection: sa.Connection) -> str | None:
     return None if table is None else f"postgresql:{_fact(connection, CLUSTER)}:{database}:{table}"
 
 
-def note(connection: sa.Connection) -> None:
-    """See ``Events.note_moves``."""
+def note(connection: sa.Connection) -> bool:
+    """See ``Events.note_moves``. Does nothing where nobody may know which server this is."""
     timeline = _fact(connection, TIMELINE)
-    if timeline is None:  # a standby, whose log is its primary's; or nobody may know
-        return
+    if not timeline:
+        return timeline is None
     server = f"{_fact(connection, CLUSTER)}/{timeline}"
     epoch, recorded, at_home, beyond = connection.execute(PRESENT(connection)).one()
     if recorded == server and not beyond:
         if not at_home:  # restored to the server it was on
             _write(connection, COME_HOME, epoch=epoch)
-        return
+        return True
     upto = None
     if beyond or not at_home:
         upto = connection.execute(BROUGHT_UPTO(connection)).scalar()
     following = int(upto is not None) if epoch is None else epoch + 1
     _write(connection, BEGIN_EPOCH, needed=following > 0, epoch=following, server=server, upto=upto)
+    return True
 
 
 def _write(connection: sa.Connection, statement: Sql, *, needed: bool = False, **values: Any) -> None:

@@ -97,8 +97,8 @@ class Events(base.Events):
             return f"sqlite:{file}"
         return f"sqlite:{found.st_dev}:{found.st_ino}"
 
-    def note_moves(self, connection: sa.Connection) -> None:
-        """A file's positions are its ids, wherever it is."""
+    def note_moves(self, connection: sa.Connection) -> bool:
+        return True  # a file's positions are its ids, wherever it is
 
     def place(self, cursor: Position) -> Position:
         return Position(XID, cursor.id)
