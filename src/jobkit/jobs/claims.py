@@ -145,8 +145,13 @@ def renew(connection: sa.Connection, claims: Sequence[Claim], *, lease: float) -
     return statements_for(connection).renew(connection, _tokens(claims), lease=lease)
 
 
-def check(connection: sa.Connection, claims: Sequence[Claim], *, within: float = 0.0) -> list[Held]:
-    """As ``renew``, but writes nothing; ``ending`` are those whose lease ends within so many seconds."""
+def check(connection: sa.Connection, claims: Sequence[Claim]) -> list[Held]:
+    """As ``renew``, but writes nothing."""
+    return look(connection, claims, within=0.0)[0]
+
+
+def look(connection: sa.Connection, claims: Sequence[Claim], *, within: float) -> tuple[list[Held], set[UUID]]:
+    """The claims that still hold, and the jobs whose lease ends within so many seconds. Writes nothing."""
     return statements_for(connection).held(connection, _tokens(claims), within=within)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -102,6 +104,7 @@ class LeaseKeeper:
             self._keep(attempts)
             self.record()
         except Exception:
+            self._renew_at = 0.0  # tried again after the timer's pause, not after a third of the lease
             self._interrupt_overdue(attempts)
             raise
 
@@ -118,22 +121,23 @@ class LeaseKeeper:
             self._renew_at = sent + self._lease / RENEWALS
         else:
             self._look_at = sent + look_every(len(attempts)) - 0.2  # the timer's pauses vary by a tenth
-        step = self._renew if old else self._check
+        found: set[UUID] = set()
+        step = self._renew if old else partial(self._check, found)
         for kept, held in contained(old or attempts, step, self._unrenewed):
             self._after(kept, held, renewed=sent if old else None)
-            if not old and (ending := {one.job_id for one in held if one.ending}):
-                ended = [attempt for attempt in kept if attempt.claim.job_id in ending]
-                for again, renewed in contained(ended, self._renew, self._unrenewed):
-                    self._after(again, renewed, renewed=sent)
+        ending = [attempt for attempt in attempts if attempt.claim.job_id in found]
+        for kept, held in contained(ending, self._renew, self._unrenewed) if ending else ():
+            self._after(kept, held, renewed=sent)
 
     def _renew(self, attempts: Sequence[Attempt]) -> tuple[Sequence[Attempt], list[Held]]:
         with self.link.use() as connection, connection.begin():
             return attempts, claims.renew(connection, [attempt.claim for attempt in attempts], lease=self._lease)
 
-    def _check(self, attempts: Sequence[Attempt]) -> tuple[Sequence[Attempt], list[Held]]:
+    def _check(self, found: set[UUID], attempts: Sequence[Attempt]) -> tuple[Sequence[Attempt], list[Held]]:
         with self.link.use() as connection, connection.begin():
-            within = self._lease / 2
-            return attempts, claims.check(connection, [attempt.claim for attempt in attempts], within=within)
+            held, ending = claims.look(connection, [attempt.claim for attempt in attempts], within=self._lease / 2)
+        found |= ending
+        return attempts, held
 
     def _unrenewed(self, attempt: Attempt, error: Exception) -> None:
         message, fields = "job %s: its lease was not renewed: %s", fields_of(attempt.claim)

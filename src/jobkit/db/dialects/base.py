@@ -112,13 +112,12 @@ class RescueTerms(NamedTuple):
 
 class Held(NamedTuple):
     """A claim that still holds, and whether its job was asked to stop. ``locked``: another transaction has locked the
-    row, which was left as it is. ``ending``: its lease ends soon.
+    row, which was left as it is.
     """
 
     job_id: UUID
     cancelled: bool
     locked: bool = False
-    ending: bool = False
 
 
 class Leases(NamedTuple):
@@ -292,11 +291,10 @@ class Jobs(ABC):
         values = {"jobs": json.dumps(jobs), "lease": lease}
         return [Held(*row) for row in connection.execute(self._renew(connection), values)]
 
-    def held(self, connection: sa.Connection, jobs: Document, *, within: float) -> list[Held]:
-        """The claims that still hold; ``ending`` are those whose lease ends within so many seconds. Writes nothing."""
-        values = {"jobs": json.dumps(jobs), "within": within}
-        rows = connection.execute(self._held(connection), values)
-        return [Held(row.id, row.cancelled, ending=row.ending) for row in rows]
+    def held(self, connection: sa.Connection, jobs: Document, *, within: float) -> tuple[list[Held], set[UUID]]:
+        """The claims that still hold, and the jobs whose lease ends within so many seconds. Writes nothing."""
+        rows = connection.execute(self._held(connection), {"jobs": json.dumps(jobs), "within": within}).all()
+        return [Held(row.id, row.cancelled) for row in rows], {row.id for row in rows if row.ending}
 
     @abstractmethod
     def update_progress(
