@@ -1183,7 +1183,6 @@ LEASES = [
         "        if away or jumped:\n",
         "        if jumped:\n",
         "runner/test_leases.py::test_after_a_failure_of_its_own_a_rescuer_waits_once",
-        "runner/test_leases.py::test_whoever_was_frozen_does_not_rescue_before_its_keeper_could_renew",
     ),
     bug(
         "rescue after a jump of the clock",
