@@ -687,8 +687,8 @@ EVENTS = [
     bug(
         "a company's events that are looked for in everybody's",
         "migrations/versions",
-        "events.c.company_id, events.c.xid, events.c.id)",
-        "events.c.xid, events.c.company_id, events.c.id)",
+        "        index.create(connection, checkfirst=True)\n",
+        "        pass\n",
         "costs/test_plans.py::test_every_hot_statement_reads_tables_as_it_did_when_somebody_looked",
     ),
     bug(

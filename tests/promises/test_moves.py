@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -304,24 +305,30 @@ def test_a_relay_that_runs_when_a_standby_takes_over_misses_nothing_there_and_re
 
 def test_a_stream_that_has_to_read_on_after_a_takeover_begins_anew_and_says_so(primary: OwnServer) -> None:
     with migrated(primary) as database, Proxy("127.0.0.1", primary.port) as proxy, through(proxy, database) as engine:
-        stream, parser = sse.stream(engine, "acme"), Parser()
-        messages = [*parser.feed(next(stream)), *parser.feed(next(stream))]
+        stream, parser = sse.stream(engine, "acme", keep_alive=0.5), Parser()
+
+        def take() -> list[Message]:
+            """What comes next, but for silence."""
+            deadline, taken = time.monotonic() + 60, []
+            while not taken:
+                assert time.monotonic() < deadline
+                taken += parser.feed(next(stream))
+            return taken
+
+        next(stream)
+        next(stream)
         create(database.engine)
-        while not messages:
-            messages += parser.feed(next(stream))
+        messages = take()
         assert [message.type for message in messages] == ["queued"]
         with promoted(Standby(primary)) as standby, engine_of(on(standby, database.url)) as direct:
             proxy.turn("127.0.0.1", standby.port)
             engine.dispose()
             log_of(direct)  # whoever comes first writes down that the log is on another server
             stream._session._source._follower._mark_missed()  # type: ignore[union-attr]
-            messages = []
-            while not messages:
-                messages += parser.feed(next(stream))
+            messages = take()
             assert [(message.event, message.data) for message in messages] == [("resync", {"reason": "pruned"})]
             job = create(direct)
-            while len(messages) == 1:
-                messages += parser.feed(next(stream))
+            messages += take()
             assert [message.type for message in messages] == ["resync", "queued"]
             assert str(job.id) in str(messages[-1].data)
             stream.close()
