@@ -40,7 +40,7 @@ def render(ctx):
 store = jobkit.AssetStore(where)
 # One at a time: whoever writes while another one fills the disk fails too.
 renderers = jobkit.Renderers(default=render, describe_error=str)
-done = jobkit.Runner(engine, store, renderers, concurrency=1).run_until_idle(timeout=60)
+done = jobkit.Runner(engine, store, renderers, concurrency=1, lease=2).run_until_idle(timeout=60)
 base = store.spool_folder().parent
 left = [name for _, _, names in os.walk(base) for name in names]
 objects = [name for at, _, names in os.walk(folder) for name in names if not at.startswith(str(base))]

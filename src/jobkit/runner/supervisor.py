@@ -71,7 +71,7 @@ class Supervisor:
 
     def stop(self, timeout: float) -> bool:
         """Let jobs in flight end; queue again those left after ``timeout`` seconds (the shortest of all calls'). True
-        when none was left.
+        when none was left; False also when it has stopped by itself.
         """
         self._stopping = True
         if self._unsubscribe is not None:
@@ -88,7 +88,7 @@ class Supervisor:
             self._end(*self._timers)
         if not ended:
             logger.error("the runner's thread does not answer; its jobs stay claimed until their lease runs out")
-        return ended and not pipeline.unfinished
+        return ended and self.failure is None and not pipeline.unfinished
 
     def wake(self) -> None:
         """Look for jobs now rather than at the next poll. Also in a signal handler."""
