@@ -23,6 +23,7 @@ import jobkit
 from jobkit import ConfigurationError, JobStore, SchemaOutOfDate
 from tests.support.databases import Database, SqliteDatabase
 from tests.support.runners import only, seen, until
+from tests.support.surroundings import hear_hang_ups
 
 ROOT = Path(__file__).parents[1]
 APP = "tests.support.serving"
@@ -37,6 +38,16 @@ def post_worker_init(worker):
     jobkit.on_exit(runner, grace=min(worker.cfg.graceful_timeout, {most}))
 """
 PATCHED = "from gevent import monkey; monkey.patch_all()\n"
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """What these tests handle here is left to nobody else."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    former = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @dataclass
@@ -107,7 +118,7 @@ def serving(server: Server, database: Database, folder: Path) -> Iterator[tuple[
     with (folder / "log").open("ab") as log:
         process = subprocess.Popen(
             [*program, *command], cwd=ROOT, env={**os.environ, **settings}, stdout=log, stderr=log,
-            stdin=subprocess.DEVNULL, start_new_session=True,
+            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=hear_hang_ups,  # noqa: PLW1509
         )  # fmt: skip
     try:
         until(lambda: answers(port) or process.poll() is not None, "an answer", DEADLINE)

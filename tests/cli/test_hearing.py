@@ -20,6 +20,7 @@ from tests.cli.test_commands import APP, JOBKIT, create, status, wait_done
 from tests.support.databases import Database
 from tests.support.proxy import Proxy
 from tests.support.runners import seen, until
+from tests.support.surroundings import hear_hang_ups
 
 # The longest that a worker may take to hear a signal, and to end: much less than what it would otherwise wait for.
 DRAIN, SOON = 240, 120.0
@@ -51,7 +52,8 @@ class Worker:
                 [*before, *JOBKIT, "work", "--app", "app:runner", *options],
                 cwd=folder,
                 env=os.environ | {"APP_DATABASE": url},
-                **{"stdout": subprocess.PIPE, "stderr": log, **how},
+                # However this run was started, by nohup for one: the worker is to hear of a hang-up.
+                **{"stdout": subprocess.PIPE, "stderr": log, "preexec_fn": hear_hang_ups, **how},
             )
 
     def until(self, name: str) -> None:

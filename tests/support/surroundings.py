@@ -83,3 +83,8 @@ def _open_closed_descriptors() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest that is free, which is this one
+
+
+def hear_hang_ups() -> None:
+    """As ``preexec_fn``: the child hears SIGHUP, also when this run was started so that it does not."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)

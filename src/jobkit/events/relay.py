@@ -11,7 +11,7 @@ from jobkit import signals
 from jobkit.base.forks import reset_in_children
 from jobkit.db.dialects.base import EventRow
 from jobkit.db.dialects.position import Position
-from jobkit.db.host import leave_connections, refuse_inherited, require_schema, sync_engine
+from jobkit.db.host import leave_connections, refuse_inherited, require_schema, require_transactions, sync_engine
 from jobkit.db.logs import known_log, log_of
 from jobkit.db.sqlite import is_memory
 from jobkit.errors import ConfigurationError
@@ -95,6 +95,9 @@ def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
             f"{type(engine.pool).__name__} gives one connection to several users at once, who would commit each "
             "other's transactions: leave poolclass= out of create_engine"
         )
+    if not known_log(engine):
+        with engine.connect() as connection:  # before ``log_of``, whose own connection hides what a hook has set
+            require_transactions(connection)
     log = log_of(engine)
     with _shared.lock:
         feed, count = _shared.feeds.get(log, (None, 0))
