@@ -72,12 +72,16 @@ def test_every_event_is_told_after_its_commit_for_200_jobs(
         ]
         session.commit()
         runner.dispatch(jobs[0])
-        until(lambda: len(events) == 600, "three events a job", 60)
+        ends = ("content_job.done", "content_job.failed")
+        until(lambda: sum(event.type in ends for event in list(events)) == 200, "the end of every job")
     stop()
     assert wrong == []
     assert statuses(engine) == ["failed" if number % 5 == 0 else "done" for number in range(200)]
     for job in jobs:
-        assert [event.seq for event in events if event.job_id == job.id] == [1, 2, 3]
+        # On a busy machine a job that was claimed ahead may have been put back, and claimed again.
+        seqs = [event.seq for event in events if event.job_id == job.id]
+        assert seqs == list(range(1, len(seqs) + 1))
+        assert len(seqs) in (3, 5, 7)
     assert violations(engine, tmp_path / "assets") == []
 
 
