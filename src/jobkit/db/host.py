@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from jobkit.base.ids import ANY_COMPANY, CompanyId, CompanyScope, company_text
 from jobkit.base.text import is_storable
 from jobkit.db.connections import ENOUGH, pool_limit
+from jobkit.db.failures import sqlstate
 from jobkit.db.sqlite import require_configured
 from jobkit.errors import ConfigurationError, SchemaOutOfDate
 from jobkit.tables import assets, content_jobs, metadata
@@ -158,8 +159,7 @@ def require_schema(engine: sa.Engine) -> None:
                 connection.execute(sa.select(table).limit(0))
             except (sa.exc.ProgrammingError, sa.exc.OperationalError) as error:
                 reason = str(error.orig).splitlines()[0]
-                state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
-                if state not in _ABSENT and not reason.startswith("no such"):
+                if sqlstate(error) not in _ABSENT and not reason.startswith("no such"):
                     raise
                 raise SchemaOutOfDate(
                     f"{reason}: call jobkit.migrations.upgrade(engine), or run jobkit migrate"

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 from jobkit.db.dialects.base import MARK, PRUNED
 from jobkit.db.dialects.position import EPOCH
 from jobkit.db.dialects.sql import Sql
+from jobkit.db.failures import sqlstate
 from jobkit.errors import ConfigurationError
 
 logger = logging.getLogger("jobkit")
@@ -108,7 +109,7 @@ def _write(connection: sa.Connection, statement: Sql, *, needed: bool = False, *
             told = connection.execute(statement(connection), values)
             begun, moved = told.one() if told.returns_rows else (0, 0)
     except sa.exc.DBAPIError as error:
-        if getattr(error.orig, "sqlstate", None) not in ("25006", "42501"):
+        if sqlstate(error) not in ("25006", "42501"):
             raise
         if needed:
             raise ConfigurationError(
