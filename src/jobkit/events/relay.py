@@ -11,7 +11,7 @@ from jobkit import signals
 from jobkit.base.forks import reset_in_children
 from jobkit.db.dialects.base import EventRow
 from jobkit.db.dialects.position import Position
-from jobkit.db.host import leave_connections, refuse_inherited, require_schema, require_transactions, sync_engine
+from jobkit.db.host import leave_connections, refuse_inherited, require_schema, sync_engine
 from jobkit.db.logs import known_log, log_of
 from jobkit.db.sqlite import is_memory
 from jobkit.errors import ConfigurationError
@@ -95,14 +95,11 @@ def acquire(engine: sa.Engine, after: Position | None = None) -> Feed:
             f"{type(engine.pool).__name__} gives one connection to several users at once, who would commit each "
             "other's transactions: leave poolclass= out of create_engine"
         )
-    if not known_log(engine):
-        with engine.connect() as connection:  # before ``log_of``, whose own connection hides what a hook has set
-            require_transactions(connection)
+    if known_log(engine) not in _shared.feeds:
+        require_schema(engine)  # before ``log_of``, whose own connection hides what a hook has set
     log = log_of(engine)
     with _shared.lock:
         feed, count = _shared.feeds.get(log, (None, 0))
-        if feed is None:
-            require_schema(engine)
         place = None
         if after is not None:
             with engine.connect() as connection:
