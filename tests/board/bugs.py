@@ -96,8 +96,8 @@ CLAIMS = [
     bug(
         "rescue only when somebody calls it",
         "runner/supervisor.py",
-        "timers = [self._keeper.timer, self._rescuer.timer, ",
-        "timers = [self._keeper.timer, ",
+        "return [self._keeper.timer, self._rescuer.timer, ",
+        "return [self._keeper.timer, ",
         "runner/test_leases.py::test_a_started_runner_rescues_by_itself_while_every_slot_is_busy",
     ),
     bug(
@@ -355,8 +355,8 @@ ATTEMPTS = [
     bug(
         "a claim that is no longer doubted after the next one",
         "runner/turns.py",
-        "        return Committed(*applied, settled)\n",
-        "        self._unsure_until = -math.inf\n        return Committed(*applied, settled)\n",
+        "        return committed\n",
+        "        self._unsure_until = -math.inf\n        return committed\n",
         "costs/test_statements.py::test_a_claim_that_goes_on_after_it_was_cut_is_given_back",
     ),
     bug(
@@ -404,8 +404,8 @@ ATTEMPTS = [
     bug(
         "an end whose reply was lost counts as rejected",
         "runner/turns.py",
-        "if turn.may_be_committed else {}",
-        "if turn.may_be_committed and not turn else {}",
+        "                if turn.may_be_committed:\n",
+        "                if turn.may_be_committed and not turn:\n",
         "faults/test_outages.py::test_a_commit_whose_reply_is_lost_is_neither_lost_nor_done_twice",
         only="sqlite",
     ),

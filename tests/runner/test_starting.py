@@ -42,18 +42,22 @@ def starting(runner: Runner) -> Iterator[threading.Thread]:
         assert not thread.is_alive()
 
 
+def refused(runner: Runner, why: str) -> None:
+    """The runner does not start."""
+    try:
+        with pytest.raises(ConfigurationError, match=why):
+            runner.start()
+    finally:
+        runner.stop(0)
+
+
 # --- the pool
 
 
 @pytest.mark.parametrize("pool", [{"pool_size": 1, "max_overflow": 0}, {"poolclass": sa.AssertionPool}])
 def test_a_pool_of_one_connection_is_refused(database: Database, tmp_path: Path, pool: dict[str, Any]) -> None:
     engine = database.connect(**pool)
-    runner = Runner(engine, stores(engine, tmp_path), only())
-    try:
-        with pytest.raises(ConfigurationError, match=r"at least 2 connections .* gives out 1: raise pool_size"):
-            runner.start()
-    finally:
-        runner.stop(0)
+    refused(Runner(engine, stores(engine, tmp_path), only()), r"at least 2 connections .* gives out 1: raise pool_size")
 
 
 def test_two_connections_suffice_for_jobs_their_leases_and_their_signals(
@@ -92,11 +96,7 @@ def test_a_folder_for_unfinished_files_that_cannot_be_made_is_named(engine: sa.E
     (tmp_path / "assets").mkdir()
     (tmp_path / "assets" / ".spool").touch()
     runner = Runner(engine, stores(engine, tmp_path), only())
-    try:
-        with pytest.raises(ConfigurationError, match=r"folder for unfinished files .*assets/\.spool"):
-            runner.start()
-    finally:
-        runner.stop(0)
+    refused(runner, r"folder for unfinished files .*assets/\.spool")
     (tmp_path / "assets" / ".spool").unlink()
     with runner:
         pass

@@ -52,6 +52,8 @@ ACTIVE_FOR = 2.0
 AFTER_SCAN = 0.01
 # After this many seconds without a scan, as in a suspended process, events may have been pruned before their delivery.
 STALE = 60.0
+# Seconds between two checks for calls that last too long, and for the file of an SQLite database.
+LOOK = 0.5
 # Seconds that a call to the database may take before its connection is aborted; a runner may ask for less. After twice
 # that, another thread takes the place of the blocked one.
 DB_TIMEOUT = 30.0
@@ -93,7 +95,7 @@ class Feed:
         if self._statements.channels and Listener.possible(engine):
             self._listener = Listener(engine, self._statements.channels, self._hint)
         self._db_timeout = DB_TIMEOUT
-        self._watchdog = Periodic("jobkit-relay-watch", 0.5, self._check)
+        self._watchdog = Periodic("jobkit-relay-watch", LOOK, self._check)
         self._file = FileWatch.of(engine)
         self._wake = threading.Condition()
         self._version: int | None = None
@@ -124,7 +126,7 @@ class Feed:
         """Wait no longer than this for the database from now on."""
         if db_timeout < self._db_timeout:
             self._db_timeout = db_timeout
-            self._watchdog.interval = min(0.5, db_timeout / 4)
+            self._watchdog.interval = min(LOOK, db_timeout / 4)
 
     def close(self, timeout: float) -> None:
         """Deliver what was published, then end; wait at most ``timeout`` seconds for that."""

@@ -28,7 +28,7 @@ STORE_THREADS = 4
 # Seconds between two sweeps of the storage.
 SWEEP_INTERVAL = 3600.0
 # Seconds between two checks for calls that last too long, and for the file of an SQLite database.
-LOOK, LOOK_AT_FILE = 1.0, 0.5
+LOOK = 0.5
 # How long a stopping runner waits for its last statement, and then for its other threads, in seconds.
 RELEASE_WAIT = 2.0
 
@@ -58,7 +58,6 @@ class Supervisor:
         self._sweeper = Periodic("jobkit-sweep", SWEEP_INTERVAL, collector.run)
         self._watchdog = Periodic("jobkit-watch", min(LOOK, self._db_timeout / 4), self._check)
         self._file = FileWatch.of(engine)
-        self._file_watch = Periodic("jobkit-watch", LOOK_AT_FILE, self._check_file)
         #: Why it has stopped by itself.
         self.failure: str | None = None
 
@@ -85,7 +84,7 @@ class Supervisor:
             if not ended:
                 pipeline.abandon()
                 ended = pipeline.wait_ended(RELEASE_WAIT)
-            self._end(*self._timers)
+            self._end()
         if not ended:
             logger.error("the runner's thread does not answer; its jobs stay claimed until their lease runs out")
         return ended and self.failure is None and not pipeline.unfinished
@@ -135,8 +134,7 @@ class Supervisor:
 
     @property
     def _timers(self) -> list[Periodic]:
-        timers = [self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog]
-        return [*timers, self._file_watch] if self._file else timers
+        return [self._keeper.timer, self._rescuer.timer, self._sweeper, self._watchdog]
 
     def _check_file(self) -> None:
         """Stop, without a word to the database, when its file is no longer the one that is open."""
@@ -147,9 +145,9 @@ class Supervisor:
                 timer.stop()
             self.pipeline.leave_to_leases()
 
-    def _end(self, *timers: Periodic) -> None:
+    def _end(self) -> None:
         """Stop the threads; wait a moment until they have given their connections back."""
-        deadline = time.monotonic() + RELEASE_WAIT
+        deadline, timers = time.monotonic() + RELEASE_WAIT, self._timers
         for timer in timers:
             timer.stop()
         for timer in timers:
@@ -170,6 +168,7 @@ class Supervisor:
         stuck = abort_overdue(pipeline.link, self._db_timeout)
         unrenewed = abort_overdue(keeper.link, self._renewal_timeout)
         abort_overdue(self._shared, self._db_timeout)
+        self._check_file()
         if self._stopping:
             return
         if stuck or pipeline is self._dead:

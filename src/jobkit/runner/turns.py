@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 from uuid import UUID
 
@@ -183,23 +184,16 @@ class Postponed:
             attempt.discard()
 
 
-class Applied(NamedTuple):
-    """What a turn did: its events, the new claims, and the jobs that could not end because their rows are locked."""
-
-    events: list[EventRow]
-    claimed: list[Claim]
-    locked: Set[UUID] = frozenset()
-
-
 class Committed(NamedTuple):
-    """The result of a turn, and ``settled``: completions sent before without a reply that did commit, with their
-    status, unless the job was claimed since.
+    """What a turn did: its events, the new claims, the jobs that could not end because their rows are ``locked``, and
+    ``settled``: completions sent before without a reply that did commit, with their status, unless the job was claimed
+    since.
     """
 
     events: list[EventRow]
     claimed: list[Claim]
-    locked: Set[UUID]
-    settled: dict[UUID, JobStatus]
+    locked: Set[UUID] = frozenset()
+    settled: Mapping[UUID, JobStatus] = MappingProxyType({})
 
 
 class Committer:
@@ -238,18 +232,19 @@ class Committer:
         done = False
         try:
             with self.link.use() as connection:
-                applied = self._commit(connection, turn)
+                committed = self._commit(connection, turn)
                 done = True
-                ended = {event.job_id for event in applied.events} | applied.locked
-                settled = self._settled(connection, turn, ended) if turn.may_be_committed else {}
+                if turn.may_be_committed:
+                    ended = {event.job_id for event in committed.events} | committed.locked
+                    committed = committed._replace(settled=self._settled(connection, turn, ended))
         except BaseException as error:
             # What the database rolled back it told: no claim of it can be unknown.
             if turn.limit and (done or not was_rolled_back(error)):
                 self._unsure_until = time.monotonic() + self._lease
             raise
-        return Committed(*applied, settled)
+        return committed
 
-    def apply(self, connection: sa.Connection, turn: Turn, now: datetime) -> Applied:
+    def apply(self, connection: sa.Connection, turn: Turn, now: datetime) -> Committed:
         """Do ``turn`` in the caller's transaction."""
         events: list[EventRow] = []
         claimed: list[Claim] = []
@@ -263,42 +258,40 @@ class Committer:
         if turn.limit and self.unsure:
             events += claims.release(connection, self._unknown(connection), now=now)
         if turn.limit:
-            running, claimed = self._claim(connection, turn, now, check_scheduled=turn.check_scheduled)
-            events += running
-        return Applied(events, claimed, locked)
+            claim = self._claim(connection, turn, now, check_scheduled=turn.check_scheduled)
+            events, claimed = events + claim.events, claim.claimed
+        return Committed(events, claimed, locked)
 
-    def _commit(self, connection: sa.Connection, turn: Turn) -> Applied:
+    def _commit(self, connection: sa.Connection, turn: Turn) -> Committed:
         if turn.only_claims and not self.unsure:
             return self._claim_only(connection, turn)
         now = self._clock()
         with connection.begin():
             return self.apply(connection, turn, now)
 
-    def _claim_only(self, connection: sa.Connection, turn: Turn) -> Applied:
+    def _claim_only(self, connection: sa.Connection, turn: Turn) -> Committed:
         """Claim without a write lock when nothing is queued, and without a transaction around one statement."""
         now, check_scheduled = self._clock(), turn.check_scheduled
         if self._statements.claim_locks:
             with connection.begin():
                 if not self._statements.has_queued(connection, by=now):
-                    return Applied([], [])
+                    return Committed([], [])
         else:
             with autocommitting(connection), connection.begin():
                 self._rotation.find_due(connection, now, check_scheduled=check_scheduled)
                 check_scheduled = False  # just done
                 if not self.more_waiting:
-                    return Applied(*self._claim(connection, turn, now, check_scheduled=check_scheduled))
+                    return self._claim(connection, turn, now, check_scheduled=check_scheduled)
         with connection.begin():
-            return Applied(*self._claim(connection, turn, now, check_scheduled=check_scheduled))
+            return self._claim(connection, turn, now, check_scheduled=check_scheduled)
 
-    def _claim(
-        self, connection: sa.Connection, turn: Turn, now: datetime, *, check_scheduled: bool
-    ) -> tuple[list[EventRow], list[Claim]]:
+    def _claim(self, connection: sa.Connection, turn: Turn, now: datetime, *, check_scheduled: bool) -> Committed:
         alone = len(self._in_flight) <= len(turn.completions)
         pick = partial(self._rotation.claim, check_scheduled=check_scheduled, alone=alone)
         claimed, events = claims.claim(
             connection, limit=turn.limit, worker_id=self._worker_id, lease=self._lease, now=now, pick=pick
         )
-        return events, claimed
+        return Committed(events, claimed)
 
     def release(self, held: Sequence[Claim]) -> list[EventRow]:
         """Put the ``held`` claims, and those whose reply was lost, back into the queue; the events."""
